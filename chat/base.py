@@ -1,0 +1,315 @@
+"""Talk to a model in the terminal: a base model, a merged one, or a base with an unmerged adapter.
+
+    python chat/base.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+    echo "What is the capital of France?" | python chat/base.py --checkpoint_dir DIR --temperature 0
+
+- The answer streams token by token and stops at the end-of-text or end-of-turn token.
+- The prompt style is the one the model was finetuned with (it travels with the files), or ``--prompt_style``.
+  "chat", the model's own template, keeps the conversation; any other style makes every prompt a new one.
+- Where stdin is no terminal, all of it is one prompt: the answer goes to stdout, everything else to stderr.
+- Ctrl-C stops an answer; at the prompt it quits, as Ctrl-D does.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+import torch
+
+from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
+from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.cli import run
+from lit_gpt.generate import check_sampling, generate, stream_text
+from lit_gpt.model import GPT
+from lit_gpt.prompts import CHAT, check_style, encode_prompt
+from lit_gpt.tokenizer import Tokenizer
+
+PROMPT = ">> "
+Message = dict[str, str]  # "role" and "content"
+
+
+@dataclass
+class Reply:
+    """An answer and how it came about."""
+
+    text: str
+    """What was written, without the token that ended it."""
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    """From the first token to the last."""
+    first_seconds: float
+    """Up to the first token."""
+    end: str
+    """``done`` (the model ended it), ``length``, ``context`` (it is full) or ``interrupted`` (Ctrl-C)."""
+
+    def summary(self) -> str:
+        """One line on the speed and on an end that was not the model's."""
+        rate = (self.tokens - 1) / self.seconds if self.tokens > 1 else self.tokens / max(self.first_seconds, 1e-9)
+        notes = {
+            "length": "; cut at --max_new_tokens",
+            "context": "; cut where the model's context ends",
+            "interrupted": "; interrupted",
+        }
+        return (
+            f"[{self.tokens} tokens, {rate:.1f} tokens/s; prompt: {self.prompt_tokens} tokens, "
+            f"{self.first_seconds:.2f} s{notes.get(self.end, '')}]"
+        )
+
+
+def answer(
+    model: GPT,
+    tokenizer: Tokenizer,
+    messages: str | Sequence[Message],
+    *,
+    style: str = CHAT,
+    max_new_tokens: int = 512,
+    write: Callable[[str], Any] = lambda piece: None,
+    **sampling: Any,
+) -> Reply:
+    """Answer a prompt or a conversation; for other programs as much as for the terminal.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        messages: the prompt, or a conversation whose last turn is the user's.
+        style: the prompt style; a conversation of several messages needs "chat".
+        max_new_tokens: the most tokens of an answer.
+        write: called with each piece of text as soon as it is known.
+        sampling: temperature, top_k, top_p, seed or generator, cached of ``generate``.
+
+    Raises:
+        ValueError: a prompt that does not fit the context, a style or a setting that does not exist.
+    """
+    prompt = encode(tokenizer, style, messages)
+    context = model.config.block_size
+    if len(prompt) >= context:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
+        )
+    ids: list[int] = []
+    pieces: list[str] = []
+    times = [time.perf_counter()]
+    tokens = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
+    end = None
+    try:
+        for piece in stream_text(tokenizer, _record(tokens, ids, times)):
+            pieces.append(piece)
+            write(piece)
+    except KeyboardInterrupt:
+        end = "interrupted"
+    finally:
+        tokens.close()  # gives the model back at once, whatever ended the stream
+    if end is None:
+        end = "length" if len(ids) == max_new_tokens else "context" if len(prompt) + len(ids) == context else "done"
+    first = times[min(1, len(times) - 1)]
+    return Reply("".join(pieces), len(ids), len(prompt), times[-1] - first, first - times[0], end)
+
+
+def _record(tokens: Iterable[int], ids: list[int], times: list[float]) -> Iterator[int]:
+    for token in tokens:
+        ids.append(token)
+        times.append(time.perf_counter())
+        yield token
+
+
+def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
+    """The ids of a prompt, or of a conversation up to the beginning of the next answer."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if style == CHAT:
+        return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True), bos=False)
+    if len(messages) > 1:
+        raise ValueError(f"prompt style {style} takes one prompt, a conversation needs the model's chat template")
+    return encode_prompt(tokenizer, style, instruction=messages[0]["content"])
+
+
+def with_system(system: str | None, turns: list[Message]) -> list[Message]:
+    """The system message, where there is one, before the turns."""
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+@dataclass
+class Conversation:
+    """What was said so far; the oldest turns go where it outgrows the context."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    style: str
+    system: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """``max_new_tokens`` and what ``generate`` takes."""
+    turns: list[Message] = field(default_factory=list)
+    """User and assistant by turns."""
+    cached: list[int] = field(default_factory=list)
+    """What the model's cache holds of it, so that a turn costs its own tokens and not the whole conversation's."""
+
+    def messages(self) -> list[Message]:
+        """The conversation as the chat template takes it."""
+        return with_system(self.system, self.turns)
+
+    def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
+        """Answer the next prompt, and remember both where the style is "chat".
+
+        Raises:
+            ValueError: the prompt alone does not fit the context; the conversation stays as it was.
+        """
+        before = list(self.turns)
+        self.turns.append({"role": "user", "content": text})
+        try:
+            if dropped := self._forget():
+                print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
+            settings = dict(self.sampling, style=self.style, cached=self.cached)
+            reply = answer(self.model, self.tokenizer, self.messages(), write=write, **settings)
+        except (ValueError, KeyboardInterrupt):
+            self.turns = before
+            raise
+        self.turns.append({"role": "assistant", "content": reply.text})
+        if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
+            self.turns = before
+        return reply
+
+    def _forget(self) -> int:
+        """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""
+        context, dropped = self.model.config.block_size, 0
+        room = min(self.sampling["max_new_tokens"], context // 4)
+        while len(self.turns) > 1 and len(encode(self.tokenizer, self.style, self.messages())) + room > context:
+            del self.turns[:2]
+            dropped += 1
+        return dropped
+
+
+def write_out(piece: str) -> None:
+    """Show a piece of an answer at once."""
+    print(piece, end="", flush=True)
+
+
+def chat_terminal(conversation: Conversation) -> None:
+    """Prompts from the terminal until Ctrl-C or Ctrl-D."""
+    import readline  # noqa: F401  (gives ``input`` its line editing and history)
+
+    while True:
+        try:
+            text = input(PROMPT)
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text.strip():
+            continue
+        try:
+            reply = conversation.ask(_clean(text), write_out)
+            print()
+            print(reply.summary(), file=sys.stderr)
+        except KeyboardInterrupt:  # before the answer began, or after it ended
+            print()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def answer_pipe(conversation: Conversation, text: str) -> None:
+    """Answer the one prompt that came through a pipe."""
+    reply = conversation.ask(text, write_out)
+    print(flush=True)
+    print(reply.summary(), file=sys.stderr)
+
+
+def read_pipe() -> str:
+    """All of stdin, without the newline that ``echo`` adds."""
+    text = _clean(sys.stdin.read()).rstrip("\n")
+    if not text.strip():
+        raise ValueError('stdin is empty, a prompt was expected: echo "..." | python chat/base.py --checkpoint_dir DIR')
+    return text
+
+
+def _clean(text: str) -> str:
+    """Text that every tokenizer takes: bytes that are no UTF-8 (surrogates, to Python) become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
+    """Check every flag before weights are loaded.
+
+    Raises:
+        ValueError: one line with all that is wrong.
+    """
+    problems = []
+    if system is not None and style != CHAT:
+        problems.append(f"--system needs --prompt_style chat, the prompt style is {style}")
+        system = None
+    checks = (
+        lambda: weights_dtype(precision),
+        lambda: check_sampling(**sampling),
+        lambda: check_style(style, tokenizer),
+        lambda: encode(tokenizer, style, with_system(system, [{"role": "user", "content": "?"}])),  # the template runs
+    )
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+
+
+def setup(
+    *,
+    checkpoint_dir: Path,
+    ether_path: Path | None = None,
+    lora_path: Path | None = None,
+    precision: str | None = None,
+    prompt_style: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float | None = None,
+    seed: int = 1234,
+) -> None:
+    """Talk to a model in the terminal, or answer the prompt that comes through a pipe.
+
+    Args:
+        checkpoint_dir: folder of a base or merged model.
+        ether_path: an unmerged ETHER or OFT adapter of this model.
+        lora_path: an unmerged LoRA adapter of this model.
+        precision: 32-true, bf16-true or 16-true; by default bf16-true on a GPU, 32-true elsewhere.
+        prompt_style: chat (the model's chat template) or a style such as alpaca; by default the one recorded with the
+            adapter or the model.
+        system: the system message of a conversation; only with the chat template.
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 always takes the likeliest token; higher is more varied.
+        top_k: draw each token from this many likeliest ones (null: from all).
+        top_p: draw each token from the likeliest ones that together have this much probability.
+        seed: of the draws.
+    """
+    folder, device = check_checkpoint_dir(checkpoint_dir), choose_device()
+    tokenizer = Tokenizer(folder)
+    precision = precision or ("bf16-true" if device.type == "cuda" else "32-true")
+    adapter = {"ether_path": ether_path, "lora_path": lora_path}
+    style = prompt_style or adapted_prompt_style(folder, **adapter)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_settings(tokenizer, style=style, system=system, precision=precision, **sampling)
+    sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    text = None if sys.stdin.isatty() else read_pipe()
+    with redirect_stdout(sys.stderr):  # stdout is for answers
+        model = load_adapted_model(folder, precision, device=device, **adapter)
+    sampling["generator"] = torch.Generator(device).manual_seed(seed)
+    conversation = Conversation(model, tokenizer, style, system=system, sampling=sampling)
+    kept = "the conversation is kept" if style == CHAT else "every prompt stands alone"
+    how = f"temperature {temperature}" if temperature else "greedy"
+    print(f"[{folder.resolve().name}, {precision} on {device}, {how}; prompt style {style}: {kept}]", file=sys.stderr)
+    if text is not None:
+        answer_pipe(conversation, text)
+    else:
+        print("[Ctrl-C stops an answer; at the prompt it quits, as Ctrl-D does]", file=sys.stderr)
+        chat_terminal(conversation)
+
+
+if __name__ == "__main__":
+    run(setup)

@@ -1,0 +1,187 @@
+"""Evaluate a model on the tasks of EleutherAI's lm-evaluation-harness, in process and, if need be, offline.
+
+    python eval/lm_eval_harness.py --checkpoint_dir path/to/model --precision bf16-true \
+        --eval_tasks "['arc_challenge', 'truthfulqa_mc', 'hendrycksTest-*']" --save_filepath results.json
+
+Task definitions and metrics are the harness's own, and the numbers are those of its Hugging Face backend; there is no
+second copy of the weights, and transformers is not needed. ``harness_model.py`` is the model's side of it, ``tasks.py``
+finds tasks and data; ``evaluate`` does the same for a model in memory.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+import lm_eval
+import torch
+from lm_eval import evaluator
+from lm_eval.utils import make_table
+
+from eval.harness_model import HarnessModel
+from eval.tasks import harness_seeds, load_tasks, quiet_harness
+from lit_gpt.adapter_files import load_adapted_model, open_adapter
+from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype, write_json
+from lit_gpt.cli import run
+from lit_gpt.model import GPT
+from lit_gpt.tokenizer import Tokenizer
+
+
+def evaluate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    tasks: Sequence[str],
+    data_dir: Path | str | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model in memory; ``setup`` documents the arguments, ``run_tasks`` the result."""
+    loaded = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    return run_tasks(
+        model, tokenizer, loaded=loaded, limit=limit, batch_size=batch_size, apply_chat_template=apply_chat_template
+    )
+
+
+def run_tasks(
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    loaded: dict,
+    limit: float | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model on what ``load_tasks`` returned.
+
+    The model is in evaluation mode meanwhile, and as it was afterwards; global random states are left alone.
+
+    Returns:
+        The harness's ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``), ``groups``, ``versions``,
+        ``n-shot``, ``n-samples`` and so on, with ``requests`` and ``seconds`` added; plain types alone.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    harness = HarnessModel(model, tokenizer, batch_size=batch_size)
+    start = time.perf_counter()
+    try:
+        with quiet_harness(), harness_seeds():
+            results = evaluator.evaluate(
+                harness,
+                loaded,
+                limit=limit,
+                log_samples=False,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+            )
+    finally:
+        for module in training:
+            module.training = True
+    results.pop("configs")  # holds functions; name and version say the same
+    results |= {"requests": harness.n_requests, "seconds": round(time.perf_counter() - start, 3)}
+    return json.loads(json.dumps(results, default=lambda value: value.item()))  # NumPy's numbers to Python's
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The harness's own tables: tasks, and groups where there are any."""
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    print(f"{results['requests']} requests in {results['seconds']:.1f} s")
+
+
+def setup(
+    *,
+    checkpoint_dir: Path,
+    eval_tasks: list[str],
+    ether_path: Path | None = None,
+    lora_path: Path | None = None,
+    precision: str = "32-true",
+    save_filepath: Path | None = None,
+    overwrite: bool = False,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 8,
+    data_dir: Path | None = None,
+    apply_chat_template: bool = False,
+) -> None:
+    """Evaluate a model on tasks of the lm-evaluation-harness.
+
+    Args:
+        checkpoint_dir: the model: a folder with lit_model.pth, lit_config.json and a tokenizer.
+        eval_tasks: names of tasks or groups, or patterns; old names (truthfulqa_mc, hendrycksTest-*) are understood.
+        ether_path: an ETHER, ETHER+ or OFT adapter to evaluate the model with, unmerged.
+        lora_path: a LoRA adapter to evaluate the model with, unmerged.
+        precision: 32-true, bf16-true or 16-true.
+        save_filepath: write the results to this JSON file.
+        overwrite: let it replace a file that is there.
+        num_fewshot: examples before each question; by default each task's own number.
+        limit: evaluate only the first so many documents of each task, or below 1 this share of them. For trying out.
+        batch_size: rows computed at once.
+        data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
+        apply_chat_template: ask in the model's chat format, examples as turns.
+    """
+    problems = value_problems(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    problems += file_problems(save_filepath, overwrite)
+    for check, *values in (
+        (weights_dtype, precision),
+        (check_checkpoint_dir, checkpoint_dir),
+        (open_adapter, ether_path, lora_path),
+    ):
+        try:
+            check(*values)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    tokenizer = Tokenizer(checkpoint_dir)
+    if apply_chat_template and tokenizer.chat_template is None:
+        raise ValueError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
+    loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    device = choose_device()
+    model = load_adapted_model(checkpoint_dir, precision, ether_path=ether_path, lora_path=lora_path, device=device)
+    options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
+    results = run_tasks(model, tokenizer, loaded=loaded, **options)
+    print_results(results)
+    if save_filepath is not None:
+        paths = {"checkpoint_dir": checkpoint_dir, "adapter": ether_path or lora_path, "data_dir": data_dir}
+        results["config"] = {
+            **{name: str(path.resolve()) if path else None for name, path in paths.items()},
+            **{"precision": precision, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot, **options},
+            **{"device": str(device), "lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_json(save_filepath, results)
+        print(f"Saved to {save_filepath}")
+
+
+def value_problems(*, limit: float | None, num_fewshot: int | None, batch_size: int) -> list[str]:
+    """What is wrong with numbers on the command line."""
+    problems = []
+    if limit is not None and limit <= 0:
+        problems.append(f"--limit {limit}: expected a number of documents, or a share of them below 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        problems.append(f"--num_fewshot {num_fewshot}: expected 0 or more")
+    if batch_size < 1:
+        problems.append(f"--batch_size {batch_size}: expected 1 or more")
+    return problems
+
+
+def file_problems(save_filepath: Path | None, overwrite: bool) -> list[str]:
+    """Why the results can't be saved there."""
+    if save_filepath is None or not save_filepath.exists():
+        return []
+    if save_filepath.is_dir():
+        return [f"--save_filepath {save_filepath} is a folder: expected a file name"]
+    return [] if overwrite else [f"{save_filepath} exists; choose another --save_filepath or give --overwrite true"]
+
+
+if __name__ == "__main__":
+    run(setup)

@@ -1,0 +1,192 @@
+"""The harness's tasks: their names, old and new, and where their data sets come from.
+
+Notable choices:
+- Names of the harness's first versions, which papers still print, stand for their successors.
+- A data folder is laid out like the Hub (``DIR/allenai/ai2_arc``), so `hf download` makes one; tasks and groups are
+  loaded by the harness itself, and only the place that it reads a data set from changes.
+- Indexing all 15,000 tasks takes the harness ten seconds. The tasks of the paper are looked up alone first.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+import lm_eval.tasks
+import numpy as np
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
+"""Folders of the harness that hold the tasks of the paper."""
+OLD_NAMES = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"], "hendrycksTest-*": ["mmlu"]}
+OLD_MMLU = "hendrycksTest-"
+
+
+def load_tasks(names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None) -> dict:
+    """Load tasks and their data.
+
+    Args:
+        names: tasks, groups, tags, or patterns with ``*``, by their names of today or of old.
+        data_dir: read data sets from this folder instead of the Hub.
+        num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
+            examples keeps none, as in the harness.
+
+    Returns:
+        What the harness's ``TaskManager.load`` returns: ``tasks`` and ``groups`` by name.
+
+    Raises:
+        ValueError: names that match nothing, with the nearest that exist; no names; data that doesn't fit the task.
+        FileNotFoundError: a data set that is not there, with the command that gets it.
+    """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
+    with quiet_harness(), harness_seeds():
+        manager, resolved = resolve_names(names)
+        with data_sets_from(data_dir):
+            loaded = manager.load(resolved)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own != 0 and num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
+
+
+@lru_cache
+def task_manager(*, every_task: bool) -> TaskManager:
+    """The harness's index of its tasks, or of the common ones alone."""
+    if every_task:
+        return TaskManager()
+    root = Path(lm_eval.tasks.__file__).parent
+    return TaskManager(include_defaults=False, include_path=[root / folder for folder in COMMON_FOLDERS])
+
+
+def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
+    """Turn names of old and patterns into names that the returned manager can load; each once, in order."""
+    wanted = [modern for name in names for modern in modern_names(name)]
+    manager = task_manager(every_task=False)
+    if not all(name in manager.task_index for name in wanted):
+        manager = task_manager(every_task=True)
+    resolved, problems = [], []
+    for name in wanted:
+        # A pattern means tasks; groups and tags, which hold the same tasks again, only where no task matches.
+        found = [name] if name in manager.task_index else fnmatch.filter(manager.all_subtasks, name)
+        found = found or fnmatch.filter(manager.all_tasks, name)
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            problems.append(f"no task matches {name!r}" + (f"; the nearest: {', '.join(near)}" if near else ""))
+        resolved += found
+    if problems:
+        raise ValueError("; ".join(problems) + " (`lm-eval ls tasks` lists all)")
+    if not resolved:
+        raise ValueError("no tasks to evaluate: give --eval_tasks \"['arc_challenge', 'truthfulqa_mc']\"")
+    return manager, list(dict.fromkeys(resolved))
+
+
+def modern_names(name: str) -> list[str]:
+    """What a name of the harness's first versions is called today; other names stay."""
+    if name in OLD_NAMES:
+        return OLD_NAMES[name]
+    if not name.startswith(OLD_MMLU):
+        return [name]
+    subject = "mmlu_" + name.removeprefix(OLD_MMLU)
+    return fnmatch.filter(task_manager(every_task=False).all_subtasks, subject) or [subject]
+
+
+class Splits(datasets.DatasetDict):
+    """The splits of a data set, which name their source where one is missing."""
+
+    source: str = ""
+
+    def __missing__(self, split: str) -> Any:
+        raise ValueError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
+
+
+def cache_of(folder: Path) -> str:
+    """A cache for what a folder holds now. `datasets` tells local folders apart by the text of their README alone, and
+    would serve the rows of another copy, or of an older state of this one."""
+    files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
+    key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+
+
+@contextmanager
+def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
+    """Make the harness read the Hub's data sets from a folder; without one, only explain what can't be reached."""
+    original = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+        if "data_files" in options or Path(path).is_dir():  # a file format or a folder, not a name on the Hub
+            return original(path, name, **options)
+        folder = Path("DIR" if data_dir is None else data_dir) / path
+        command = f"`hf download {path} --repo-type dataset --local-dir {folder}`"
+        if data_dir is not None and not folder.is_dir():
+            raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: {command}")
+        try:
+            if data_dir is not None:
+                options["cache_dir"] = cache_of(folder)
+            found = original(path if data_dir is None else str(folder), name, **options)
+        except (OSError, ValueError) as error:
+            config = f" (configuration {name})" if name else ""
+            if data_dir is not None:
+                raise ValueError(f"{folder}{config} can't be read: {error}; get it again: {command}") from error
+            raise FileNotFoundError(
+                f"data set {path}{config} is not to be had from the Hub ({error}); on a machine without internet give "
+                f"--data_dir DIR, filled where there is internet: {command}"
+            ) from error
+        if isinstance(found, datasets.DatasetDict):
+            found = Splits(found)
+            found.source = f"data set {path if data_dir is None else folder}{f' ({name})' if name else ''}"
+        return found
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Errors alone, and no progress bar for each task, from the harness and the libraries under it."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = tqdm
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def harness_seeds() -> Iterator[None]:
+    """Seed the global generators as the harness does, since some tasks shuffle; put the caller's state back after."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,84 @@
+"""Finetune with LoRA, the baseline.
+
+python finetune/lora.py --io.train_data_dir checkpoints/ORG/NAME/alpaca --lora_r 8 --train.learning_rate 5e-4
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from lit_gpt.cli import run
+from lit_gpt.lora import LoraConfig
+from lit_gpt.train import EvalArgs, IOArgs, Job, TrainArgs, default_weight_decay, finetune
+
+
+def setup(
+    *,
+    io: IOArgs,
+    train: TrainArgs = TrainArgs(learning_rate=5e-4),
+    eval: EvalArgs = EvalArgs(),
+    lora_r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    lora_query: bool = True,
+    lora_key: bool = False,
+    lora_value: bool = True,
+    lora_projection: bool = False,
+    lora_mlp: bool = False,
+    lora_head: bool = False,
+    init_from: str | None = None,
+    precision: str = "bf16-true",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 1337,
+    overwrite: bool = False,
+) -> None:
+    """Finetune with LoRA.
+
+    Args:
+        io: Where things are.
+        train: How to train.
+        eval: When to validate.
+        lora_r: Rank.
+        lora_alpha: The update is scaled by alpha / r.
+        lora_dropout: Dropout on the input of the low-rank branch.
+        lora_query: Adapt the query projections.
+        lora_key: Adapt the key projections.
+        lora_value: Adapt the value projections.
+        lora_projection: Adapt the attention's output projections.
+        lora_mlp: Adapt the MLPs.
+        lora_head: Adapt the language model's head.
+        init_from: An adapter file to continue from; its settings must be the flags'.
+        precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
+        devices: Processes on this machine.
+        num_nodes: Machines.
+        seed: Fixes the start of the adapter, the order of the data and dropout.
+        overwrite: Write into a run folder that already holds a finished run.
+    """
+    config = LoraConfig(
+        r=lora_r,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
+        query=lora_query,
+        key=lora_key,
+        value=lora_value,
+        projection=lora_projection,
+        mlp=lora_mlp,
+        head=lora_head,
+    )
+    finetune(
+        Job("lora", "lora", config, default_weight_decay("lora"), init_from),
+        io=io,
+        train=train,
+        eval=eval,
+        precision=precision,
+        devices=devices,
+        num_nodes=num_nodes,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+if __name__ == "__main__":
+    run(setup)

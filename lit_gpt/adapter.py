@@ -1,0 +1,185 @@
+"""What ETHER and LoRA have in common: which Linears are adapted, and layers that take their place.
+
+An adapter layer *is* the layer that it replaces (a subclass of ``nn.Linear`` or ``QKVLinear`` that adopts its weight
+and bias), so base checkpoints load under unchanged keys and a merged file is one without the adapter's keys. Merging
+is an explicit call, never a side effect of ``train()`` or ``eval()``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.model import GPT, QKVLinear
+
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+"""What can be adapted; adapter configs have a boolean field of each name."""
+QKV_SUFFIX = {"query": "q", "key": "k", "value": "v"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a Linear with an adapter of their own: all of them, or those of q, k or v.
+
+    ``suffix`` ends the names of its parameters: ``""`` for a plain Linear, ``q``, ``k`` or ``v`` in a fused one.
+    """
+
+    suffix: str
+    start: int
+    stop: int
+    adapted: bool
+
+    @property
+    def rows(self) -> slice:
+        """Where in the weight."""
+        return slice(self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+class AdapterLayer(nn.Linear):
+    """A Linear with an adapter; subclasses say what the adapter does.
+
+    ``active`` is false once merged, and while ``adapters_off``: the layer is then a plain Linear.
+    """
+
+    parts: tuple[Part, ...]
+    active: bool = True
+    merged: bool = False
+
+    def adopt(self, base: nn.Linear, targets: set[str]) -> None:
+        """Take over the weight and bias of ``base`` and cut its rows into parts, those in ``targets`` adapted."""
+        self.weight, self.bias = base.weight, base.bias
+        if not isinstance(base, QKVLinear):
+            self.parts = (Part("", 0, base.out_features, True),)
+            return
+        sizes = (base.config.q_size, base.config.kv_size, base.config.kv_size)
+        starts = (0, sizes[0], sizes[0] + sizes[1])
+        self.parts = tuple(
+            Part(suffix, start, start + size, target in targets)
+            for (target, suffix), start, size in zip(QKV_SUFFIX.items(), starts, sizes, strict=True)
+        )
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, by name."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if not self.active:
+            return F.linear(x, self.weight, self.bias)
+        return self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """The layer's output with its adapter in place."""
+        raise NotImplementedError
+
+    def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
+        """The adapted weight of one part, from its (rows, in) weight in fp32 or fp64."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the adapter into the weight: computed in fp32 (fp64 for fp64), cast once. Merging twice is merging once."""
+        if self.merged:
+            return
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        rows = [
+            self.merged_rows(part, self.weight[part.rows].to(wide)) if part.adapted else self.weight[part.rows]
+            for part in self.parts
+        ]
+        weight = torch.cat([part.to(self.weight.dtype) for part in rows])
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                "merging gives weights that are not finite: the adapter holds a zero vector, NaN or infinity"
+            )
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self.merged, self.active = True, False
+
+
+def linear_targets(model: GPT, config: Any) -> Iterator[tuple[str, nn.Module, str, nn.Linear, set[str]]]:
+    """Every Linear that the config's targets name: (full name, parent, attribute, the Linear, its targets).
+
+    A mixture's router is never adapted.
+    """
+    wanted = {target for target in TARGETS if getattr(config, target)}
+    for name, parent in model.named_modules():
+        for attribute, child in parent.named_children():
+            if not isinstance(child, nn.Linear):
+                continue
+            targets = wanted & _targets_of(f"{name}.{attribute}".strip("."))
+            if targets:
+                yield f"{name}.{attribute}".strip("."), parent, attribute, child, targets
+
+
+def _targets_of(name: str) -> set[str]:
+    if name == "lm_head":
+        return {"head"}
+    if name.endswith("attn.attn"):
+        return set(QKV_SUFFIX)
+    if name.endswith("attn.proj"):
+        return {"projection"}
+    return set() if name.endswith("mlp.gate") else {"mlp"}
+
+
+def replace_targets(model: GPT, config: Any, build: Callable[[nn.Linear, set[str]], AdapterLayer]) -> None:
+    """Put ``build(linear, targets)`` in the place of every Linear that the config's targets name."""
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise ValueError("the model already has an adapter; merge it first")
+    found = list(linear_targets(model, config))
+    if not found:
+        raise ValueError(f"no adapter target is enabled; enable at least one of {', '.join(TARGETS)}")
+    for _, parent, attribute, linear, targets in found:
+        setattr(parent, attribute, build(linear, targets))
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """The adapter layers of a model, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLayer))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model's adapters, by full name."""
+    return {
+        f"{name}.{own}": parameter
+        for name, layer in adapter_layers(model)
+        for own, parameter in layer.own_parameters().items()
+    }
+
+
+def mark_only_adapter_as_trainable(model: nn.Module) -> None:
+    """Freeze everything but the adapters."""
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+
+
+def merge_adapter_weights(model: GPT) -> None:
+    """Merge every adapter layer. A tied head that was adapted is untied: the embedding stays as it is."""
+    for name, layer in adapter_layers(model):
+        try:
+            layer.merge()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if name == "lm_head":
+            model.config.tie_embeddings = False
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base."""
+    layers = [layer for _, layer in adapter_layers(model) if not layer.merged]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True

@@ -1,0 +1,257 @@
+"""Adapter files: save, load, put on a base model, merge.
+
+An adapter file carries itself, ``{"model": {...}, "config": {...}}``: its tensors, and in plain types what they are
+(method, blocks, targets), which base they belong to and which prompt style they were trained with. A file without a
+"config" is one of the original code's; what it is follows from its keys and shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
+from lit_gpt.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    copy_side_files,
+    fingerprint,
+    load_model,
+    load_prompt_style,
+    load_state,
+    save_prompt_style,
+    save_state,
+    staged_dir,
+    weights_dtype,
+    write_json,
+)
+from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of adapters: its config class, how it is put on a model, and the name of its file in a run folder."""
+
+    config_class: type
+    add: Callable[[GPT, Any], None]
+    file_name: str
+
+
+KINDS = {
+    "ether": Kind(EtherConfig, add_ether, "lit_model_ether_finetuned.pth"),
+    "lora": Kind(LoraConfig, add_lora, "lit_model_lora_finetuned.pth"),
+}
+
+
+@dataclass
+class AdapterFile:
+    """What an adapter file says.
+
+    Attributes:
+        kind: a key of ``KINDS``.
+        config: an ``EtherConfig`` or a ``LoraConfig``.
+        state: the adapter's tensors.
+        base: name and fingerprint of its base model; empty for the original code's files.
+        prompt_style: it was trained with; None where the file does not say.
+    """
+
+    kind: str
+    config: Any
+    state: dict[str, Tensor]
+    base: dict[str, str]
+    prompt_style: str | None
+
+
+def save_adapter(
+    path: Path | str, model: GPT, *, kind: str, config: Any, base: Mapping[str, str], prompt_style: str | None
+) -> None:
+    """Write the adapter of ``model``; arguments as the attributes of ``AdapterFile``."""
+    # On the CPU and compact: a view of a larger storage would be saved with all of it.
+    state = {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(model).items()}
+    meta = {"kind": kind, kind: asdict(config), "base": dict(base), "prompt_style": prompt_style}
+    save_state({"model": state, "config": meta}, path)
+
+
+def load_adapter(path: Path | str, kind: str) -> AdapterFile:
+    """Read an adapter file.
+
+    Args:
+        path: the file, ours or the original code's.
+        kind: ``ether`` or ``lora``, what the caller expects.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not an adapter, or one of the other kind.
+    """
+    content = load_state(path)
+    state, meta = (content.get("model"), content.get("config")) if isinstance(content, dict) else (None, None)
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} is not an adapter file: it holds no adapter under 'model'")
+    if meta is None:
+        if kind != "ether" or not all(".ether_R" in name for name in state):
+            raise ValueError(f"{path} is not {_article(kind)} adapter: no 'config', and its keys are not ETHER's")
+        return AdapterFile("ether", infer_ether_config(state), state, {}, None)
+    if meta.get("kind") != kind:
+        raise ValueError(f"{path} holds {_article(meta.get('kind'))} adapter; {_article(kind)} one was expected")
+    config_class = KINDS[kind].config_class
+    known = {field.name for field in fields(config_class)}
+    config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
+    return AdapterFile(kind, config, state, meta["base"], meta["prompt_style"])
+
+
+def _article(kind: str | None) -> str:
+    return {"ether": "an ETHER", "lora": "a LoRA"}.get(kind or "", "an unknown")
+
+
+def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
+    """Method, n, targets and side of an original file, from its keys and shapes; its layout is ``published``."""
+    names = set(state)
+    first = next(tensor for name, tensor in state.items() if ".ether_R" in name)
+    qkv = any(".attn.attn." in name for name in names)
+    if (first.dim() - qkv) == 3 and first.size(-1) == first.size(-2):
+        method, blocks = "oft", first.size(-3)
+    else:
+        two_sided, plus = (any(f".ether_R{k}" in name for name in names) for k in (3, 2))
+        method, blocks = ("etherplusHH" if two_sided else "etherplus" if plus else "ether"), first.size(-2)
+    ends = {"query": "ether_Rq", "key": "ether_Rk", "value": "ether_Rv", "projection": "attn.proj.ether_R"}
+    targets = {target: any(name.endswith(end) for name in names) for target, end in ends.items()}
+    targets["mlp"] = any(".mlp." in name for name in names)
+    targets["head"] = any(name.startswith("lm_head") for name in names)
+    return EtherConfig(
+        Htype=method, nb=blocks, **targets, flip_side=_is_flipped(state, method), block_layout="published"
+    )
+
+
+def _is_flipped(state: Mapping[str, Tensor], method: str) -> bool:
+    """Unflipped, an MLP's last Linear is transformed on its wide input; flipped, on its narrow output.
+
+    Nothing else tells: of the other Linears, the smaller side is the input already.
+    """
+    if method == "etherplusHH":
+        return False
+    sizes = {name: t.size(-1) * t.size(-2 if t.dim() == 2 else -3) for name, t in state.items() if ".mlp." in name}
+    down = {size for name, size in sizes.items() if name.endswith("proj.ether_R")}
+    up = {size for name, size in sizes.items() if ".fc" in name and name.endswith(".ether_R")}
+    return bool(down) and down == up
+
+
+def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
+    """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit."""
+    KINDS[adapter.kind].add(model, adapter.config)
+    expected = adapter_parameters(model)
+    problems = [name for name in expected.keys() ^ adapter.state.keys()]
+    problems += [n for n in expected.keys() & adapter.state.keys() if expected[n].shape != adapter.state[n].shape]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first"
+        )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            tensor = adapter.state[name]
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{source}: {name} is not finite; the run that wrote it diverged")
+            parameter.copy_(tensor)
+
+
+def check_base(adapter: AdapterFile, checkpoint_dir: Path | str, *, source: Path | str) -> None:
+    """Raise where the adapter was trained on another base; the original code's files do not say."""
+    if not adapter.base:
+        print(f"{source} has no config: read as an original {adapter.config.Htype} adapter, n = {adapter.config.nb}")
+        return
+    found = fingerprint(load_state(Path(checkpoint_dir) / WEIGHTS))
+    if found != adapter.base["fingerprint"]:
+        raise ValueError(
+            f"{source} belongs to another base model: {adapter.base['name']} ({adapter.base['fingerprint']}), "
+            f"while {checkpoint_dir} holds {found}; give --checkpoint_dir the folder that it was trained on"
+        )
+
+
+def open_adapter(ether_path: Path | str | None, lora_path: Path | str | None) -> tuple[AdapterFile, Path] | None:
+    """The adapter that one of ``--ether_path`` and ``--lora_path`` names, with its path; None where neither does."""
+    if ether_path and lora_path:
+        raise ValueError("give --ether_path or --lora_path, not both")
+    path, kind = (ether_path, "ether") if ether_path else (lora_path, "lora")
+    return (load_adapter(path, kind), Path(path)) if path else None
+
+
+def load_adapted_model(
+    checkpoint_dir: Path | str,
+    precision: str = "32-true",
+    *,
+    ether_path: Path | str | None = None,
+    lora_path: Path | str | None = None,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """A base-shaped folder's model, with an unmerged adapter where a path is given; in evaluation mode."""
+    found = open_adapter(ether_path, lora_path)
+    if found:
+        check_base(found[0], checkpoint_dir, source=found[1])
+    model = load_model(checkpoint_dir, precision, device=device)
+    if found:
+        attach_adapter(model, found[0], source=found[1])
+    return model.eval()
+
+
+def adapted_prompt_style(
+    checkpoint_dir: Path | str, *, ether_path: Path | str | None = None, lora_path: Path | str | None = None
+) -> str:
+    """The prompt style of an adapter, or of the folder where there is no adapter or it does not say."""
+    found = open_adapter(ether_path, lora_path)
+    return (found and found[0].prompt_style) or load_prompt_style(checkpoint_dir)
+
+
+def merge_adapter(
+    *,
+    kind: str,
+    path: Path | str,
+    checkpoint_dir: Path | str,
+    out_dir: Path | str | None,
+    precision: str,
+    overwrite: bool,
+) -> None:
+    """Write a base-shaped folder with the adapter merged: computed in fp32, cast once to ``precision``.
+
+    Args:
+        kind: of the adapter.
+        path: the adapter file.
+        checkpoint_dir: its base.
+        out_dir: the folder to write; ``merged`` beside the adapter file by default.
+        precision: of the written weights.
+        overwrite: write into a folder that holds a model already.
+    """
+    dtype = weights_dtype(precision)
+    adapter = load_adapter(path, kind)
+    out_dir = Path(out_dir or Path(path).parent / "merged")
+    with staged_dir(out_dir, overwrite) as staging:
+        check_base(adapter, checkpoint_dir, source=path)
+        model = load_model(checkpoint_dir, "32-true")
+        attach_adapter(model, adapter, source=path)
+        probe = torch.arange(64).remainder(model.config.vocab_size)[None]
+        before = _logits(model, probe)
+        merge_adapter_weights(model)
+        gap = _relative(_logits(model, probe), before)
+        print(f"merged in fp32: logits of a probe differ from the unmerged model's by {gap:.1e} relative")
+        own = adapter_parameters(model)
+        model.to(dtype)
+        copy_side_files(checkpoint_dir, staging)
+        write_json(staging / CONFIG, model.config.to_dict())
+        if adapter.prompt_style:
+            save_prompt_style(staging, adapter.prompt_style)
+        save_state({name: t for name, t in model.state_dict().items() if name not in own}, staging / WEIGHTS)
+        if dtype != torch.float32:  # the products stay fp32: this is what rounding the weights does, alone
+            gap = _relative(_logits(model.float(), probe), before)
+            print(f"weights cast to {precision}: logits differ by {gap:.1e}")
+    print(f"merged model: {out_dir}\ntalk to it: python chat/base.py --checkpoint_dir {out_dir}")
+
+
+@torch.no_grad()
+def _logits(model: GPT, idx: Tensor) -> Tensor:
+    return model(idx).float()
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()

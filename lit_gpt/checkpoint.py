@@ -1,0 +1,252 @@
+"""Folders and files: check, load, save.
+
+Notable choices:
+- Every file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
+- Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
+- A base-shaped folder holds ``lit_model.pth``, ``lit_config.json`` and a tokenizer; what a merge or a full finetuning
+  writes has the same shape, so that every script takes either.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_gpt.config import Config
+from lit_gpt.model import GPT
+
+WEIGHTS = "lit_model.pth"
+CONFIG = "lit_config.json"
+PROMPT_STYLE = "prompt_style.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""What ``--precision`` may say, and the dtype of the weights."""
+MIXED_PRECISIONS = ("bf16-mixed", "16-mixed")
+"""For training also: fp32 weights, products in half precision."""
+
+# What a base-shaped folder holds beside its weights, and what a copy of it needs.
+SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
+)  # fmt: skip
+# What marks a folder as somebody's result: not to be written into without --overwrite.
+RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
+
+
+def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
+    """The dtype of the weights under ``precision``; ``mixed`` allows the mixed ones, whose weights are fp32."""
+    if mixed and precision in MIXED_PRECISIONS:
+        return torch.float32
+    if precision not in PRECISIONS:
+        choices = (*PRECISIONS, *MIXED_PRECISIONS) if mixed else PRECISIONS
+        raise ValueError(f"--precision {precision} is unknown here; choices: {', '.join(choices)}")
+    return PRECISIONS[precision]
+
+
+def choose_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
+    """Return the folder as a ``Path``.
+
+    Raises:
+        FileNotFoundError: where it is not a base-shaped folder; says what is missing and the command that makes it.
+    """
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        known = sorted(str(path.parent) for path in Path("checkpoints").glob(f"*/*/{WEIGHTS}"))
+        have = f"; folders at hand: {', '.join(known)}" if known else ""
+        raise FileNotFoundError(
+            f"{folder} is not a folder{have}; get a model with `python scripts/download.py --repo_id ORG/NAME`"
+        )
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        missing.append(" or ".join(TOKENIZERS))
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; make it with "
+            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` from Hugging Face files"
+        )
+    return folder
+
+
+def load_config(checkpoint_dir: Path | str) -> Config:
+    """The ``Config`` of a base-shaped folder."""
+    return Config.from_json(Path(checkpoint_dir) / CONFIG)
+
+
+def load_state(path: Path | str) -> dict[str, Any]:
+    """Load a ``.pth`` file memory-mapped, tensors and plain types only.
+
+    Raises:
+        FileNotFoundError, ValueError: one line that names the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
+
+
+def load_model(
+    checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu", mixed: bool = False
+) -> GPT:
+    """The model of a base-shaped folder, in evaluation mode.
+
+    Args:
+        checkpoint_dir: the folder.
+        precision: of the weights, a key of ``PRECISIONS``.
+        device: where they go.
+        mixed: allow the mixed precisions, whose weights are fp32.
+    """
+    dtype = weights_dtype(precision, mixed=mixed)
+    folder = check_checkpoint_dir(checkpoint_dir)
+    warn_of_slow_products(precision, torch.device(device))
+    with torch.device("meta"):
+        model = GPT(load_config(folder))
+    fill_model(model, load_state(folder / WEIGHTS), source=folder / WEIGHTS)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def warn_of_slow_products(precision: str, device: torch.device) -> None:
+    """Say so where this CPU has no instructions for the precision: its products then take 10 times as long and more."""
+    kind = precision.split("-")[0]
+    supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    if device.type == "cpu" and kind in supported and not supported[kind]():
+        print(
+            f"this CPU has no {precision} products and is slow at them; --precision 32-true is faster", file=sys.stderr
+        )
+
+
+def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Give a model on the meta device its weights; ``source`` is named where keys or shapes do not fit exactly."""
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{source} does not hold the weights that {CONFIG} describes: {reason}") from error
+    model.tie_weights()
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A short hash of a model's weights, which tells base models apart.
+
+    Names, shapes and three runs of 256 values of each tensor: a memory-mapped file of any size takes a moment.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        flat = state[name].detach().flatten()
+        digest.update(f"{name} {tuple(state[name].shape)}".encode())
+        for start in (0, flat.numel() // 2, max(0, flat.numel() - 256)):
+            digest.update(flat[start : start + 256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_state(state: Mapping[str, Any], path: Path | str) -> None:
+    """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once."""
+    with atomic_write(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON; an error is one line that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def prepare_out_dir(out_dir: Path | str, overwrite: bool = False) -> Path:
+    """Check that a folder may be written into; it is made when the first file is.
+
+    Raises:
+        FileExistsError: it holds a model, a finished run or prepared data, and ``overwrite`` is not set.
+    """
+    folder = Path(out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, a folder was expected")
+    found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
+    if found and not overwrite:
+        raise FileExistsError(f"{folder} already holds {found[0]}; choose another folder or give --overwrite true")
+    return folder
+
+
+@contextmanager
+def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last."""
+    folder = prepare_out_dir(out_dir, overwrite).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        staging = Path(name)
+        yield staging
+        folder.mkdir(exist_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == WEIGHTS):
+            path.replace(folder / path.name)
+
+
+def copy_side_files(source: Path | str, destination: Path | str) -> None:
+    """Copy what a base-shaped folder holds beside its weights."""
+    Path(destination).mkdir(parents=True, exist_ok=True)
+    for pattern in SIDE_FILES:
+        for path in Path(source).glob(pattern):
+            shutil.copyfile(path, Path(destination) / path.name)
+
+
+def save_prompt_style(checkpoint_dir: Path | str, style: str) -> None:
+    """Record the prompt style that a model was finetuned with."""
+    write_json(Path(checkpoint_dir) / PROMPT_STYLE, {"style": style})
+
+
+def load_prompt_style(checkpoint_dir: Path | str) -> str:
+    """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
+    folder = Path(checkpoint_dir)
+    if (folder / PROMPT_STYLE).is_file():
+        return read_json(folder / PROMPT_STYLE)["style"]
+    settings = folder / "tokenizer_config.json"
+    template = settings.is_file() and read_json(settings).get("chat_template")
+    return "chat" if template or (folder / "chat_template.jinja").is_file() else "plain"

@@ -1,0 +1,85 @@
+"""The one command line: every script hands its ``setup`` function to ``run``.
+
+Flags, their types, defaults and help come from the function's signature and the dataclasses in it, through
+jsonargparse; ``--config file.yaml``, ``--print_config`` and ``--help`` work everywhere. A user's mistake ends in one
+line on stderr and a non-zero exit; ``--debug`` shows the traceback, which our own bugs (any other exception) always do.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import SecretStr as Secret
+
+__all__ = ["Secret", "build_parser", "run"]
+
+# What a person can cause and cure; anything else that escapes is a bug of ours and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def build_parser(setup: Callable) -> ArgumentParser:
+    """The parser of a script.
+
+    Args:
+        setup: the script's function; its keyword arguments become flags, dataclass arguments become groups.
+    """
+    summary = (setup.__doc__ or "").strip().split("\n")[0]
+    parser = ArgumentParser(description=summary, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the flags below.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.add_function_arguments(setup, as_group=False)
+    return parser
+
+
+def run(setup: Callable, args: Sequence[str] | None = None) -> None:
+    """Parse the command line, call ``setup``, and exit with one line where a person can cure what went wrong.
+
+    Args:
+        setup: the script's function.
+        args: the command line, ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: 1 after a user's error, 2 after a mistake on the command line.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    parser = build_parser(setup)
+    quiet_libraries()
+    try:
+        parsed = parser.parse_args(args)
+        values = parser.instantiate_classes(parsed).as_dict()
+    except ArgumentError as error:
+        fail(f"{one_line(error)} (--help lists the flags)", code=2)
+    for name in ("config", "debug"):
+        values.pop(name)
+    try:
+        setup(**values)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`... | head`): nothing is wrong, and there is no one left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        if parsed.debug:
+            raise
+        fail(one_line(error), code=1)
+
+
+def fail(message: str, *, code: int) -> None:
+    """Print ``message`` as the one line that explains the end, and exit with ``code``."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line; its type where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def quiet_libraries() -> None:
+    """Drop the libraries' advice that no one here can act on."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

@@ -1,0 +1,314 @@
+"""ETHER, ETHER+ and OFT as layers: configure, add, mark, merge, filter.
+
+    model = GPT(Config.from_name("Llama-2-7b-hf"))
+    add_ether(model, EtherConfig(Htype="etherplusHH", nb=32, query=True, value=True))
+    mark_only_ether_as_trainable(model)
+
+Notable choices:
+- Adapters act on activations, y = R_out(W(R_in x)) + b: W is read, never transformed.
+- One-sided methods act on the output of q, k and v and on the input of every other Linear, as the original code does.
+- Adapter parameters are fp32 also over a half-precision base: late, small updates would be rounded away.
+- Parameter names and shapes are the original code's: ``ether_R``, ``ether_R2`` hold u and v of the first side,
+  ``ether_R3``, ``ether_R4`` those of the second; for a plain Linear the first side is the input (the output if
+  flipped), for the fused q, k, v it is the output, their names end in q, k, v, and their shapes begin with 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.adapter import (
+    AdapterLayer,
+    Part,
+    linear_targets,
+    mark_only_adapter_as_trainable,
+    merge_adapter_weights,
+    replace_targets,
+)
+from lit_gpt.model import GPT, QKVLinear
+from lit_gpt.reflections import cayley, published_rotate, published_update, reflect, reflect_plus, rotate
+
+Vectors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Attributes:
+        tensors: parameters of one side: u; u and v; or A.
+        two_sided: transforms both sides of W.
+        apply: R x from blocked activations (..., n, b), the side's parameters and the blocks to keep.
+        apply_transposed: R^T x, what a weight's rows take.
+        matrices: the parameters are (n, b, b), not (n, b).
+    """
+
+    tensors: int
+    two_sided: bool
+    apply: Callable[[Tensor, Vectors, Tensor | None], Tensor]
+    apply_transposed: Callable[[Tensor, Vectors, Tensor | None], Tensor]
+    matrices: bool = False
+
+
+def _ether(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
+    return reflect(x, *vectors, keep=keep)
+
+
+def _ether_plus(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
+    return reflect_plus(x, *vectors, keep=keep)
+
+
+def _rotation(vectors: Vectors, keep: Tensor | None) -> Tensor:
+    a = vectors[0]
+    return cayley(a if keep is None else a * keep.unsqueeze(-1))  # A = 0 is the identity
+
+
+def _oft(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
+    return rotate(x, _rotation(vectors, keep))
+
+
+def _oft_transposed(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
+    return rotate(x, _rotation(vectors, keep).mT)
+
+
+METHODS = {
+    "ether": Method(1, False, _ether, _ether),
+    "etherplus": Method(2, False, _ether_plus, _ether_plus),
+    "etherplusHH": Method(2, True, _ether_plus, _ether_plus),
+    "oft": Method(1, False, _oft, _oft_transposed, matrices=True),
+}
+BLOCK_LAYOUTS = ("diagonal", "published")
+
+
+@dataclass
+class EtherConfig:
+    """What is adapted, and how."""
+
+    Htype: str = "ether"
+    """``ether``, ``etherplus`` (one-sided), ``etherplusHH`` (two-sided) or ``oft``."""
+    nb: int = 1
+    """Number of diagonal blocks, n."""
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False
+    mlp: bool = False
+    head: bool = False
+    dropout: float = 0.0
+    """Dropout on the layer's input, as published."""
+    block_dropout: float = 0.0
+    """Probability with which a block's R is replaced by I while training; no small change for ``ether``."""
+    flip_side: bool = False
+    """Move the one-sided transform of a non-square Linear (q, k and v aside) to its smaller side."""
+    block_layout: str = "diagonal"
+    """``diagonal``, or ``published``: what the original code does on the input side for n > 1."""
+
+    def __post_init__(self) -> None:
+        if self.Htype not in METHODS:
+            raise ValueError(f"Htype '{self.Htype}' is unknown; choices: {', '.join(METHODS)}")
+        if self.block_layout not in BLOCK_LAYOUTS:
+            raise ValueError(f"block layout '{self.block_layout}' is unknown; choices: {', '.join(BLOCK_LAYOUTS)}")
+        if self.nb < 1:
+            raise ValueError(f"the number of blocks must be at least 1, got {self.nb}")
+        for name in ("dropout", "block_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.flip_side and METHODS[self.Htype].two_sided:
+            raise ValueError(f"flip_side moves a one-sided transform; {self.Htype} acts on both sides")
+
+
+class EtherLayer(AdapterLayer):
+    """A Linear whose rows are transformed by ETHER, ETHER+ or OFT, part by part."""
+
+    def set_up(self, base: nn.Linear, config: EtherConfig, targets: set[str]) -> None:
+        """Adopt ``base`` and make the parameters of each part and side."""
+        self.adopt(base, targets)
+        self.ether_config = config
+        self.method = METHODS[config.Htype]
+        self.sides = side_order(base, config)
+        # fp64 stays fp64 (gradient checks); every half precision gets fp32 masters.
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        for part in self.parts:
+            for side in self.sides if part.adapted else ():
+                size = self.in_features if side == "input" else part.size
+                block = size // config.nb
+                shape = (config.nb, block, block) if self.method.matrices else (config.nb, block)
+                for name in self.names(part, side):
+                    tensor = torch.empty(self.lead + shape, device=base.weight.device, dtype=dtype)
+                    self.register_parameter(name, nn.Parameter(tensor))
+        self.reset_parameters()
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """How the original's shapes begin: with 1 in the fused q, k, v."""
+        return (1,) if len(self.parts) > 1 else ()
+
+    def names(self, part: Part, side: str) -> list[str]:
+        """Names of the parameters of one side of one part."""
+        first = 2 * self.sides.index(side)
+        return [f"ether_R{'' if k == 0 else k + 1}{part.suffix}" for k in range(first, first + self.method.tensors)]
+
+    def vectors(self, part: Part, side: str) -> Vectors:
+        """The parameters of one side of one part: (n, b) vectors or (n, b, b) matrices."""
+        return tuple(getattr(self, name).flatten(0, len(self.lead)) for name in self.names(part, side))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start: u as the original code does (which its learning rates depend on), v = -u, A = 0."""
+        if not hasattr(self, "method"):
+            return  # nn.Linear's constructor calls this before there is anything to draw
+        for part in self.parts:
+            for side in self.sides if part.adapted else ():
+                first, *rest = (getattr(self, name) for name in self.names(part, side))
+                if self.method.matrices:
+                    first.zero_()
+                    continue
+                # kaiming_uniform(a=sqrt(5)) of a (1, n, b) tensor sees a fan-in of n b; of an (n, b) one, of b.
+                bound = 1 / math.sqrt(first.size(-1) * (first.size(-2) if self.lead else 1))
+                first.uniform_(-bound, bound)
+                for second in rest:
+                    second.copy_(-first)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """y = R_out(W(R_in x)) + b for each part."""
+        x = F.dropout(x, self.ether_config.dropout, self.training)
+        if "input" in self.sides:
+            outputs = [self.product(part, x) for part in self.parts]
+        else:  # every part reads the same x: one product
+            outputs = list(F.linear(x, self.weight).split([part.size for part in self.parts], dim=-1))
+        for index, part in enumerate(self.parts):
+            if part.adapted and "output" in self.sides:
+                outputs[index] = self.transform(part, "output", outputs[index])
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, part: Part, x: Tensor) -> Tensor:
+        """W R_in x of one part, without its bias."""
+        weight = self.weight[part.rows]
+        if not part.adapted:
+            return F.linear(x, weight)
+        if not self.published:
+            return F.linear(self.transform(part, "input", x), weight)
+        vectors, keep = self.vectors(part, "input"), self.draw_blocks()
+        if self.method.matrices:
+            return published_rotate(x, weight, _rotation(vectors, keep))
+        update = published_update(x, weight, *vectors).unflatten(-1, (self.ether_config.nb, -1))
+        return F.linear(x, weight) + (update if keep is None else update * keep).flatten(-2).to(x.dtype)
+
+    @property
+    def published(self) -> bool:
+        """The input side is in the original code's layout (which for one block is the diagonal one)."""
+        return self.ether_config.block_layout == "published" and self.ether_config.nb > 1
+
+    def transform(self, part: Part, side: str, x: Tensor) -> Tensor:
+        """R x on one side of one part: (..., size) to (..., size)."""
+        blocks = x.unflatten(-1, (self.ether_config.nb, -1))
+        return self.method.apply(blocks, self.vectors(part, side), self.draw_blocks()).flatten(-2)
+
+    def draw_blocks(self) -> Tensor | None:
+        """(n, 1), zero for the blocks dropped in this pass; None where none is."""
+        p = self.ether_config.block_dropout
+        if p == 0.0 or not self.training:
+            return None
+        return (torch.rand(self.ether_config.nb, 1, device=self.weight.device) >= p).float()
+
+    def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
+        """R_out W R_in of one part: rows take R_in's transpose, columns take R_out."""
+        n = self.ether_config.nb
+        if "input" in self.sides:
+            vectors = self.vectors(part, "input")
+            if self.published:  # row group r meets R_r in each of its n chunks
+                groups = rows.unflatten(0, (n, -1)).unflatten(-1, (n, -1)).permute(1, 2, 0, 3)  # (f/n, j, r, b)
+                turned = self.method.apply_transposed(groups, vectors, None)
+                rows = turned.permute(2, 0, 1, 3).flatten(-2).flatten(0, 1)
+            else:
+                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors, None).flatten(-2)
+        if "output" in self.sides:
+            columns = rows.T.unflatten(-1, (n, -1))
+            rows = self.method.apply(columns, self.vectors(part, "output"), None).flatten(-2).T
+        return rows
+
+
+class EtherLinear(EtherLayer):
+    """Any Linear but the fused q, k, v."""
+
+    def __init__(self, base: nn.Linear, config: EtherConfig, targets: set[str]) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.set_up(base, config, targets)
+
+
+class EtherQKVLinear(EtherLayer, QKVLinear):
+    """The fused q, k, v, each with an adapter of its own."""
+
+    def __init__(self, base: QKVLinear, config: EtherConfig, targets: set[str]) -> None:
+        QKVLinear.__init__(self, base.config, device="meta")
+        self.set_up(base, config, targets)
+
+
+def side_order(linear: nn.Linear, config: EtherConfig) -> tuple[str, ...]:
+    """The sides of a Linear that are transformed, in the order in which the original code numbers them."""
+    if isinstance(linear, QKVLinear):
+        sides = ("output", "input")
+    else:
+        flipped = config.flip_side and linear.out_features < linear.in_features
+        sides = ("output", "input") if flipped else ("input", "output")
+    return sides if METHODS[config.Htype].two_sided else sides[:1]
+
+
+def add_ether(model: GPT, config: EtherConfig) -> None:
+    """Put ETHER layers in the place of the Linears that the config's targets name.
+
+    Args:
+        model: on any device, the meta device included; base keys stay as they are.
+        config: method, blocks, targets.
+
+    Raises:
+        ValueError: no target is enabled, or the blocks do not divide a size (names the module and the legal n).
+    """
+    check_blocks(model, config)
+
+    def build(linear: nn.Linear, targets: set[str]) -> EtherLayer:
+        layer = EtherQKVLinear if isinstance(linear, QKVLinear) else EtherLinear
+        return layer(linear, config, targets)
+
+    replace_targets(model, config, build)
+
+
+def check_blocks(model: GPT, config: EtherConfig) -> None:
+    """Raise unless n cuts every adapted side into blocks of at least 2 (a block of 1 has nothing to learn)."""
+    sizes: dict[str, int] = {}
+    for name, _, _, linear, targets in linear_targets(model, config):
+        sides = side_order(linear, config)
+        heights = {name: linear.out_features}
+        if isinstance(linear, QKVLinear):
+            rows = {"query": linear.config.q_size, "key": linear.config.kv_size, "value": linear.config.kv_size}
+            heights = {f"{name} ({target})": rows[target] for target in rows if target in targets}
+        for part, height in heights.items():
+            if "input" in sides:
+                sizes[f"{part} input"] = linear.in_features
+                if config.block_layout == "published" and config.nb > 1:
+                    sizes[f"{part} rows"] = height
+            if "output" in sides:
+                sizes[f"{part} output"] = height
+    shared = math.gcd(*sizes.values())
+    legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
+    if sizes and config.nb not in legal:
+        module, size = next((m, s) for m, s in sizes.items() if s % config.nb or s // config.nb < 2)
+        raise ValueError(
+            f"{config.nb} blocks do not divide {module} of size {size} into blocks of 2 or more; "
+            f"legal for all chosen targets: {', '.join(map(str, legal))}"
+        )
+
+
+def ether_filter(name: str, _: Any = None) -> bool:
+    """Whether a parameter's name is an ETHER, ETHER+ or OFT parameter's."""
+    return ".ether_R" in name
+
+
+mark_only_ether_as_trainable = mark_only_adapter_as_trainable
+merge_ether_weights = merge_adapter_weights

@@ -1,0 +1,188 @@
+"""One token stream for training samples, chat and evaluation, and the text stream made of it.
+
+- The prompt is prefilled in one pass, which computes the logits of its last position alone; each further token is one
+  step on the key/value cache.
+- Greedy decoding is a named branch (``temperature == 0``), not a division by something tiny. Sampling draws from a
+  ``torch.Generator`` of its own, so a sample taken during training leaves the order of the data untouched.
+- Ids that only pad the embedding (``config.vocab_size`` and above) are never chosen.
+- Whoever stops listening early, by ``break`` or by an exception, leaves the model as it was.
+"""
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_gpt.model import GPT
+    from lit_gpt.tokenizer import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def generate(
+    model: "GPT",
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    seed: int = 1234,
+    generator: torch.Generator | None = None,
+    cached: list[int] | None = None,
+) -> Iterator[int]:
+    """Yield the ids that follow a prompt, one by one.
+
+    The stream ends before a stop id, after ``max_new_tokens``, or where prompt and answer together fill the context.
+
+    Args:
+        model: a GPT, with or without adapters. While the stream is open it is in eval mode and owns the model's cache.
+        prompt_ids: at least one id.
+        max_new_tokens: the most ids to yield.
+        temperature: 0 takes the likeliest id; above, logits are divided by it.
+        top_k: draw from this many likeliest ids.
+        top_p: draw from the smallest set of likeliest ids that holds this much probability.
+        stop_ids: ids that end the answer; they are not yielded.
+        seed: of a fresh generator, where none is given.
+        generator: source of randomness on the model's device, for several answers in a row.
+        cached: for a conversation: the ids that the model's cache holds, an empty list at first, kept up to date. The
+            cache then stays when the stream ends, and the next prompt is computed from where it differs.
+
+    Raises:
+        ValueError: at once, not at the first id: an empty prompt, one longer than the context, a setting out of range.
+    """
+    context, prompt = model.config.block_size, list(prompt_ids)
+    if not prompt:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if len(prompt) > context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if generator is None and temperature > 0:
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    limit = min(max_new_tokens, context - len(prompt))
+    return _stream(model, prompt, choose, limit=limit, stop_ids=frozenset(stop_ids), cached=cached)
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise one ``ValueError`` that names every setting out of range."""
+    problems = []
+    if max_new_tokens < 0:
+        problems.append(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k must be 1 or more, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+@torch.no_grad()  # on a generator function torch holds it only while the body runs, never while the consumer does
+def _stream(
+    model: "GPT",
+    prompt: list[int],
+    choose: Callable[[Tensor], Tensor],
+    *,
+    limit: int,
+    stop_ids: frozenset[int],
+    cached: list[int] | None,
+) -> Iterator[int]:
+    """The loop behind ``generate``; every argument is checked."""
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]  # adapters may differ from the rest
+    model.eval()
+    try:
+        held = _open_cache(model, prompt, limit=limit, cached=cached)
+        new = prompt[len(held) :]
+        idx = torch.tensor([new], device=device)  # (1, T), later (1, 1)
+        for _ in range(limit):
+            hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
+            held += new
+            logits = model.lm_head(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
+            idx = choose(logits).view(1, 1)
+            new = [idx.item()]
+            if new[0] in stop_ids:
+                return
+            yield new[0]
+    finally:
+        if cached is None:
+            model.clear_kv_cache()
+        for module in training:
+            module.training = True
+
+
+def _open_cache(model: "GPT", prompt: list[int], *, limit: int, cached: list[int] | None) -> list[int]:
+    """Make room for prompt and answer; return the ids of the prompt that the cache holds already, never all of it."""
+    need = len(prompt) + limit
+    if cached is None:
+        model.set_kv_cache(batch_size=1, max_seq_length=need)
+        return []
+    cache = model.transformer.h[0].attn.kv_cache
+    if cache is None or cache.k.size(2) < need:
+        # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
+        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if cached else need))
+        cached.clear()
+    differs = enumerate(map(operator.ne, cached, prompt[:-1]))
+    del cached[next((i for i, different in differs if different), len(prompt) - 1) :]
+    return cached
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose one id from logits (V,), as a tensor of one element."""
+    if temperature == 0:
+        return logits.argmax()
+    logits, ids = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or len(logits), len(logits)))  # likeliest first
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    pick = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    return pick if ids is None else ids[pick]
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of likeliest ids that holds ``top_p`` of the probability; the rest become -inf.
+
+    Args:
+        logits: (K,), in descending order.
+    """
+    probs = logits.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # probability of everything likelier
+    return logits.masked_fill(before >= top_p, -torch.inf)
+
+
+def stream_text(tokenizer: "Tokenizer", tokens: Iterable[int]) -> Iterator[str]:
+    """Turn a stream of ids into pieces of text whose concatenation is ``tokenizer.decode`` of all ids.
+
+    All ids so far are decoded anew each time (a tokenizer's first space, special tokens and merged bytes depend on
+    what stands before), and only text that no later id can change is shown: a character spread over several ids
+    comes when it is complete, and text from byte-fallback ids when their run has ended.
+    """
+    ids: list[int] = []
+    shown, text = "", ""
+    for token in tokens:
+        ids.append(token)
+        before, text = text, tokenizer.decode(ids)
+        unfinished = text.endswith(REPLACEMENT) or token in tokenizer.byte_ids
+        if text != before and not unfinished and text.startswith(shown):
+            if text != shown:
+                yield text[len(shown) :]
+            shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]

@@ -1,0 +1,181 @@
+"""The mathematics of ETHER, ETHER+ and OFT: tensors in, tensors out, and nothing else (2405.20271).
+
+Per block, with hats for unit vectors:
+
+    ETHER   R(u)    = I - 2 u^ u^T                      a Householder reflection
+    ETHER+  R(u, v) = I - u^ u^T + v^ v^T               the identity where v = -u
+    OFT     R(A)    = (I + S)(I - S)^-1, S = (A - A^T)/2     Cayley's rotation
+
+A block-diagonal R is never built for the reflections: R x costs one dot product and one axpy a block. Forward passes
+apply R to activations; merging applies it to the rows or the columns of a weight, with these same functions:
+
+    W R_in: every row r of W becomes R_in^T r         R_out W: every column c of W becomes R_out c
+
+Reflections are symmetric, so R^T = R; for OFT ``rotate`` is given the transpose.
+
+Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors broadcast against it, (n, b) as a rule.
+Half precision is computed in fp32 and rounded once; the result has x's dtype.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unit(u: Tensor) -> Tensor:
+    """Vectors scaled to length one over the last dimension, in fp32 (fp64 for fp64)."""
+    u = u.to(working_dtype(u.dtype))
+    return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, but fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reflect(x: Tensor, u: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """ETHER: x - 2 u^ (u^ . x), block by block.
+
+    Args:
+        x: (..., n, b).
+        u: (n, b), of any length but zero.
+        keep: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
+    """
+    return _Reflection.apply(x, keep, u)
+
+
+def reflect_plus(x: Tensor, u: Tensor, v: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """ETHER+: x + (v^ (v^ . x) - u^ (u^ . x)), block by block; x itself, bit for bit, where v = -u.
+
+    Args: as for ``reflect``, with a second vector.
+    """
+    return _Reflection.apply(x, keep, u, v)
+
+
+def cayley(a: Tensor) -> Tensor:
+    """OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
+    a = a.to(working_dtype(a.dtype))
+    s = (a - a.mT) / 2
+    identity = torch.eye(a.size(-1), device=a.device, dtype=a.dtype)
+    # The two factors commute, so the inverse can stand on the left, where `solve` puts it.
+    return torch.linalg.solve(identity - s, identity + s)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """R x, block by block.
+
+    Args:
+        x: (..., n, b).
+        rotation: (n, b, b).
+    """
+    rotation = rotation.to(x.dtype)  # a product of this size belongs to the dtype that the weights multiply in
+    return torch.einsum("...nb,ncb->...nc", x, rotation)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-1, keepdim=True)
+
+
+def _updates(vectors: tuple[Tensor, ...]) -> tuple[tuple[float, Tensor], ...]:
+    """The factors and unit vectors w of R = I + sum of factor w w^T."""
+    units = [unit(vector) for vector in vectors]
+    return ((-2.0, units[0]),) if len(units) == 1 else ((-1.0, units[0]), (1.0, units[1]))
+
+
+class _Reflection(torch.autograd.Function):
+    """Saves x and the vectors, nothing else; autograd's own graph would keep several tensors of x's size.
+
+    With R = I + sum_k s_k w_k w_k^T and the incoming gradient g:
+        dL/dx = R g
+        dL/dw_k = s_k sum over positions of (w_k . x) g + (w_k . g) x
+        dL/du = (dL/dw - w (w . dL/dw)) / |u|, for w = u / |u|
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, *vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, keep, *vectors)
+        return _apply(x, keep, vectors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, keep, *vectors = ctx.saved_tensors
+        grad_x = _apply(grad, keep, tuple(vectors)) if ctx.needs_input_grad[0] else None
+        dtype = working_dtype(x.dtype)
+        x, grad, grad_vectors = x.to(dtype), grad.to(dtype), []
+        for vector, (factor, w) in zip(vectors, _updates(tuple(vectors)), strict=True):
+            along_x, along_grad = _dot(x, w), _dot(grad, w)
+            if keep is not None:
+                along_x, along_grad = along_x * keep, along_grad * keep
+            grad_w = factor * (along_x * grad + along_grad * x).sum_to_size(w.shape)
+            length = torch.linalg.vector_norm(vector.to(dtype), dim=-1, keepdim=True)
+            grad_vectors.append(((grad_w - w * _dot(w, grad_w)) / length).to(vector.dtype))
+        return grad_x, None, *grad_vectors
+
+
+def _apply(x: Tensor, keep: Tensor | None, vectors: tuple[Tensor, ...]) -> Tensor:
+    """R x. The updates are summed before x is added, each product rounded alone: they cancel exactly at v = -u."""
+    wide = x.to(working_dtype(x.dtype))
+    update: Tensor | None = None
+    for factor, w in _updates(vectors):
+        coefficient = factor * _dot(wide, w)
+        if keep is not None:
+            coefficient = coefficient * keep
+        update = coefficient * w if update is None else update + coefficient * w
+    return (wide + update).to(x.dtype)
+
+
+def published_columns(weight: Tensor, w: Tensor) -> Tensor:
+    """What the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
+
+    The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
+    R_r. With R_r = I + s w w^T this adds s sum_j [W_r (e_j (x) w_r)] (w_r . x_j) to y_r, so the products in brackets
+    are all that has to be known.
+
+    Args:
+        weight: (f, d), row-major.
+        w: (n, b) unit vectors, b = d / n.
+
+    Returns:
+        (n, n, f/n): [r, j, i].
+    """
+    f, _ = weight.shape
+    n, b = w.shape
+    products = torch.bmm(weight.view(n, f, b), w.to(weight.dtype).unsqueeze(-1))  # (n, f/n * n, 1): r; i, j
+    return products.view(n, f // n, n).transpose(1, 2)
+
+
+def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+    """(W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+        vectors: u for ETHER, u and v for ETHER+, (n, b) each.
+
+    Returns:
+        (..., f).
+    """
+    update: Tensor | None = None
+    for factor, w in _updates(vectors):
+        along = torch.einsum("...jb,rb->...rj", x.unflatten(-1, w.shape), w.to(x.dtype))  # (..., r, j)
+        term = factor * torch.einsum("...rj,rji->...ri", along, published_columns(weight, w)).flatten(-2)
+        update = term if update is None else update + term
+    return update
+
+
+def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
+    """W (rotated in the ``published`` layout) x: row group r of W meets I_n (x) R_r.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+        rotation: (n, b, b).
+
+    Returns:
+        (..., f).
+    """
+    n, b, _ = rotation.shape
+    turned = torch.einsum("...jb,rcb->...rjc", x.unflatten(-1, (n, b)), rotation.to(x.dtype)).flatten(-2)
+    return torch.einsum("...rd,rid->...ri", turned, weight.unflatten(0, (n, -1))).flatten(-2)

@@ -1,0 +1,486 @@
+"""The one training loop, for ETHER, OFT, LoRA and full finetuning.
+
+``finetune`` checks everything, loads the base, puts the adapter on, trains, and leaves a run folder:
+
+    lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
+    hparams.yaml                    every setting of the run
+    metrics.csv, loss.png           losses by step
+    summary.json                    what the closing lines say
+    checkpoints/step-N/             the adapter every --train.save_interval steps
+
+Notable choices:
+- The loss is summed over the target tokens of the whole optimizer step and divided once, so that micro-batches of any
+  size give the same gradient; they are formed by length, which wastes little on padding.
+- The order of the samples depends on the seed alone: successive seeded permutations of the data.
+- Validation is the whole held-out set, in order, over all target tokens and over the response's alone.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+from torch import nn
+
+from lit_gpt.adapter import adapters_off, mark_only_adapter_as_trainable
+from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter, save_adapter
+from lit_gpt.checkpoint import (
+    MIXED_PRECISIONS,
+    WEIGHTS,
+    atomic_write,
+    check_checkpoint_dir,
+    copy_side_files,
+    fingerprint,
+    load_config,
+    load_model,
+    load_state,
+    prepare_out_dir,
+    save_prompt_style,
+    save_state,
+    staged_dir,
+    weights_dtype,
+)
+from lit_gpt.data import Sample, collate, load_split, read_data_config
+from lit_gpt.ether import METHODS
+from lit_gpt.model import GPT, IGNORE_INDEX
+from lit_gpt.report import Metrics, peak_memory_bytes, write_summary
+
+
+@dataclass
+class IOArgs:
+    """Where things are."""
+
+    train_data_dir: str
+    """Folder that a prepare script wrote: train.pt, test.pt, data_config.json."""
+    val_data_dir: str | None = None
+    """Folder whose test.pt validates; train_data_dir by default."""
+    checkpoint_dir: str | None = None
+    """The base model; by default the one the data was prepared with."""
+    log_dir: str = "logs"
+    """New run folders are made in here."""
+    out_dir: str | None = None
+    """The run folder itself; by default a new one under log_dir, named for people."""
+    jobnum: str | None = None
+    """Ends the name of the new run folder; the time by default."""
+
+
+@dataclass
+class TrainArgs:
+    """How to train."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached after the warm-up; then a cosine to zero."""
+    global_batch_size: int = 16
+    """Samples of an optimizer step."""
+    micro_batch_size: int = 4
+    """Samples of one forward and backward pass; changes memory and speed, not the result."""
+    epochs: int = 1
+    """How often to go through epoch_size samples."""
+    epoch_size: int | None = None
+    """Samples of an epoch; all of the training data by default."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule ends there too."""
+    lr_warmup_steps: int | None = None
+    """Steps of linear warm-up; by default a tenth of the run, at most 1000."""
+    weight_decay: float | None = None
+    """AdamW's; by default 0 for ETHER and ETHER+, 0.01 for the others."""
+    loss_average: str = "token"
+    """token: over the target tokens of a step; sequence: the mean of micro-batch means, as published."""
+    save_interval: int | None = None
+    """Save the adapter every so many steps; at the end alone by default."""
+
+
+@dataclass
+class EvalArgs:
+    """When to validate; before and after training in any case."""
+
+    interval: int = 100
+    """Validate every so many steps."""
+
+
+@dataclass
+class Job:
+    """What one kind of finetuning differs in.
+
+    Attributes:
+        method: its name, for people.
+        kind: a key of ``adapter_files.KINDS``, or ``full``.
+        adapter: the adapter's config; None for full finetuning.
+        weight_decay: the default.
+        init_from: an adapter file to continue from.
+    """
+
+    method: str
+    kind: str
+    adapter: Any = None
+    weight_decay: float = 0.01
+    init_from: str | None = None
+
+
+@dataclass
+class Plan:
+    """What was worked out from the arguments and the data, before any weight is loaded."""
+
+    base_dir: Path
+    run_dir: Path
+    data: dict[str, Any]
+    train_set: list[Sample]
+    val_set: list[Sample]
+    n_samples: int
+    n_steps: int
+    n_warmup: int
+    weight_decay: float
+    precision: str
+
+
+def finetune(
+    job: Job,
+    *,
+    io: IOArgs,
+    train: TrainArgs,
+    eval: EvalArgs,
+    precision: str,
+    devices: int,
+    num_nodes: int,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """Train one adapter (or the whole model) and leave a run folder.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
+            written then.
+    """
+    plan = make_plan(job, io=io, train=train, precision=precision, processes=devices * num_nodes, overwrite=overwrite)
+    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true")
+    fabric.launch()
+    fabric.seed_everything(seed, verbose=False)
+    model, base = build_model(job, plan, fabric.device)
+    announce(job, plan, train, model, fabric=fabric)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=train.learning_rate, weight_decay=plan.weight_decay
+    )
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    rehearse(fabric, wrapped, plan.train_set, size=train.micro_batch_size)
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), io=vars(io), train=vars(train))
+    settings |= dict(eval=vars(eval), precision=precision, devices=devices, num_nodes=num_nodes, seed=seed)
+    if fabric.is_global_zero:
+        with atomic_write(plan.run_dir / "hparams.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    run = Run(fabric, wrapped, optimizer, job, plan, train, eval, base, seed)
+    run.train_all()
+    run.finish()
+
+
+def make_plan(job: Job, *, io: IOArgs, train: TrainArgs, precision: str, processes: int, overwrite: bool) -> Plan:
+    """Check all arguments together and work out the rest; raises once, with every problem found."""
+    data = read_data_config(io.train_data_dir)
+    train_set = load_split(Path(io.train_data_dir) / "train.pt")
+    val_set = load_split(Path(io.val_data_dir or io.train_data_dir) / "test.pt")
+    base_dir = check_checkpoint_dir(io.checkpoint_dir or data["checkpoint_dir"])
+    stamp = io.jobnum or datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{stamp}"
+    run_dir = prepare_out_dir(io.out_dir or Path(io.log_dir) / name, overwrite)
+    weights_dtype(precision, mixed=True)
+    n_samples = train.epochs * (train.epoch_size or len(train_set))
+    n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
+    if train.max_steps is not None:
+        n_steps = min(n_steps, train.max_steps)
+    n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
+    decay = job.weight_decay if train.weight_decay is None else train.weight_decay
+    check_train_args(train, n_steps=n_steps, n_warmup=n_warmup, processes=processes)
+    config = load_config(base_dir)
+    longest = max(len(sample["input_ids"]) for sample in train_set + val_set)
+    if longest > config.block_size:
+        raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
+    if job.adapter is not None:
+        with torch.device("meta"):  # targets and blocks are checked here, before any weight is read
+            KINDS[job.kind].add(GPT(config), job.adapter)
+    return Plan(base_dir, run_dir, data, train_set, val_set, n_samples, n_steps, n_warmup, decay, precision)
+
+
+def check_train_args(train: TrainArgs, *, n_steps: int, n_warmup: int, processes: int) -> None:
+    """Raise with every setting that cannot work."""
+    problems = []
+    for name in ("learning_rate", "global_batch_size", "micro_batch_size", "epochs", "epoch_size", "max_steps"):
+        value = getattr(train, name)
+        if value is not None and value <= 0:
+            problems.append(f"--train.{name} must be positive, got {value}")
+    if not problems and train.global_batch_size % (train.micro_batch_size * processes):
+        problems.append(
+            f"--train.global_batch_size {train.global_batch_size} is not a multiple of --train.micro_batch_size "
+            f"{train.micro_batch_size} times {processes} process(es)"
+        )
+    if n_warmup < 0 or n_warmup >= max(1, n_steps):
+        problems.append(
+            f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; lower it or train longer"
+        )
+    if train.loss_average not in ("token", "sequence"):
+        problems.append(f"--train.loss_average {train.loss_average} is unknown; choices: token, sequence")
+    if train.save_interval is not None and train.save_interval < 1:
+        problems.append(f"--train.save_interval must be positive, got {train.save_interval}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def build_model(job: Job, plan: Plan, device: torch.device) -> tuple[GPT, dict[str, str]]:
+    """The base with its adapter, only what trains requiring gradients; and the base's name and fingerprint.
+
+    The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
+    """
+    base = {"name": plan.base_dir.name, "fingerprint": fingerprint(load_state(plan.base_dir / WEIGHTS))}
+    model = load_model(plan.base_dir, plan.precision, mixed=True)
+    if job.adapter is None:
+        model.requires_grad_(True)
+    elif job.init_from:
+        adapter = load_adapter(job.init_from, job.kind)
+        if adapter.config != job.adapter:
+            raise ValueError(f"{job.init_from} is {adapter.config}; the flags ask for {job.adapter}")
+        check_base(adapter, plan.base_dir, source=job.init_from)
+        attach_adapter(model, adapter, source=job.init_from)
+        mark_only_adapter_as_trainable(model)
+    else:
+        KINDS[job.kind].add(model, job.adapter)
+        mark_only_adapter_as_trainable(model)
+    return model.to(device), base
+
+
+def announce(job: Job, plan: Plan, train: TrainArgs, model: nn.Module, *, fabric: Fabric) -> None:
+    """Say what was worked out, before it costs anything."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    fabric.print(
+        f"{job.method} on {plan.base_dir}: {trainable:,} of {everything:,} parameters train, {plan.precision}\n"
+        f"{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; {plan.n_steps} steps of "
+        f"{train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {train.learning_rate:g}, "
+        f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
+    )
+    if job.method == "ether":
+        fabric.print("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
+
+
+def rehearse(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, size: int) -> None:
+    """One discarded forward and backward on the largest batch there can be: a lack of memory shows at once."""
+    largest = sorted(samples, key=lambda sample: len(sample["input_ids"]))[-size:]
+    idx, targets = collate(largest, fabric.device)
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        model.train()
+        fabric.backward(model(idx, targets=targets))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def learning_rate(step: int, *, peak: float, n_warmup: int, n_steps: int) -> float:
+    """Linear warm-up to ``peak``, then a cosine to zero. ``step`` counts from 0; no step is wasted at a rate of 0."""
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    progress = (step - n_warmup) / (n_steps - n_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def sample_order(n_data: int, n_samples: int, *, seed: int) -> list[int]:
+    """Indices of the samples in training order: permutations of the data, one after another, cut at ``n_samples``."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < n_samples:
+        order += torch.randperm(n_data, generator=generator).tolist()
+    return order[:n_samples]
+
+
+def micro_batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Cut a step's samples into micro-batches of similar length."""
+    ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def n_targets(samples: Sequence[Sample]) -> int:
+    """Tokens with a loss; a sample's first token is never predicted."""
+    return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, size: int) -> tuple[float, float]:
+    """Mean loss over all target tokens of the samples, and over the tokens of their responses alone."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)  # loss and count, of all targets and of the responses'
+    for batch in micro_batches(samples, size):
+        idx, targets = collate(batch, fabric.device)
+        _, responses = collate(batch, fabric.device, response_only=True)
+        both = torch.where(targets == IGNORE_INDEX, responses, targets)
+        losses = model(idx, targets=both, reduction="none").double().cpu()  # one for each target in ``both``
+        wanted = both != IGNORE_INDEX
+        for slot, part in ((0, targets), (2, responses)):
+            chosen = (part[wanted] != IGNORE_INDEX).cpu()
+            sums[slot] += losses[chosen].sum()
+            sums[slot + 1] += chosen.sum()
+    model.train()
+    return (sums[0] / sums[1]).item(), (sums[2] / sums[3].clamp(min=1)).item()
+
+
+class Run:
+    """A training run: its position, its counters, and what it writes."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        job: Job,
+        plan: Plan,
+        train: TrainArgs,
+        eval: EvalArgs,
+        base: dict[str, str],
+        seed: int,
+    ) -> None:
+        self.fabric, self.model, self.optimizer, self.job, self.plan = fabric, model, optimizer, job, plan
+        self.args, self.eval, self.base = train, eval, base
+        self.order = sample_order(len(plan.train_set), plan.n_samples, seed=seed)
+        self.metrics = Metrics(plan.run_dir / "metrics.csv") if fabric.is_global_zero else None
+        self.samples = self.tokens = self.targets = self.padded = 0
+        self.train_seconds = 0.0
+        self.before: tuple[float, float] | None = None
+        self.after: tuple[float, float] = (math.nan, math.nan)
+
+    def train_all(self) -> None:
+        """Validate the model that training starts from (the base, not ETHER's first reflection), train, validate."""
+        with adapters_off(self.model) if self.job.init_from is None else nullcontext():
+            self.before = self.after = self.validate(0)
+        for step in range(1, self.plan.n_steps + 1):
+            started = time.perf_counter()
+            loss, rate = self.train_step(step)
+            self.train_seconds += time.perf_counter() - started
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of step {step} is {loss} at a learning rate of {rate:.3g}; lower the rate")
+            self.log(step, loss=loss, learning_rate=rate)
+            if step % self.eval.interval == 0 or step == self.plan.n_steps:
+                self.after = self.validate(step)
+            if self.args.save_interval and step % self.args.save_interval == 0:
+                self.save(self.plan.run_dir / "checkpoints" / f"step-{step:06d}")
+
+    def train_step(self, step: int) -> tuple[float, float]:
+        """One optimizer step; returns its mean loss and its learning rate."""
+        rate = learning_rate(
+            step - 1, peak=self.args.learning_rate, n_warmup=self.plan.n_warmup, n_steps=self.plan.n_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        size = self.args.global_batch_size
+        batch = [self.plan.train_set[i] for i in self.order[(step - 1) * size : step * size]]
+        mine = batch[self.fabric.global_rank :: self.fabric.world_size]
+        micros = list(micro_batches(mine, self.args.micro_batch_size))
+        total, in_all = torch.zeros((), device=self.fabric.device), n_targets(batch)
+        for index, micro in enumerate(micros):
+            idx, targets = collate(micro, self.fabric.device)
+            with self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
+                loss = self.model(idx, targets=targets)
+                if self.args.loss_average == "token":
+                    share = loss / in_all
+                else:
+                    share = loss / n_targets(micro) / (len(micros) * self.fabric.world_size)
+                # Data-parallel processes average their gradients; ours are shares of one sum.
+                self.fabric.backward(share * self.fabric.world_size)
+            total += share.detach()
+            self.padded += idx.numel()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.count(batch, in_all)
+        return self.fabric.all_reduce(total, reduce_op="sum").item(), rate
+
+    def count(self, batch: Sequence[Sample], n_targets: int) -> None:
+        """Keep the books: samples, real tokens, targets."""
+        self.samples += len(batch)
+        self.tokens += sum(len(sample["input_ids"]) for sample in batch)
+        self.targets += n_targets
+
+    def validate(self, step: int) -> tuple[float, float]:
+        """Validate and log; returns the losses over all targets and over responses."""
+        losses = validate(self.fabric, self.model, self.plan.val_set, size=self.args.micro_batch_size)
+        self.log(step, val_loss=losses[0], val_response_loss=losses[1])
+        return losses
+
+    def log(self, step: int, **values: float) -> None:
+        """Write a row of metrics.csv and a line on the screen."""
+        if self.metrics is None:
+            return
+        seconds = self.train_seconds
+        self.metrics.write(step=step, samples=self.samples, tokens=self.tokens, seconds=seconds, **values)
+        if "val_loss" in values:
+            text = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
+        elif step == 1 or step % 10 == 0:
+            speed = self.tokens / max(seconds, 1e-9)
+            left = seconds / step * (self.plan.n_steps - step)
+            text = (
+                f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s  {left:.0f} s left"
+            )
+        else:
+            return
+        print(f"step {step}/{self.plan.n_steps}  {text}", flush=True)
+
+    def save(self, folder: Path) -> int:
+        """Write the result (the adapter, or the whole model as ``final/``) into a folder; returns its bytes."""
+        if not self.fabric.is_global_zero:
+            return 0
+        model, style = self.model.module, self.plan.data["prompt_style"]
+        if self.job.adapter is not None:
+            path = folder / KINDS[self.job.kind].file_name
+            save_adapter(path, model, kind=self.job.kind, config=self.job.adapter, base=self.base, prompt_style=style)
+            return path.stat().st_size
+        with staged_dir(folder / "final", overwrite=True) as staging:
+            copy_side_files(self.plan.base_dir, staging)
+            save_prompt_style(staging, style)
+            save_state(model.state_dict(), staging / WEIGHTS)
+        return (folder / "final" / WEIGHTS).stat().st_size
+
+    def finish(self) -> None:
+        """Save the result and say what came of it."""
+        size = self.save(self.plan.run_dir)
+        if self.metrics is None:
+            return
+        self.metrics.close()
+        seconds = self.train_seconds
+        summary = dict(
+            method=self.job.method,
+            learning_rate=self.args.learning_rate,
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            adapter_bytes=size,
+            val_loss_before=self.before[0],
+            val_loss_after=self.after[0],
+            val_response_loss_before=self.before[1],
+            val_response_loss_after=self.after[1],
+            steps=self.plan.n_steps,
+            samples=self.samples,
+            tokens=self.tokens,
+            target_tokens=self.targets,
+            padding=1 - self.tokens / self.fabric.world_size / max(1, self.padded),
+            seconds=seconds,
+            tokens_per_second=self.tokens / max(seconds, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(),
+            precision=self.plan.precision,
+        )
+        write_summary(self.plan.run_dir, summary, self.metrics)
+        self.next_commands()
+
+    def next_commands(self) -> None:
+        """Say what to type next."""
+        if self.job.adapter is None:
+            print(f"next: python chat/base.py --checkpoint_dir {self.plan.run_dir / 'final'}")
+            return
+        path = self.plan.run_dir / KINDS[self.job.kind].file_name
+        print(
+            f"next: python scripts/merge_{self.job.kind}.py --checkpoint_dir {self.plan.base_dir} "
+            f"--{self.job.kind}_path {path}"
+        )
+
+
+def default_weight_decay(method: str) -> float:
+    """0 for ETHER and ETHER+, whose vectors' lengths mean nothing; 0.01 for everything else."""
+    return 0.0 if method in METHODS and not METHODS[method].matrices else 0.01

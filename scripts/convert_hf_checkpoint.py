@@ -1,0 +1,129 @@
+"""Turn a Hugging Face checkpoint into ``lit_model.pth`` and ``lit_config.json``, written beside it.
+
+Reads ``.safetensors`` or, where there are none, ``.bin`` files, in one piece or in shards. Weights keep the type they
+are stored in unless ``--dtype`` says otherwise. Files are memory-mapped: only the attention's weights, which get a new
+layout, are held in memory. Converting again gives the same files.
+
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
+"""
+
+import sys
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from lit_gpt.checkpoint import load_state, read_json, save_state, write_json
+from lit_gpt.cli import run
+from lit_gpt.config import Config
+from lit_gpt.hf import State, hf_modules, hf_to_lit
+
+
+def setup(
+    *,
+    checkpoint_dir: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    model_name: str | None = None,
+) -> None:
+    """Convert a Hugging Face checkpoint for finetuning, chat and evaluation.
+
+    Args:
+        checkpoint_dir: the folder with config.json, the weights and the tokenizer.
+        dtype: the type to store weights in; as they are when not given.
+        model_name: the name to remember the model by; the folder's name when not given.
+    """
+    files = weight_files(checkpoint_dir)
+    config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
+    weights: State = {}
+    for file in files:
+        weights |= read_weights(file)
+    weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
+    config = untie_where_different(weights, config)
+    lit = hf_to_lit(weights, config)
+    save_state(lit, checkpoint_dir / "lit_model.pth")
+    write_json(checkpoint_dir / "lit_config.json", config.to_dict())
+    count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
+    print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / 'lit_model.pth'}")
+    print(f"next: python chat/base.py --checkpoint_dir {checkpoint_dir}")
+
+
+def weight_files(checkpoint_dir: Path) -> list[Path]:
+    """The weights' files of a Hugging Face folder: those an index names, or all of one kind.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
+    """
+    again = f"get them with: python scripts/download.py --repo_id {repo_id(checkpoint_dir)}"
+    if not checkpoint_dir.is_dir():
+        raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
+    if not (checkpoint_dir / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
+    for kind, main in (("safetensors", "model"), ("bin", "pytorch_model")):
+        index = checkpoint_dir / f"{main}.{kind}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
+            if absent or not shards:
+                raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
+            return [checkpoint_dir / name for name in shards]
+        # Not every *.safetensors: some repos hold the same weights twice (consolidated.safetensors), or an adapter's.
+        found = sorted(checkpoint_dir.glob(f"{main}*.{kind}"))
+        if found:
+            return found
+    raise FileNotFoundError(f"{checkpoint_dir} has neither model*.safetensors nor pytorch_model*.bin; {again}")
+
+
+def repo_id(checkpoint_dir: Path) -> str:
+    """The repo id to suggest in a message: the last two folder names below ``checkpoints``, else a placeholder."""
+    folder = checkpoint_dir.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.parent.parent.name == "checkpoints" else "ORG/NAME"
+
+
+def read_weights(path: Path) -> State:
+    """Memory-map the tensors of one file.
+
+    Raises:
+        ValueError: the file is corrupt or truncated.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is corrupt or truncated ({error}); download it again") from error
+    if zipfile.is_zipfile(path):
+        return load_state(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # the old format can't be memory-mapped
+    except Exception as error:  # torch raises whatever its reader stumbles on: EOFError, UnpicklingError, KeyError, ...
+        raise ValueError(f"{path} is corrupt or truncated ({type(error).__name__}); download it again") from error
+    warnings.warn(f"{path.name} is in torch's old format, which can't be memory-mapped: it is read whole", stacklevel=2)
+    return state
+
+
+def cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    """The tensor in ``dtype``, and owning its storage: saving a view would save all that it looks at."""
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(getattr(torch, dtype))
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def untie_where_different(weights: State, config: Config) -> Config:
+    """Believe the weights where config.json ties head and embedding and they differ, as transformers does."""
+    modules = hf_modules(config)
+    head, embedding = (weights.get(f"{modules[name][0]}.weight") for name in ("lm_head", "transformer.wte"))
+    if config.tie_embeddings and head is not None and embedding is not None and not torch.equal(head, embedding):
+        print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
+        return replace(config, tie_embeddings=False)
+    return config
+
+
+if __name__ == "__main__":
+    run(setup)

@@ -1,0 +1,104 @@
+"""Turn a base-shaped folder (a base model, a merged one, one trained in full) into a Hugging Face checkpoint.
+
+The folder it writes loads in transformers, vLLM and llama.cpp's converter: ``model.safetensors`` (in shards with an
+index where it is large), ``config.json``, ``generation_config.json`` and the tokenizer's files. Converting a Hugging
+Face checkpoint there and back gives the same tensors, bit for bit.
+
+    python scripts/convert_lit_checkpoint.py --checkpoint_dir path/to/merged_model --out_dir path/to/hf_model
+"""
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from lit_gpt.checkpoint import (
+    CONFIG,
+    atomic_write,
+    check_checkpoint_dir,
+    copy_side_files,
+    load_config,
+    load_state,
+    prepare_out_dir,
+    read_json,
+    staged_dir,
+    write_json,
+)
+from lit_gpt.cli import run
+from lit_gpt.config import Config
+from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
+
+SHARD_SIZE = "5GB"
+
+
+def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:
+    """Write a model in the format of Hugging Face.
+
+    Args:
+        checkpoint_dir: a folder with lit_model.pth and lit_config.json.
+        out_dir: the folder to write.
+        overwrite: replace a model that is already in out_dir.
+    """
+    check_checkpoint_dir(checkpoint_dir)
+    if out_dir.resolve() == checkpoint_dir.resolve():
+        raise ValueError(f"--out_dir {out_dir} is the checkpoint folder itself; name another folder")
+    described = read_json(checkpoint_dir / "config.json") if (checkpoint_dir / "config.json").is_file() else None
+    config = load_config(checkpoint_dir)
+    if described is not None:
+        config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
+    weights = load_state(checkpoint_dir / "lit_model.pth")
+    if config.tie_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+        config = replace(config, tie_embeddings=False)
+    prepare_out_dir(out_dir, overwrite)
+    hf_weights = lit_to_hf(weights, config)
+    with staged_dir(out_dir, overwrite) as staging:
+        copy_side_files(checkpoint_dir, staging)
+        (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
+        described = described or synthesised(checkpoint_dir, config)
+        write_json(staging / "config.json", corrected(described, hf_weights, config))
+        write_weights(hf_weights, staging)
+        current = {path.name for path in staging.iterdir()}
+    for stale in {*out_dir.glob("model*.safetensors*")} - {out_dir / name for name in current}:
+        stale.unlink()  # of a larger model that was here before: transformers would mix them
+    print(f"{config.name}: {config.architecture} -> {out_dir}")
+    print(f"next: AutoModelForCausalLM.from_pretrained('{out_dir}') in transformers, or: vllm serve {out_dir}")
+
+
+def synthesised(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
+    """A config.json for a folder without one; the ids of special tokens are those of its generation_config.json."""
+    path = checkpoint_dir / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    return {**hf_config(config), **ids}
+
+
+def corrected(described: dict[str, Any], hf_weights: State, config: Config) -> dict[str, Any]:
+    """The config.json with what merging may have changed: tied embeddings and the type most weights have."""
+    sizes = Counter()
+    for tensor in hf_weights.values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
+    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: sizes.most_common(1)[0][0]}
+
+
+def write_weights(weights: State, folder: Path) -> None:
+    """Write ``model.safetensors``, or shards of it and their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
+    for name, keys in split.filename_to_tensors.items():
+        with atomic_write(folder / name) as temporary:  # save_file alone makes files that only the owner can read
+            save_file({key: weights[key].contiguous() for key in keys}, temporary, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+if __name__ == "__main__":
+    run(setup)

@@ -1,0 +1,126 @@
+"""Get a model's files from the Hugging Face Hub, or list the models known by name.
+
+Takes what converting needs and nothing else: the configs, the tokenizer, and the weights in one format. A download
+that was cut off goes on where it stopped. A model that is not listed works too where its architecture is supported.
+
+    python scripts/download.py                                                    # lists the known models
+    python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf --from_safetensors true --access_token=<HF_TOKEN>
+"""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from lit_gpt.cli import Secret, run
+from lit_gpt.config import KNOWN_MODELS
+
+WEIGHTS = {True: ("model", ".safetensors"), False: ("pytorch_model", ".bin")}
+SIDE_FILES = (".json", ".model", ".jinja", "merges.txt")
+
+
+def setup(
+    *,
+    repo_id: str | None = None,
+    from_safetensors: bool | None = None,
+    access_token: Secret | None = None,
+    checkpoint_dir: Path = Path("checkpoints"),
+    revision: str | None = None,
+) -> None:
+    """Download a model from the Hugging Face Hub; without --repo_id, list the known models.
+
+    Args:
+        repo_id: the model's name on the Hub, ORG/NAME.
+        from_safetensors: take .safetensors (true) or .bin files (false); .safetensors where there are any by default.
+        access_token: for models that ask for a licence; read from HF_TOKEN when not given.
+        checkpoint_dir: the folder that gets ORG/NAME.
+        revision: a branch, tag or commit other than main.
+    """
+    if repo_id is None:
+        print("\n".join(KNOWN_MODELS))
+        return
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise ValueError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
+    folder = checkpoint_dir / repo_id
+    token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN")
+    fetch(repo_id, folder, from_safetensors=from_safetensors, token=token or None, revision=revision)
+    print(f"{repo_id} -> {folder}")
+    print(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
+
+
+def nearest(repo_id: str) -> str:
+    """The known names that look like ``repo_id``, as the end of a message."""
+    lowered = {name.lower(): name for name in KNOWN_MODELS}
+    found = difflib.get_close_matches(repo_id.lower(), lowered, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(lowered[name] for name in found)}?" if found else ""
+
+
+def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None) -> list[str]:
+    """The files of a repo to download: its top level's configs, tokenizer and weights in one format.
+
+    Raises:
+        ValueError: the repo has no weights, or none in the format asked for.
+    """
+    names = [name for name in names if "/" not in name]
+    have = {
+        kind: [n for n in names if n.startswith(start) and n.endswith(end)] for kind, (start, end) in WEIGHTS.items()
+    }
+    kind = bool(have[True]) if from_safetensors is None else from_safetensors
+    if not have[kind]:
+        what = "{}*{}".format(*WEIGHTS[kind])
+        other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
+        raise ValueError(f"{repo_id} has no {what}{other if have[not kind] else ', so nothing that can be converted'}")
+    return have[kind] + [name for name in names if name.endswith(SIDE_FILES)]
+
+
+def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **options: Any) -> None:
+    """Download a repo's files into ``folder``.
+
+    Args:
+        repo_id: ORG/NAME.
+        folder: where they go.
+        from_safetensors: which format, None for whichever there is.
+        options: ``token`` and ``revision``, as huggingface_hub takes them.
+
+    Raises:
+        OSError, ValueError: one line on what went wrong and what to do.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
+    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    unreachable = (OSError, *(library.TransportError for library in libraries))
+    by_hand = (
+        f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
+        f"hand and go on with: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}"
+    )
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo_id, timeout=30, **options).siblings or []]
+        files = wanted_files(names, repo_id, from_safetensors=from_safetensors)
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=files, **options)
+    except errors.GatedRepoError as error:
+        help_ = "your token has no access" if options["token"] else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
+        raise PermissionError(f"{repo_id} is gated: accept its licence on its page on the Hub; {help_}") from error
+    except errors.RepositoryNotFoundError as error:
+        private = "" if options["token"] else " (or it is private: give --access_token=<HF_TOKEN>)"
+        raise FileNotFoundError(f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}") from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no revision {options['revision']}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
+        raise ConnectionError(f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}") from error
+    except unreachable as error:
+        raise ConnectionError(
+            f"the Hub could not be reached ({type(error).__name__}): check the network and run the command again (what "
+            f"is complete is kept), {by_hand}"
+        ) from error
+
+
+if __name__ == "__main__":
+    run(setup)

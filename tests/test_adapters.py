@@ -1,0 +1,304 @@
+"""ETHER, ETHER+, OFT and LoRA: exact against the dense formula and the original code, and the laws each must keep.
+
+Legend: d in, f out, n blocks, b block size.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_gpt import GPT, Config
+from lit_gpt.adapter import adapter_layers, adapter_parameters, adapters_off, mark_only_adapter_as_trainable
+from lit_gpt.adapter_files import attach_adapter, load_adapter, save_adapter
+from lit_gpt.ether import (
+    METHODS,
+    EtherConfig,
+    add_ether,
+    ether_filter,
+    mark_only_ether_as_trainable,
+    merge_ether_weights,
+)
+from lit_gpt.lora import LoraConfig, add_lora, lora_filter, merge_lora_weights
+from lit_gpt.model import QKVLinear
+from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, unit
+
+GOLDEN = Path(__file__).parent / "golden"
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+SIZES = dict(n_layer=2, n_head=4, n_embd=24, intermediate_size=40, vocab_size=48, block_size=32)
+MODELS = {
+    "mha_bias": dict(
+        norm_class="LayerNorm", mlp_class="GptNeoxMLP", qkv_bias=True, proj_bias=True, mlp_bias=True, lm_head_bias=True
+    ),
+    "gqa_tied": dict(n_query_groups=2, tie_embeddings=True),
+    "mqa_odd_head": dict(n_query_groups=1, head_size=8),
+    "moe": dict(n_query_groups=2, mlp_class="LLaMAMoE", n_expert=3, n_expert_per_token=2),
+}
+IDX = torch.arange(2 * 12).remainder(48).view(2, 12)
+
+
+def build(model: str, method: str, *, dtype=torch.float32, started: bool = False, **options) -> GPT:
+    """A random model with an adapter of random values (as it starts, where ``started``) on the targets given."""
+    torch.manual_seed(0)
+    gpt = GPT(Config(**SIZES, **MODELS[model])).to(dtype)
+    wanted = options.pop("targets", TARGETS)
+    targets = {target: target in wanted for target in TARGETS}
+    if method == "lora":
+        add_lora(gpt, LoraConfig(r=3, **targets))
+    else:
+        add_ether(gpt, EtherConfig(Htype=method, nb=options.pop("nb", 2), **targets, **options))
+    if not started:
+        with torch.no_grad():
+            for parameter in adapter_parameters(gpt).values():
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if method == "lora" else 1.0))
+    return gpt.eval()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+ALL = [*METHODS, "lora"]
+IDENTITY_START = [name for name in ALL if name != "ether"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", IDENTITY_START)
+def test_starts_as_the_base_bit_for_bit(method, model):
+    gpt = build(model, method, started=True)
+    with torch.no_grad(), adapters_off(gpt):
+        base = gpt(IDX)
+    with torch.no_grad():
+        # OFT multiplies by an exact identity matrix and LoRA adds exact zeros, but the fused q, k, v are then three
+        # products: their kernels may sum in another order, while the reflections' arithmetic cancels exactly.
+        assert relative(gpt(IDX), base) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ether_plus_is_the_identity_bit_for_bit_at_its_start(dtype):
+    x, u = torch.randn(5, 3, 7).to(dtype), torch.randn(3, 7)
+    assert torch.equal(reflect_plus(x, u, -u), x)
+
+
+@pytest.mark.parametrize("layout", ["diagonal", "published"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ALL)
+def test_merging_equals_the_forward_pass_and_twice_is_once(method, model, layout):
+    options = {} if method == "lora" else dict(block_layout=layout)
+    gpt = build(model, method, dtype=torch.float64, **options)
+    with torch.no_grad():
+        with adapters_off(gpt):
+            base = gpt(IDX)
+        unmerged = gpt(IDX)
+        assert relative(unmerged, base) > 1e-3, "the adapter does nothing"
+        merge_ether_weights(gpt)
+        assert relative(gpt(IDX), unmerged) < 1e-12
+        state = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+        merge_lora_weights(gpt)  # the same verb
+    assert all(torch.equal(tensor, state[name]) for name, tensor in gpt.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("nb", [1, 2, 4])
+def test_equals_the_dense_block_diagonal_formula(method, nb):
+    """W' = R_out W R_in with R = torch.block_diag(R_1 .. R_n), written out from the paper's equations."""
+    gpt = build("gqa_tied", method, dtype=torch.float64, nb=nb)
+    for name, layer in adapter_layers(gpt):
+        for part in layer.parts:
+            weight = layer.weight[part.rows]
+            for side in layer.sides:
+                vectors = layer.vectors(part, side)
+                blocks = [dense(method, [vector[r] for vector in vectors]) for r in range(nb)]
+                r = torch.block_diag(*blocks)
+                weight = weight @ r if side == "input" else r @ weight
+            merged = layer.merged_rows(part, layer.weight[part.rows])
+            torch.testing.assert_close(merged, weight, rtol=1e-10, atol=1e-12, msg=f"{name}{part.suffix}")
+
+
+def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
+    """One block of R as a matrix."""
+    eye = torch.eye(vectors[0].size(-1), dtype=vectors[0].dtype)
+    if method == "oft":
+        s = (vectors[0] - vectors[0].T) / 2
+        return (eye + s) @ torch.linalg.inv(eye - s)
+    outer = [torch.outer(v, v) / v.dot(v) for v in vectors]
+    return eye - 2 * outer[0] if method == "ether" else eye - outer[0] + outer[1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ALL)
+def test_only_the_adapter_trains_and_all_of_it_does(method, model):
+    gpt = build(model, method)
+    mark_only_ether_as_trainable(gpt)
+    gpt(IDX, targets=IDX).backward()
+    with_gradient = {name for name, p in gpt.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient == set(adapter_parameters(gpt))
+    assert all(ether_filter(name) or lora_filter(name) for name in with_gradient)
+    assert not any("mlp.gate" in name for name in with_gradient)
+
+
+def test_gradients_of_the_reflections_are_exact():
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    u, v = (torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    keep = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, u: reflect(x, u), (x, u))
+    assert torch.autograd.gradcheck(lambda x, u, v: reflect_plus(x, u, v), (x, u, v))
+    assert torch.autograd.gradcheck(lambda x, u, v: reflect_plus(x, u, v, keep=keep), (x, u, v))
+    a = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a: rotate(x, cayley(a)), (x, a))
+
+
+@pytest.mark.parametrize("layout", ["diagonal", "published"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_those_through_the_merged_weight(method, layout):
+    """The activations' side and the weight's side are the same function of the adapter's parameters."""
+    gpt = build("gqa_tied", method, dtype=torch.float64, block_layout=layout, targets=("query", "mlp"))
+    layer = dict(adapter_layers(gpt))[
+        "transformer.h.0.attn.attn" if METHODS[method].two_sided else "transformer.h.0.mlp.fc_1"
+    ]
+    x = torch.randn(5, layer.in_features, dtype=torch.float64)
+    parameters = list(layer.own_parameters().values())
+    weight = torch.cat(
+        [layer.merged_rows(p, layer.weight[p.rows]) if p.adapted else layer.weight[p.rows] for p in layer.parts]
+    )
+    ours = torch.autograd.grad(layer(x).square().sum(), parameters)
+    theirs = torch.autograd.grad((x @ weight.T).square().sum(), parameters)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_ether_and_oft_are_orthogonal_and_ether_plus_is_bounded():
+    x = torch.eye(6, dtype=torch.float64).unsqueeze(1)  # each row a unit vector: the result is R's columns
+    u, v, a = torch.randn(1, 6).double(), torch.randn(1, 6).double(), torch.randn(1, 6, 6).double()
+    for y in (reflect(x, u).squeeze(1), rotate(x, cayley(a)).squeeze(1)):
+        torch.testing.assert_close(y @ y.T, torch.eye(6, dtype=torch.float64))
+    gap = (reflect_plus(x, u, v).squeeze(1) - torch.eye(6)).norm()
+    cosine = (unit(u) * unit(v)).sum()
+    torch.testing.assert_close(gap, (2 * (1 - cosine**2)).sqrt())
+    torch.testing.assert_close(reflect(reflect(x, u), u), x)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ALL)
+def test_half_precision_bases_get_fp32_adapters(method, precision):
+    gpt = build("gqa_tied", method, dtype=precision)
+    assert {p.dtype for p in adapter_parameters(gpt).values()} == {torch.float32}
+    unmerged = gpt(IDX)
+    assert unmerged.dtype == precision
+    merge_ether_weights(gpt)
+    assert relative(gpt(IDX).float(), unmerged.float()) < 0.1  # two roundings of weights of a random model
+    assert {p.dtype for name, p in gpt.named_parameters() if not ether_filter(name) and not lora_filter(name)} == {
+        precision
+    }
+
+
+def test_start_of_u_is_drawn_as_the_original_draws_it():
+    gpt = build("mha_bias", "ether", started=True)
+    for name, layer in adapter_layers(gpt):
+        for own, parameter in layer.own_parameters().items():
+            fused = isinstance(layer, QKVLinear)
+            bound = (parameter.size(-1) * (parameter.size(-2) if fused else 1)) ** -0.5
+            assert parameter.abs().max() <= bound, f"{name}.{own}"
+            assert parameter.abs().max() > 0.8 * bound, f"{name}.{own}"
+
+
+def test_head_adapter_leaves_a_tied_embedding_alone():
+    gpt = build("gqa_tied", "etherplusHH", targets=("head",))
+    embedding = gpt.transformer.wte.weight.clone()
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    merge_ether_weights(gpt)
+    assert torch.equal(gpt.transformer.wte.weight, embedding)
+    assert not torch.equal(gpt.lm_head.weight, embedding)
+    assert not gpt.config.tie_embeddings
+
+
+def test_works_on_the_meta_device_under_unchanged_base_keys():
+    with torch.device("meta"):
+        gpt = GPT(Config.from_name("Llama-2-7b-hf"))
+        base = set(gpt.state_dict())
+        add_ether(gpt, EtherConfig(Htype="etherplusHH", nb=32))
+    mark_only_adapter_as_trainable(gpt)
+    assert set(gpt.state_dict()) - set(adapter_parameters(gpt)) == base
+    assert sum(p.numel() for p in gpt.parameters() if p.requires_grad) == 1_048_576
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(EtherConfig("ether", nb=32), 262_144), (EtherConfig("oft", nb=256), 4_194_304), (LoraConfig(r=8), 4_194_304)],
+)
+def test_parameter_counts_of_llama_2_7b(config, count):
+    with torch.device("meta"):
+        gpt = GPT(Config.from_name("Llama-2-7b-hf"))
+        (add_lora if isinstance(config, LoraConfig) else add_ether)(gpt, config)
+    assert sum(p.numel() for p in adapter_parameters(gpt).values()) == count
+
+
+@pytest.mark.parametrize("block_dropout", [0.0, 0.5])
+def test_dropout_acts_in_training_alone(block_dropout):
+    gpt = build("gqa_tied", "etherplusHH", dropout=0.5 - block_dropout, block_dropout=block_dropout)
+    with torch.no_grad():
+        evaluated = gpt(IDX)
+        assert torch.equal(gpt(IDX), evaluated)
+        assert not torch.equal(gpt.train()(IDX), evaluated)
+
+
+def test_an_adapter_file_carries_itself(tmp_path):
+    config = EtherConfig("etherplusHH", nb=2, query=False, key=True, value=False, mlp=True)
+    gpt = build("gqa_tied", "etherplusHH", targets=("key", "mlp"))
+    save_adapter(
+        tmp_path / "a.pth",
+        gpt,
+        kind="ether",
+        config=config,
+        base=dict(name="x", fingerprint="y"),
+        prompt_style="alpaca",
+    )
+    adapter = load_adapter(tmp_path / "a.pth", "ether")
+    assert (adapter.config, adapter.prompt_style) == (config, "alpaca")
+    torch.manual_seed(0)
+    other = GPT(Config(**SIZES, **MODELS["gqa_tied"])).eval()
+    attach_adapter(other, adapter, source="a.pth")
+    assert torch.equal(other(IDX), gpt(IDX))
+    with pytest.raises(ValueError, match="holds an ETHER adapter; a LoRA one was expected"):
+        load_adapter(tmp_path / "a.pth", "lora")
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:700])
+    with pytest.raises(ValueError, match="a.pth is corrupt, cut short"):
+        load_adapter(tmp_path / "a.pth", "ether")
+
+
+CASES = sorted(path.parent for path in GOLDEN.glob("*/*/hparams.json"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
+    made = json.loads((case / "hparams.json").read_text())
+    adapter = load_adapter(case / "lit_model_ether_finetuned.pth", "ether")
+    flags = (adapter.config.Htype, adapter.config.nb, adapter.config.flip_side, adapter.config.block_layout)
+    assert flags == (made["Htype"], made["ether_nb"], made["flip_side"], "published")
+    gpt = GPT(Config.from_json(case.parent / "lit_config.json")).eval()
+    gpt.load_state_dict(torch.load(case.parent / "lit_model.pth", weights_only=True))
+    attach_adapter(gpt, adapter, source=case)
+    expected = load_file(case / "logits.safetensors")
+    with torch.no_grad():
+        assert relative(gpt(expected["input_ids"]), expected["logits"]) < 1e-5
+        merge_ether_weights(gpt)
+        assert relative(gpt(expected["input_ids"]), expected["merged_logits"]) < 1e-5
+
+
+def test_refusals_say_what_to_do():
+    with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
+        EtherConfig(Htype="etherplusH")
+    with pytest.raises(
+        ValueError, match=r"5 blocks do not divide .* of size .*; legal for all chosen targets: 1, 2, 4, 8"
+    ):
+        build("mha_bias", "ether", nb=5)
+    with pytest.raises(ValueError, match="no adapter target is enabled"):
+        build("mha_bias", "ether", targets=())
+    with pytest.raises(ValueError, match="already has an adapter"):
+        add_lora(build("mha_bias", "ether"), LoraConfig())
+    gpt = build("mha_bias", "ether")
+    next(iter(adapter_parameters(gpt).values())).data.zero_()
+    with pytest.raises(ValueError, match="zero vector"):
+        merge_ether_weights(gpt)

@@ -1,0 +1,395 @@
+"""Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import CASES, build, save
+from safetensors.torch import load_file, save_file
+
+from lit_gpt.checkpoint import load_config, load_state, read_json, save_state, write_json
+from lit_gpt.config import ARCHITECTURES, Config
+from lit_gpt.hf import hf_config, hf_modules, lit_to_hf, parameter_shapes, split_qkv
+from scripts import convert_hf_checkpoint, convert_lit_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def convert(folder: Path, **options) -> dict[str, torch.Tensor]:
+    convert_hf_checkpoint.setup(checkpoint_dir=folder, **options)
+    return load_state(folder / "lit_model.pth")
+
+
+def export(folder: Path, out: Path, tokenizer: Path, **options) -> None:
+    for file in tokenizer.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    convert_lit_checkpoint.setup(checkpoint_dir=folder, out_dir=out, **options)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A folder with a small Llama as transformers saves it."""
+    save("llama_tied_gqa", tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bit_exact_and_loads_in_transformers(case, tmp_path, bpe_dir):
+    import transformers
+
+    theirs, folder, out = save(case, tmp_path / "hf"), tmp_path / "hf", tmp_path / "out"
+    convert(folder)
+    export(folder, out, bpe_dir)
+    assert same(load_file(out / "model.safetensors"), load_file(folder / "model.safetensors"))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(loaded.state_dict(), theirs.state_dict())
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
+    transformers.AutoTokenizer.from_pretrained(out)
+
+
+def test_export_writes_a_hugging_face_folder_and_nothing_else(llama, tmp_path, bpe_dir):
+    convert(llama)
+    export(llama, tmp_path / "out", bpe_dir)
+    expected = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "safetensors alone would write a file that only its owner can read"
+
+
+def test_export_corrects_dtype_and_ties_that_no_longer_hold(llama, tmp_path, bpe_dir):
+    """As after a merge in bf16 with a head adapter: the base's config.json would load the wrong model."""
+    import transformers
+
+    state = {key: tensor.bfloat16() for key, tensor in convert(llama).items()}
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    save_state(state, llama / "lit_model.pth")
+    export(llama, tmp_path / "out", bpe_dir)
+    described = read_json(tmp_path / "out" / "config.json")
+    assert described["tie_word_embeddings"] is False and described["dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"]) and model.dtype == torch.bfloat16
+    assert torch.equal(model.model.embed_tokens.weight, state["transformer.wte.weight"])
+
+
+def test_export_works_without_a_config_json(llama, tmp_path, bpe_dir):
+    import transformers
+
+    convert(llama)
+    (llama / "config.json").unlink()
+    write_json(llama / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    export(llama, tmp_path / "out", bpe_dir)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(model.state_dict(), build("llama_tied_gqa").state_dict())
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+
+
+def test_export_in_shards_loads_and_replaces_what_was_there(llama, tmp_path, bpe_dir, monkeypatch):
+    import transformers
+
+    convert(llama)
+    out = tmp_path / "out"
+    monkeypatch.setattr(convert_lit_checkpoint, "SHARD_SIZE", "10KB")
+    export(llama, out, bpe_dir)
+    assert (out / "model.safetensors.index.json").is_file() and not (out / "model.safetensors").exists()
+    sharded = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert same(sharded, build("llama_tied_gqa").state_dict())
+    with pytest.raises(FileExistsError, match="--overwrite true"):
+        export(llama, out, bpe_dir)
+    monkeypatch.undo()
+    export(llama, out, bpe_dir, overwrite=True)
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+
+
+def test_export_into_its_own_folder_is_refused(llama, bpe_dir):
+    convert(llama)
+    with pytest.raises(ValueError, match="is the checkpoint folder itself"):
+        export(llama, llama, bpe_dir, overwrite=True)
+
+
+def test_export_of_weights_with_an_adapter_is_refused(llama):
+    state = dict(convert(llama))
+    state["transformer.h.0.attn.attn.ether_Rq"] = torch.zeros(1, 2, 12)
+    with pytest.raises(ValueError, match="ether_Rq"):
+        lit_to_hf(state, load_config(llama))
+
+
+# ---- formats
+
+
+def test_files_written_beside_the_hugging_face_ones(llama):
+    before = {path.name for path in llama.iterdir()}
+    convert(llama)
+    assert {path.name for path in llama.iterdir()} - before == {"lit_model.pth", "lit_config.json"}
+
+
+def test_converting_again_gives_the_same_bytes(llama):
+    convert(llama)
+    first = (llama / "lit_model.pth").read_bytes()
+    convert(llama)
+    assert (llama / "lit_model.pth").read_bytes() == first
+
+
+def test_sharded_safetensors_with_an_index(llama, tmp_path):
+    save("llama_tied_gqa", tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert same(convert(tmp_path / "shards"), convert(llama))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_pytorch_bin(llama, tmp_path, zipped):
+    """`.bin` holds tied weights twice, and here a buffer of older transformers."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copyfile(llama / "config.json", folder / "config.json")
+    state = build("llama_tied_gqa").state_dict()
+    assert "lm_head.weight" in state
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    if zipped:
+        converted = convert(folder)
+    else:
+        with pytest.warns(UserWarning, match=r"pytorch_model.bin is in torch's old format"):
+            converted = convert(folder)
+    assert same(converted, convert(llama))
+
+
+def test_pytorch_bin_in_shards(llama, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copyfile(llama / "config.json", folder / "config.json")
+    items = sorted(build("llama_tied_gqa").state_dict().items())
+    shards = {
+        "pytorch_model-00001-of-00002.bin": dict(items[::2]),
+        "pytorch_model-00002-of-00002.bin": dict(items[1::2]),
+    }
+    for name, part in shards.items():
+        torch.save(part, folder / name)
+    weight_map = {key: name for name, part in shards.items() for key in part}
+    write_json(folder / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+    assert same(convert(folder), convert(llama))
+
+
+def test_mixtral_keeps_its_experts_apart_on_disk(tmp_path):
+    """transformers 5 stacks experts in memory; the files, ours to read and to write, hold w1, w2 and w3 of each."""
+    model = save("mixtral", tmp_path)
+    stacked = model.model.layers[1].mlp.experts
+    state = convert(tmp_path)
+    gate, up = stacked.gate_up_proj[3].chunk(2)
+    assert torch.equal(state["transformer.h.1.mlp.experts.3.fc_1.weight"], gate)
+    assert torch.equal(state["transformer.h.1.mlp.experts.3.fc_2.weight"], up)
+    assert torch.equal(state["transformer.h.1.mlp.experts.3.proj.weight"], stacked.down_proj[3])
+
+
+def test_attention_rows_lie_interleaved_by_group(llama):
+    """For each KV group its query heads, then its key, then its value."""
+    state, config, model = convert(llama), load_config(llama), build("llama_tied_gqa")
+    attention, size = model.model.layers[1].self_attn, config.head_size
+    rows = state["transformer.h.1.attn.attn.weight"].split(size)
+    q, k, v = (getattr(attention, f"{part}_proj").weight.split(size) for part in "qkv")
+    expected = [q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]]
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+    parts = split_qkv(state["transformer.h.1.attn.attn.weight"], config)
+    assert all(torch.equal(part, torch.cat(heads)) for part, heads in zip(parts, (q, k, v), strict=True))
+
+
+def test_tied_embeddings_are_stored_once(llama):
+    state = convert(llama)
+    assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+    parameters = sum(p.numel() for p in build("llama_tied_gqa").parameters())
+    assert (llama / "lit_model.pth").stat().st_size < 4 * parameters + 20_000
+    assert load_config(llama).tie_embeddings
+
+
+def test_a_tied_file_that_holds_only_the_head(llama):
+    expected = convert(llama)
+    weights = load_file(llama / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, llama / "model.safetensors")
+    assert same(convert(llama), expected)
+
+
+def test_head_and_embedding_that_differ_stay_two_whatever_config_json_says(llama, capsys):
+    """transformers does the same; tying them would throw one away."""
+    weights = load_file(llama / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, llama / "model.safetensors")
+    state = convert(llama)
+    assert torch.equal(state["lm_head.weight"], weights["lm_head.weight"])
+    assert not load_config(llama).tie_embeddings
+    assert "two different ones" in capsys.readouterr().out
+
+
+def test_dtype_casts_and_by_default_keeps_what_is_stored(llama):
+    assert {tensor.dtype for tensor in convert(llama).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in convert(llama, dtype="bfloat16").values()} == {torch.bfloat16}
+    weights = {key: tensor.half() for key, tensor in load_file(llama / "model.safetensors").items()}
+    save_file(weights, llama / "model.safetensors")
+    assert {tensor.dtype for tensor in convert(llama).values()} == {torch.float16}
+
+
+def test_model_name_is_recorded(llama):
+    convert(llama)
+    assert load_config(llama).name == "llama"
+    convert(llama, model_name="my-model")
+    assert load_config(llama).name == "my-model"
+
+
+def test_a_model_that_nobody_listed_works_from_the_command_line(llama):
+    command = [sys.executable, str(ROOT / "scripts" / "convert_hf_checkpoint.py"), "--checkpoint_dir", str(llama)]
+    done = subprocess.run(command, cwd=llama.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "next: python" in done.stdout, done.stderr
+    assert load_config(llama).n_query_groups == 2
+
+
+def test_older_buffers_of_gpt_neox_are_passed_over(tmp_path):
+    save("neox_parallel", tmp_path)
+    expected = convert(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
+        weights[f"gpt_neox.layers.0.attention.{name}"] = torch.zeros(3)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert same(convert(tmp_path), expected)
+
+
+def test_names_of_every_architecture_are_distinct_and_complete():
+    for fields in (dict(), dict(architecture="MixtralForCausalLM", mlp_class="LLaMAMoE", n_expert=3)):
+        config = Config(n_layer=2, n_embd=32, n_head=4, vocab_size=8, intermediate_size=8, **fields)
+        modules = hf_modules(config)
+        names = [name for group in modules.values() for name in group]
+        assert len(names) == len(set(names))
+        assert {key.rpartition(".")[0] for key in parameter_shapes(config)} == set(modules)
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES.values()}))
+def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
+    """Older files hold only what differs from the class's defaults."""
+    import transformers
+
+    default = getattr(transformers, kind)()
+    left_out = (
+        "rms_norm_eps layer_norm_eps rope_parameters head_dim num_key_value_heads sliding_window attention_bias "
+        "mlp_bias hidden_act tie_word_embeddings num_local_experts num_experts_per_tok use_parallel_residual qk_layernorm "
+        "partial_rotary_factor rotary_pct rope_theta rope_scaling dtype"
+    ).split()
+    architecture = next(
+        n for n in ARCHITECTURES if hf_config(Config(architecture=n))["model_type"] == default.model_type
+    )
+    full = {**default.to_dict(), "architectures": [architecture]}
+    short = {key: value for key, value in full.items() if key not in left_out}
+    assert Config.from_hf(short) == Config.from_hf(full)
+
+
+# ---- refusals: one line, nothing written
+
+
+def edit_config(folder: Path, **fields) -> None:
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **fields})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def bin_instead(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+def change(folder: Path, drop: str = "", **add: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights = {key: tensor for key, tensor in weights.items() if key != drop}
+    save_file({**weights, **add}, folder / "model.safetensors")
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    save("llama_tied_gqa", folder, max_shard_size="10KB")
+    sorted(folder.glob("model-*"))[0].unlink()
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+REFUSALS = {
+    "no folder": (lambda d: shutil.rmtree(d), "is not a folder.*download.py"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json.*download.py --repo_id"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "architecture": (
+        lambda d: edit_config(d, architectures=["OPTForCausalLM"]),
+        "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
+    ),
+    "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
+    "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
+    "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),
+    "truncated bin": (lambda d: cut(bin_instead(d)), "pytorch_model.bin is corrupt"),
+    "text for bin": (lambda d: bin_instead(d).write_text("<html>not found</html>"), "pytorch_model.bin is corrupt"),
+    "pickled object": (lambda d: torch.save({"a": Path}, bin_instead(d)), "pytorch_model.bin is corrupt"),
+    "shard missing": (lose_a_shard, "names files that are not there .model-00001.*download.py"),
+    "tensor missing": (lambda d: change(d, NORM), f"1 missing .{NORM}"),
+    "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),
+    "shape": (lambda d: change(d, **{NORM: torch.zeros(5)}), rf"{NORM} has shape \(5,\); .* \(24,\)"),
+    "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"q_proj.* have \[24, 12, 12\] rows"),
+    "layers": (lambda d: edit_config(d, num_hidden_layers=1), "9 not known"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case, llama, capsys):
+    from lit_gpt.cli import run
+
+    break_it, message = REFUSALS[case]
+    break_it(llama)
+    capsys.readouterr()
+    before = {path.name for path in llama.iterdir()} if llama.exists() else set()
+    with pytest.raises(SystemExit) as stop:
+        run(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama)])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert ({path.name for path in llama.iterdir()} if llama.exists() else set()) == before
+
+
+def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
+    with pytest.raises(FileNotFoundError, match=r"lit_model.pth.*convert_hf_checkpoint.py"):
+        convert_lit_checkpoint.setup(checkpoint_dir=llama, out_dir=tmp_path / "out")
+    convert(llama)
+    cut(llama / "lit_model.pth")
+    with pytest.raises(ValueError, match=r"lit_model.pth is corrupt"):
+        export(llama, tmp_path / "out", bpe_dir)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_dtype_names_the_choices(llama, capsys):
+    from lit_gpt.cli import run
+
+    with pytest.raises(SystemExit):
+        run(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama), "--dtype", "int3"])
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_a_folder_below_checkpoints_names_the_repo_to_download(tmp_path):
+    folder = tmp_path / "checkpoints" / "ORG2" / "NAME2"
+    with pytest.raises(FileNotFoundError, match=r"download.py --repo_id ORG2/NAME2$"):
+        convert(folder)
+
+
+def test_index_that_names_nothing(llama):
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(FileNotFoundError, match="names files"):
+        convert(llama)

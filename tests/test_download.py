@@ -1,0 +1,193 @@
+"""Downloads against a small server that speaks the Hub's protocol: what is fetched, and what each failure says."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from lit_gpt.config import KNOWN_MODELS
+from scripts.download import nearest, wanted_files
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_VerySecretToken"
+BOTH = (
+    "config.json model.safetensors pytorch_model.bin tokenizer.json tokenizer.model README.md .gitattributes "
+    "consolidated.safetensors original/params.json training_args.bin chat_template.jinja"
+).split()
+REPOS = {
+    "tiny/both": BOTH,
+    "tiny/bin": [name for name in BOTH if name != "model.safetensors"],
+    "tiny/none": ["README.md", "config.json"],
+    "tiny/sharded": ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                     "model.safetensors.index.json"],
+}  # fmt: skip
+
+
+def content(name: str) -> bytes:
+    return f"content of {name}".encode()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three answers of the Hub that a download needs, and its errors as their headers spell them."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        is_api = parts[:2] == ["api", "models"]
+        repo = "/".join(parts[2:4] if is_api else parts[:2])
+        if repo == "tiny/gated" and not is_api and not authorised:
+            return self.answer(401, {"X-Error-Code": "GatedRepo"})
+        if repo == "tiny/forbidden":
+            return self.answer(403, {"X-Error-Message": "no"})
+        if repo == "tiny/broken":
+            return self.answer(501)
+        if repo not in (*REPOS, "tiny/gated"):
+            return self.answer(404 if authorised else 401, {"X-Error-Code": "RepoNotFound"})
+        if "nowhere" in parts:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        files = REPOS.get(repo, BOTH)
+        if is_api and "tree" in parts:
+            rows = [{"type": "file", "path": f, "size": len(content(f)), "oid": etag(f)} for f in files]
+            return self.answer(200, {}, json.dumps(rows).encode())
+        if is_api:
+            info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            return self.answer(200, {}, json.dumps(info).encode())
+        name = "/".join(parts[4:])
+        return self.answer(200, {"ETag": f'"{etag(name)}"', "X-Repo-Commit": COMMIT}, content(name))
+
+    def answer(self, code: int, headers: dict[str, str] | None = None, body: bytes = b"{}") -> None:
+        self.send_response(code)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def etag(name: str) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content(name)) + content(name)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def download(*arguments: str, endpoint: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run the script as a person does: huggingface_hub reads its environment once, at import."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "home"), "HF_HUB_OFFLINE": "0", **environment}
+    environment["NO_PROXY"] = environment["no_proxy"] = "127.0.0.1"
+    command = [sys.executable, str(ROOT / "scripts" / "download.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_without_a_repo_id_it_lists_the_known_models_and_nothing_else(tmp_path):
+    done = download(endpoint="http://127.0.0.1:9", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    names = done.stdout.splitlines()
+    assert names == list(KNOWN_MODELS)
+    llama2 = [f"meta-llama/Llama-2-{size}{kind}-hf" for size in ("7b", "13b", "70b") for kind in ("", "-chat")]
+    assert [name for name in names if "meta" in name and "Llama-2" in name] == llama2
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in names
+
+
+def test_listing_imports_neither_torch_nor_the_hub():
+    code = "import runpy, sys; sys.argv = ['download.py']; runpy.run_path('scripts/download.py', run_name='__main__'); "
+    code += "assert not {'torch', 'huggingface_hub', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("repo", "flags", "weights"),
+    [
+        ("tiny/both", [], {"model.safetensors"}),
+        ("tiny/both", ["--from_safetensors", "false"], {"pytorch_model.bin"}),
+        ("tiny/bin", [], {"pytorch_model.bin"}),
+        ("tiny/bin", ["--revision", "v1"], {"pytorch_model.bin"}),
+    ],
+)
+def test_download_takes_configs_tokenizer_and_one_kind_of_weights(repo, flags, weights, endpoint, tmp_path):
+    done = download("--repo_id", repo, *flags, endpoint=endpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints" / repo
+    got = {path.name for path in folder.iterdir() if path.is_file()}
+    assert got == weights | {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+    assert all((folder / name).read_bytes() == content(name) for name in got)
+    assert f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/{repo}" in done.stdout
+
+
+def test_a_second_download_keeps_what_is_complete(endpoint, tmp_path):
+    stamps = set()
+    for _ in range(2):
+        assert download("--repo_id", "tiny/both", endpoint=endpoint, cwd=tmp_path).returncode == 0
+        stamps.add((tmp_path / "checkpoints/tiny/both/model.safetensors").stat().st_mtime_ns)
+    assert len(stamps) == 1
+
+
+def test_a_gated_model_with_its_token_from_the_environment_or_the_flag(endpoint, tmp_path):
+    assert download("--repo_id", "tiny/gated", endpoint=endpoint, cwd=tmp_path, HF_TOKEN=TOKEN).returncode == 0
+    done = download("--repo_id", "tiny/gated", f"--access_token={TOKEN}", endpoint=endpoint, cwd=tmp_path)
+    assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr
+
+
+FAILURES = {
+    "gated": (["tiny/gated"], {}, "tiny/gated is gated: accept its licence.*--access_token=<HF_TOKEN> or set HF_TOKEN"),
+    "not found": (["meta-llama/llama-2-7b"], {}, "not found on the Hub .or it is private.*did you mean meta-llama/L"),
+    "revision": (["tiny/both", "--revision", "nowhere"], {}, "tiny/both has no revision nowhere"),
+    "no weights": (["tiny/none"], {}, r"tiny/none has no pytorch_model\*.bin, so nothing"),
+    "no such format": (["tiny/bin", "--from_safetensors", "true"], {}, "has .bin files: --from_safetensors false"),
+    "forbidden": (["tiny/forbidden", f"--access_token={TOKEN}"], {}, "HTTP 403.*token is not valid"),
+    "server error": (["tiny/broken"], {}, "HTTP 501.*try again later"),
+    "offline": (["tiny/both"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set.*by hand and go on with"),
+    "unreachable": (["tiny/both"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be reached.*by hand and go on"),
+    "form": (["SmolLM2-135M"], {}, "not of the form ORG/NAME; did you mean HuggingFaceTB/SmolLM2-135M"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failure_is_one_line_and_leaves_nothing(case, endpoint, tmp_path):
+    flags, environment, message = FAILURES[case]
+    done = download("--repo_id", *flags, **{"endpoint": endpoint, "cwd": tmp_path}, **environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    left = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file() and ".cache" not in p.parts]
+    assert not left
+
+
+def test_shards_come_with_their_index():
+    assert wanted_files(REPOS["tiny/sharded"], "tiny/sharded", from_safetensors=None) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "config.json",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_nearest_says_nothing_where_nothing_is_near():
+    assert nearest("zzz/qqq") == ""
+    assert "meta-llama/Llama-2-7b-hf" in nearest("meta/Llama2-7b-hf")
+
+
+def test_help_shows_the_flags(tmp_path):
+    done = download("--help", endpoint="http://127.0.0.1:9", cwd=tmp_path)
+    assert done.returncode == 0 and "--from_safetensors" in done.stdout and "licence" in done.stdout

@@ -1,0 +1,514 @@
+"""The evaluation against the harness's own Hugging Face backend, on the same tiny random weights and local data."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+
+from eval import tasks as eval_tasks
+from eval.harness_model import HarnessModel
+from eval.lm_eval_harness import evaluate, setup
+from lit_gpt.adapter import adapter_parameters
+from lit_gpt.adapter_files import KINDS, merge_adapter, save_adapter
+from lit_gpt.checkpoint import fingerprint, load_model, load_state
+from lit_gpt.cli import run
+from lit_gpt.ether import EtherConfig
+from lit_gpt.lora import LoraConfig
+from lit_gpt.tokenizer import Tokenizer
+
+CONTEXT = 128
+ARC, TRUTHFULQA, MMLU = "allenai/ai2_arc", "truthfulqa/truthful_qa", "cais/mmlu"
+SUBJECTS = ("abstract_algebra", "business_ethics")
+ALL_TASKS = ["arc_challenge", "truthfulqa_mc", *(f"hendrycksTest-{subject}" for subject in SUBJECTS)]
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    """Words that the test tokenizers know, and some that they spell out."""
+    return " ".join(rng.choices("the river stone house runs finds naïve 12 light x-y of a two old".split(), k=words))
+
+
+def write_split(folder: Path, config: str, splits: dict[str, list[dict]]) -> None:
+    """Add one configuration to a data set laid out like the Hub."""
+    (folder / config).mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / config / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = "".join(f"\n  - {{split: {f.stem}, path: {path.name}/{f.name}}}" for f in sorted(path.iterdir()))
+        configs.append(f"- config_name: {path.name}\n  data_files:{files}\n")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+
+
+def arc_row(rng: random.Random, number: int) -> dict:
+    labels = list("ABCD")
+    choices = {"text": [sentence(rng, rng.randint(1, 5)) for _ in labels], "label": labels}
+    return {"id": str(number), "question": sentence(rng, 9) + "?", "choices": choices, "answerKey": rng.choice(labels)}
+
+
+def truthfulqa_row(rng: random.Random) -> dict:
+    def targets(n: int, right: int) -> dict:
+        return {"choices": [sentence(rng, 4) + "." for _ in range(n)], "labels": [1] * right + [0] * (n - right)}
+
+    return {"question": sentence(rng, 6) + "?", "mc1_targets": targets(4, 1), "mc2_targets": targets(6, 3)}
+
+
+def mmlu_row(rng: random.Random, subject: str) -> dict:
+    choices = [sentence(rng, 2) for _ in range(4)]
+    return {"question": sentence(rng, 8), "subject": subject, "choices": choices, "answer": rng.randrange(4)}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """ARC, TruthfulQA and two MMLU subjects of a few made-up rows each, laid out like the Hub."""
+    root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    arc = {split: [arc_row(rng, i) for i in range(n)] for split, n in (("train", 6), ("validation", 3), ("test", 12))}
+    write_split(root / ARC, "ARC-Challenge", arc)
+    write_split(root / TRUTHFULQA, "multiple_choice", {"validation": [truthfulqa_row(rng) for _ in range(5)]})
+    for subject in SUBJECTS:
+        rows = {split: [mmlu_row(rng, subject) for _ in range(n)] for split, n in (("dev", 5), ("test", 8))}
+        write_split(root / MMLU, subject, rows)
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep `datasets` offline and out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module", params=["bpe", "spm"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    """A tiny random Llama with Hugging Face's and our files side by side: without BOS, and with a BOS that is added."""
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.getfixturevalue(f"{request.param}_dir"))
+
+
+def make_checkpoint(folder: Path, tokenizer_dir: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from scripts.convert_hf_checkpoint import setup as convert
+
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    tokenizer = Tokenizer(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,  # far from uniform, so that log-likelihoods and greedy answers differ
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    convert(checkpoint_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint) -> HarnessModel:
+    return HarnessModel(load_model(checkpoint), Tokenizer(checkpoint), batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=3)
+
+
+def requests_for(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+def assert_close(ours: list[float], theirs: list[float]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a - b) <= 1e-4 + 1e-6 * abs(b)
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Contexts and continuations of every kind: siblings, spaces at the cut, no context, BOS written out, too long."""
+    rng = random.Random(1)
+    found = []
+    for _ in range(4):
+        context = f"Question: {sentence(rng, 10)}\nAnswer:"
+        found += [(context, f" {sentence(rng, n)}") for n in (1, 2, 5, 3)]
+        found += [(context, f" {letter}") for letter in "ABCD"]
+    found += [("the river ", "runs"), ("the river   ", "runs"), ("the river", "runs"), ("", "the stone"), ("", "x")]
+    found += [("<s>the house", " is old"), ("<|im_start|>the house", " is old"), ("the house", " is old")]
+    found += [(sentence(rng, 90), f" {sentence(rng, n)}") for n in (1, 8)]
+    found += [("stone", " " + sentence(rng, 20)), (sentence(rng, 20), " " + sentence(rng, 12)), ("é 日本", " ☃ naïve")]
+    return found + found[:5]
+
+
+def test_log_likelihoods_equal_the_hugging_face_backend(ours, theirs):
+    arguments = pairs()
+    mine = ours.loglikelihood(requests_for("loglikelihood", arguments))
+    reference = theirs.loglikelihood(requests_for("loglikelihood", arguments), disable_tqdm=True)
+    assert_close([value for value, _ in mine], [value for value, _ in reference])
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in reference]
+
+
+def test_a_greedy_continuation_is_recognised(ours, theirs):
+    prompts = requests_for("generate_until", [("the river", {"until": [], "max_gen_toks": 3})])
+    (continuation,) = theirs.generate_until(prompts, disable_tqdm=True)
+    request = requests_for("loglikelihood", [("the river", continuation)])
+    assert ours.loglikelihood(request)[0][1] == theirs.loglikelihood(request, disable_tqdm=True)[0][1]
+    ids = ours.tok_encode("the river")
+    tokens = [int(t) for t in ours.model(torch.tensor([ids]))[0, -1:].argmax(dim=-1)]
+    assert ours._loglikelihood_tokens([(None, ids, tokens)])[0][1] is True
+    assert ours._loglikelihood_tokens([(None, ids, [tokens[0] ^ 1])])[0][1] is False
+
+
+def test_rolling_log_likelihoods_equal_the_hugging_face_backend(ours, theirs):
+    rng = random.Random(2)
+    arguments = [(sentence(rng, words),) for words in (1, 30, 60, 200, 90)] + [("",)]
+    requests = requests_for("loglikelihood_rolling", arguments)
+    assert_close(ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests, disable_tqdm=True))
+
+
+def test_greedy_generation_equals_the_hugging_face_backend(ours, theirs):
+    rng = random.Random(3)
+    until = [[], ["\n"], ["e"], ["stone", " a"], "r"]
+    arguments = [
+        (sentence(rng, words), {"until": stops, "max_gen_toks": 20, "do_sample": False, "temperature": 0.0})
+        for words, stops in zip((3, 10, 1, 120, 5), until, strict=True)
+    ]
+    requests = requests_for("generate_until", arguments)
+    # One request at a time on their side: a left-padded batch in transformers is a different, rounded computation
+    reference = [theirs.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert ours.generate_until(requests) == reference
+
+
+def test_generation_goes_past_ends_of_turns_that_are_not_the_models_eos(ours, theirs):
+    (prompt,) = requests_for("generate_until", [("the river", {"until": [], "max_gen_toks": 8})])
+    likeliest = int(ours.model(torch.tensor([ours.tok_encode("the river")]))[0, -1].argmax())
+    end_of_turn = 0  # <|endoftext|> or <unk>: special, and not these tokenizers' EOS
+    heads = [ours.model.lm_head.weight.data, theirs.model.lm_head.weight.data]
+    for head in heads:
+        head[[likeliest, end_of_turn]] = head[[end_of_turn, likeliest]]
+    try:
+        assert ours.generate_until([prompt]) == theirs.generate_until([prompt], disable_tqdm=True) != [""]
+    finally:
+        for head in heads:
+            head[[likeliest, end_of_turn]] = head[[end_of_turn, likeliest]]
+
+
+def test_sampling_follows_temperature_and_has_a_seed(checkpoint):
+    model, tokenizer = load_model(checkpoint), Tokenizer(checkpoint)
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
+    requests = requests_for("generate_until", [("the river", options)] * 3)
+    first, again = (HarnessModel(model, tokenizer).generate_until(requests) for _ in range(2))
+    assert first == again
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"apply_chat_template": True}, {"limit": 3}])
+def test_every_metric_equals_the_hugging_face_backend(checkpoint, ours, theirs, data_dir, options, monkeypatch):
+    if options.get("apply_chat_template") and ours.tokenizer.chat_template is None:
+        pytest.skip("this tokenizer has no chat template")
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # runs pip, for seconds
+    manager, names = eval_tasks.resolve_names(ALL_TASKS)
+    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+        reference = evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, log_samples=False, **options)
+    found = evaluate(ours.model, ours.tokenizer, tasks=ALL_TASKS, data_dir=data_dir, batch_size=5, **options)
+    assert found["results"].keys() == reference["results"].keys() == {*names}
+    for name, metrics in reference["results"].items():
+        for metric, value in metrics.items():
+            expected = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
+            assert found["results"][name][metric] == expected, (name, metric)
+    for key in ("versions", "n-shot", "n-samples", "higher_is_better"):
+        assert found[key] == json.loads(json.dumps(reference[key])), key
+
+
+def test_common_beginnings_are_computed_once(ours):
+    """Four answers to a question cost the question once, and a question behind known examples costs itself alone."""
+    counts = []
+    hidden = ours.model.hidden
+    ours.model.hidden = lambda idx, **options: counts.append(idx.numel()) or hidden(idx, **options)
+    try:
+        examples = "the river runs. " * 8
+        arguments = [(f"{examples}{question}:", f" {answer}") for question in "abcdef" for answer in "wxyz"]
+        ours.loglikelihood(requests_for("loglikelihood", arguments))
+    finally:
+        del ours.model.hidden
+    length = len(ours.tok_encode(arguments[0][0]))
+    assert sum(counts) < 2 * length < 6 * length
+    assert ours.model.transformer.h[0].attn.kv_cache is None
+
+
+def test_sharing_gives_what_separate_rows_give(ours):
+    requests = [(None, ours.tok_encode(a), ours.tok_encode(b)) for a, b in pairs() if a]
+    rows = ours.make_inputs(requests)
+    values = []
+    families = {}
+    for row in rows:
+        families.setdefault(row.head, []).append(row)
+    with torch.no_grad():
+        for batches in (ours.run_separate(rows), ours.run_shared(families)):
+            states = {
+                (row.head, row.tail): state
+                for inputs, found in batches
+                for row, state in zip(inputs, found, strict=True)
+            }
+            values.append(torch.cat([states[row.head, row.tail] for row in rows]))
+    torch.testing.assert_close(*values, atol=2e-4, rtol=2e-4)
+
+
+def test_half_precision_is_scored_in_fp32(ours, checkpoint):
+    """Log-probabilities of a bf16 model are rounded where the model rounds, not once more where they are added up."""
+    requests = requests_for("loglikelihood", pairs()[:8])
+    model = load_model(checkpoint, "bf16-true")
+    values = [value for value, _ in HarnessModel(model, ours.tokenizer).loglikelihood(requests)]
+    assert any(value != torch.tensor(value).bfloat16().item() for value in values)
+    assert values == pytest.approx([value for value, _ in ours.loglikelihood(requests)], rel=0.05, abs=0.5)
+
+
+def test_evaluating_leaves_modes_and_random_states_alone(ours, data_dir):
+    model = ours.model.train()
+    model.transformer.h[0].eval()
+    before = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    modes = [module.training for module in model.modules()]
+    evaluate(model, ours.tokenizer, tasks=["arc_challenge"], data_dir=data_dir, limit=2)
+    assert before == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.eval()
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "accelerate", "peft"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, sys.argv[1])
+import datasets
+datasets.config.HF_DATASETS_CACHE = sys.argv[4]
+from eval.lm_eval_harness import evaluate
+from lit_gpt import GPT, Config
+from lit_gpt.tokenizer import Tokenizer
+tokenizer = Tokenizer(sys.argv[2])
+sizes = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=8)
+model = GPT(Config(block_size=512, vocab_size=tokenizer.vocab_size, **sizes))
+found = evaluate(model, tokenizer, tasks=["arc_challenge", "truthfulqa_mc1"], data_dir=sys.argv[3], limit=2)
+assert sorted(found["results"]) == ["arc_challenge", "truthfulqa_mc1"], found
+assert not [name for name in sys.modules if name.split(".")[0] in ("transformers", "accelerate", "peft")]
+"""
+
+
+def test_transformers_is_not_needed(bpe_dir, data_dir, tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, root, bpe_dir, data_dir, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# Names
+
+
+def names_of(*names: str) -> list[str]:
+    return eval_tasks.resolve_names(names)[1]
+
+
+def test_old_names_are_understood():
+    assert names_of("arc_challenge", "truthfulqa_mc", "hendrycksTest-*") == [
+        "arc_challenge",
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+        "mmlu",
+    ]
+    assert names_of("hendrycksTest-abstract_algebra") == ["mmlu_abstract_algebra"]
+    subjects = names_of("hendrycksTest-high_school_*", "hendrycksTest-high_school_physics")
+    assert len(subjects) == 14
+    assert all(name.startswith("mmlu_high_school_") for name in subjects)
+
+
+def test_patterns_name_tasks_and_each_is_taken_once():
+    assert names_of("truthfulqa_mc*", "truthfulqa_mc", "truthfulqa_mc1") == ["truthfulqa_mc1", "truthfulqa_mc2"]
+    assert {"arc_easy", "arc_challenge"} <= set(names_of("arc_*"))
+    assert "hellaswag" in names_of("hellaswag")
+
+
+def test_a_name_that_matches_nothing_brings_the_nearest():
+    with pytest.raises(ValueError, match=r"no task matches 'arc_chalenge'; the nearest: arc_challenge") as caught:
+        names_of("arc_chalenge", "arc_easy", "hendrycksTest-abstract_algebr")
+    assert "no task matches 'mmlu_abstract_algebr'; the nearest: mmlu_abstract_algebra" in str(caught.value)
+    with pytest.raises(ValueError, match="no tasks to evaluate"):
+        names_of()
+
+
+# Data
+
+
+def test_groups_read_local_data_and_are_aggregated(ours, tmp_path):
+    subjects = sorted(eval_tasks.task_manager(every_task=False).task_index["mmlu_social_sciences_tasks"].tags)
+    rng = random.Random(4)
+    for number, subject in enumerate(name.removeprefix("mmlu_") for name in subjects):
+        rows = {"dev": [mmlu_row(rng, subject)], "test": [mmlu_row(rng, subject) for _ in range(1 + number % 3)]}
+        write_split(tmp_path / MMLU, subject, rows)
+    found = evaluate(ours.model, ours.tokenizer, tasks=["mmlu_social_sciences"], data_dir=tmp_path)
+    sizes = {name: found["n-samples"][name]["effective"] for name in subjects}
+    right = sum(found["results"][name]["acc,none"] * size for name, size in sizes.items())
+    assert found["groups"]["mmlu_social_sciences"]["acc,none"] == pytest.approx(right / sum(sizes.values()))
+
+
+@pytest.mark.parametrize(
+    ("task", "remove", "message"),
+    [
+        (
+            "arc_challenge",
+            ARC,
+            r"ai2_arc is missing; .*`hf download allenai/ai2_arc --repo-type dataset",
+        ),
+        ("arc_easy", None, r"\(configuration ARC-Easy\) can't be read: .*Available: .*hf download allenai/ai2_arc"),
+        ("truthfulqa_mc1", f"{TRUTHFULQA}/multiple_choice/validation.jsonl", r"truthful_qa .*multiple_choice"),
+        ("mmlu_business_ethics", f"{MMLU}/business_ethics/dev.jsonl", r"mmlu .*business_ethics"),
+    ],
+)
+def test_data_that_is_not_there_is_named(data_dir, tmp_path, task, remove, message):
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / (remove or "none")
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif remove:
+        path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        eval_tasks.load_tasks([task], data_dir=tmp_path / "data")
+
+
+def test_a_changed_or_copied_data_folder_is_read_anew(data_dir, tmp_path):
+    """`datasets` tells folders apart by their README alone: a sample of ARC was answered with all of another copy's."""
+    for name in ("one", "two"):
+        shutil.copytree(data_dir, tmp_path / name)
+    file = tmp_path / "two" / ARC / "ARC-Challenge" / "test.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+
+    def n_rows(name: str) -> int:
+        tasks = eval_tasks.load_tasks(["arc_challenge"], data_dir=tmp_path / name)["tasks"]
+        return len(tasks["arc_challenge"].dataset["test"])
+
+    assert n_rows("one") == len(rows)
+    file.write_text("".join(rows[:-1]))
+    assert n_rows("two") == len(rows) - 1
+    file.write_text("".join(rows[:-2]))
+    assert n_rows("two") == len(rows) - 2
+
+
+def test_a_missing_split_is_named_with_those_there_are(data_dir, tmp_path):
+    write_split(tmp_path / ARC, "ARC-Challenge", {"train": [arc_row(random.Random(0), 0)]})
+    with pytest.raises(ValueError, match=r"ai2_arc \(ARC-Challenge\) has no split 'test'.*; it has train"):
+        eval_tasks.load_tasks(["arc_challenge"], data_dir=tmp_path)
+
+
+def test_without_internet_and_data_folder_the_message_says_what_to_do():
+    with pytest.raises(FileNotFoundError, match=r"allenai/ai2_arc .*give --data_dir DIR.*hf download allenai/ai2_arc"):
+        eval_tasks.load_tasks(["arc_challenge"])
+    with pytest.raises(FileNotFoundError, match="--data_dir nowhere is not a folder"):
+        eval_tasks.load_tasks(["arc_challenge"], data_dir="nowhere")
+
+
+# The script
+
+
+def command(checkpoint: Path, data_dir: Path, *more: str) -> list[str]:
+    names = "['arc_challenge', 'truthfulqa_mc']"
+    return ["--checkpoint_dir", str(checkpoint), "--eval_tasks", names, "--data_dir", str(data_dir), *more]
+
+
+def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, tmp_path, capfd):
+    path = tmp_path / "new" / "results.json"
+    run(setup, command(checkpoint, data_dir, "--save_filepath", str(path), "--limit", "4"))
+    shown, noise = capfd.readouterr()
+    assert "|arc_challenge " in shown
+    assert "acc_norm" in shown
+    assert "±" in shown
+    assert noise == ""
+    saved = json.loads(path.read_text())
+    assert saved["results"]["truthfulqa_mc2"].keys() >= {"acc,none", "acc_stderr,none"}
+    assert saved["versions"] == {"arc_challenge": 1.0, "truthfulqa_mc1": 2.0, "truthfulqa_mc2": 3.0}
+    assert saved["n-samples"]["arc_challenge"] == {"original": 12, "effective": 4}
+    assert saved["n-shot"]["arc_challenge"] == 0
+    assert saved["config"]["checkpoint_dir"] == str(checkpoint.resolve())
+    assert saved["config"]["lm_eval_version"] == "0.4.13"
+    assert saved["config"]["adapter"] is None
+    assert saved["config"]["limit"] == 4
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    with pytest.raises(SystemExit):
+        run(setup, command(checkpoint, data_dir, "--save_filepath", str(path)))
+    assert "results.json exists; choose another --save_filepath or give --overwrite true" in capfd.readouterr().err
+    more = ["--limit", "1", "--overwrite", "true"]
+    run(setup, command(checkpoint, data_dir, "--save_filepath", str(path), *more))
+    assert json.loads(path.read_text())["n-samples"]["arc_challenge"]["effective"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--limit", "0", "--batch_size", "0"], "--limit 0.0: expected .*; --batch_size 0: expected 1 or more"),
+        (["--num_fewshot", "-1"], "--num_fewshot -1: expected 0 or more"),
+        (["--precision", "fp8"], "--precision fp8 is unknown here; choices: 32-true, bf16-true, 16-true"),
+        (["--save_filepath", "."], r"--save_filepath \. is a folder"),
+        (["--checkpoint_dir", "nowhere"], "nowhere is not a folder"),
+        (["--eval_tasks", "[]"], "no tasks to evaluate"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),
+    ],
+)
+def test_the_script_refuses_in_one_line(checkpoint, data_dir, capsys, more, message):
+    with pytest.raises(SystemExit) as caught:
+        run(setup, command(checkpoint, data_dir, *more))
+    shown = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert shown.count("\n") == 1
+    assert re.search(message, shown), shown
+
+
+@pytest.mark.parametrize("method", ["ether", "etherplus", "etherplusHH", "oft", "lora"])
+def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_dir, tmp_path, method):
+    base = make_checkpoint(tmp_path / "base", bpe_dir)
+    kind = "lora" if method == "lora" else "ether"
+    config = LoraConfig(r=2) if kind == "lora" else EtherConfig(Htype=method, nb=4)
+    model = load_model(base)
+    KINDS[kind].add(model, config)
+    torch.manual_seed(0)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter)
+    origin = {"name": "base", "fingerprint": fingerprint(load_state(base / "lit_model.pth"))}
+    path = tmp_path / "adapter.pth"
+    save_adapter(path, model, kind=kind, config=config, base=origin, prompt_style=None)
+    merge_adapter(
+        kind=kind, path=path, checkpoint_dir=base, out_dir=tmp_path / "merged", precision="32-true", overwrite=False
+    )
+    found = []
+    for name, more in (("base", [f"--{kind}_path", str(path)]), ("merged", []), ("base", [])):
+        file = tmp_path / "results" / f"{len(found)}.json"
+        run(setup, command(tmp_path / name, data_dir, "--save_filepath", str(file), *more))
+        found.append(json.loads(file.read_text()))
+    assert found[0]["config"]["adapter"] == str(path)
+    for task, metrics in found[0]["results"].items():
+        assert found[1]["results"][task] == pytest.approx(metrics, abs=1e-5)
+    assert found[0]["results"] != found[2]["results"], "the adapter did nothing"
+
+
+def test_a_chat_template_is_needed_to_apply_one(spm_dir, data_dir, tmp_path, capsys):
+    folder = make_checkpoint(tmp_path, spm_dir)
+    with pytest.raises(SystemExit):
+        run(setup, command(folder, data_dir, "--apply_chat_template", "true"))
+    assert "has no chat template" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""The house rules that a machine can hold: imports one way, nothing forbidden, honest requirements, scripts that start."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lit_gpt.cli import run
+
+ROOT = Path(__file__).resolve().parents[1]
+FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
+SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
+SCRIPTS = [p for p in SOURCES if "run(setup)" in p.read_text(encoding="utf-8")]
+# What is installed under another name than it is imported by.
+PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
+OPTIONAL = {"bitsandbytes", "tensorboard", "wandb"}  # asked for in one line where they are missing
+FORBIDDEN = {
+    r"\bos\.system\(": "os.system hides failures: subprocess or shutil",
+    r"except\s*:": "a bare except hides bugs",
+    r"torch\.load\((?![^)]*weights_only=True)": "torch.load without weights_only=True runs code from the file",
+    r"load_state_dict\([^)]*strict\s*=\s*False": "a lenient load_state_dict hides missing weights",
+    r"^\s*global \w": "global state",
+    r"pickle\.load": "pickle runs code from the file",
+    r"\bos\.symlink\(|symlink_to\(": "folders are copied, never linked",
+    r"\b(TODO|FIXME)\b": "do it or drop it",
+}
+
+
+def relative(path: Path) -> str:
+    """The path as a test's name."""
+    return str(path.relative_to(ROOT))
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script by its path; registered, since the parser looks up where a function's `**options` go."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names of all modules that a file imports, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def required(file: str) -> set[str]:
+    """The packages that a requirements file lists."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {re.match(r"[\w-]+", line).group() for line in lines if line and not line.startswith("#")}
+
+
+def test_imports_flow_one_way():
+    for path in SOURCES:
+        own = path.relative_to(ROOT).parts[0]
+        sideways = imported(path) & ({*FRONT_ENDS, "tests"} - {own})
+        assert not sideways, f"{relative(path)} imports from {sorted(sideways)}"
+
+
+def test_requirements_are_exactly_what_is_imported():
+    outside = set().union(*(imported(p) for p in SOURCES)) - set(sys.stdlib_module_names)
+    outside -= {"lit_gpt", *FRONT_ENDS} | OPTIONAL
+    assert {PACKAGES.get(name, name) for name in outside} == required("requirements.txt")
+
+
+def test_every_requirement_gives_its_reason():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"\S+\s+# \S.+", line) for line in lines)
+
+
+def test_what_the_tests_import_is_listed():
+    used = set().union(*(imported(p) for p in (ROOT / "tests").glob("*.py"))) - set(sys.stdlib_module_names)
+    used -= {"lit_gpt", *FRONT_ENDS, *(p.stem for p in (ROOT / "tests").glob("*.py"))} | OPTIONAL
+    listed = required("requirements.txt") | required("tests/requirements.txt")
+    brought = {"datasets"}  # lm-eval brings it
+    assert {PACKAGES.get(name, name) for name in used} <= listed | brought
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_source_has_a_docstring_and_nothing_forbidden(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "no file docstring"
+    for pattern, reason in FORBIDDEN.items():
+        match = re.search(pattern, text, re.M)
+        assert not match, f"{match.group()!r}: {reason}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=relative)
+def test_script_has_a_setup_and_explains_every_flag(path, capsys):
+    """Help comes from docstrings: a flag without a sentence is a flag that nobody can use."""
+    with pytest.raises(SystemExit) as end:
+        run(load_script(path).setup, ["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    bare = re.findall(r"^  (--[\w.]+)(?: \S+)*\n +\((?:required|type|default)", text, re.M)
+    assert not bare, f"no help for {bare}"
+
+
+@pytest.mark.parametrize("script", ["finetune/ether.py", "scripts/merge_ether.py", "eval/lm_eval_harness.py"])
+def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--checkpoint_dir" in done.stdout or "--io.checkpoint_dir" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/environment.sh", ".ci/run"])
+def test_shell_script_parses(script):
+    assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """A copy of the shell scripts and a PATH on which `python3` is what the test makes it; returns a function."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("environment.sh", "test.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
+
+    def test_command(python3: str) -> subprocess.CompletedProcess:
+        fake = tmp_path / "bin" / "python3"
+        fake.write_text(f"#!{shutil.which('bash')}\n{python3}\n")
+        fake.chmod(0o755)
+        command = [shutil.which("bash"), str(tmp_path / "scripts" / "test.sh")]
+        return subprocess.run(command, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True)
+
+    return test_command
+
+
+def test_old_python_is_refused_in_one_line(bare_machine):
+    done = bare_machine('[ "$1" = --version ] && echo "Python 3.8.1" && exit 0; exit 1')
+    assert done.returncode != 0
+    assert "no Python 3.10 or newer found (python3 is Python 3.8.1)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_ensurepip_is_told_in_one_line(bare_machine):
+    done = bare_machine('case "$*" in *ensurepip*) exit 1 ;; *) exit 0 ;; esac')
+    assert done.returncode != 0
+    assert "no ensurepip" in done.stderr and "apt install python3-venv" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

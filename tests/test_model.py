@@ -1,0 +1,101 @@
+"""Our model computes what transformers computes on the same weights, through the real converter."""
+
+import pytest
+import torch
+from hf_models import CASES, save
+
+from lit_gpt.checkpoint import load_config, load_state
+from lit_gpt.config import ARCHITECTURES, Config
+from lit_gpt.generate import generate
+from lit_gpt.hf import LAYOUTS, hf_config
+from lit_gpt.model import GPT
+from scripts import convert_hf_checkpoint
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours) with the same weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = save(request.param, folder)
+    convert_hf_checkpoint.setup(checkpoint_dir=folder)
+    ours = GPT(load_config(folder))
+    ours.load_state_dict(load_state(folder / "lit_model.pth"))
+    return theirs, ours.eval()
+
+
+def prompts(n: int, length: int) -> torch.Tensor:
+    return torch.randint(160, (n, length), generator=torch.Generator().manual_seed(7))
+
+
+def test_every_architecture_has_a_case_and_a_table():
+    import transformers
+
+    cased = {getattr(transformers, kind).model_type for kind, _ in CASES.values()}
+    assert cased == {hf_config(Config(architecture=name))["model_type"] for name in ARCHITECTURES}
+    assert set(LAYOUTS) == set(ARCHITECTURES)
+
+
+@torch.inference_mode()
+def test_logits_equal_those_of_transformers(pair):
+    theirs, ours = pair
+    idx = prompts(2, 40)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits)
+
+
+@torch.inference_mode()
+def test_greedy_tokens_are_the_same_with_and_without_cache_and_in_transformers(pair):
+    theirs, ours = pair
+    seen = set()
+    for row in prompts(4, 11):
+        prompt, n = row.tolist(), 30
+        cached = list(generate(ours, prompt, max_new_tokens=n))
+        whole = list(prompt)
+        for _ in range(n):
+            whole.append(ours(torch.tensor([whole]))[0, -1].argmax().item())
+        expected = theirs.generate(row[None], max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
+        assert prompt + cached == whole == expected
+        seen |= set(cached)
+    assert len(seen) > 3, "the model repeats itself: this test would see little"
+
+
+@torch.inference_mode()
+def test_cached_logits_equal_those_of_one_pass(pair):
+    """In pieces of several tokens too, which need a mask of their own."""
+    _, ours = pair
+    idx = prompts(2, 24)
+    whole = ours(idx)
+    ours.set_kv_cache(2, 24)
+    pieces = [ours(idx[:, a:b], input_pos=a) for a, b in ((0, 9), (9, 10), (10, 17), (17, 24))]
+    ours.clear_kv_cache()
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+
+
+def test_config_json_made_from_our_config_reads_back_the_same(pair):
+    _, ours = pair
+    again = Config.from_hf(hf_config(ours.config), name=ours.config.name)
+    assert again == ours.config
+
+
+@torch.inference_mode()
+def test_synthesised_config_json_means_the_same_to_transformers(pair, tmp_path):
+    """What transformers builds from our config.json, with the same weights, computes the same."""
+    import json
+
+    import transformers
+
+    theirs, ours = pair
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(ours.config)))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    rebuilt = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    rebuilt.load_state_dict(theirs.state_dict())
+    idx = prompts(1, 40)
+    torch.testing.assert_close(rebuilt(idx).logits, theirs(idx).logits, rtol=0, atol=0)
+
+
+def test_loss_is_the_sum_over_targets(pair):
+    theirs, ours = pair
+    idx = prompts(2, 12)
+    targets = idx.roll(-1, dims=1).clone()
+    targets[:, -1] = targets[0, :5] = -100
+    expected = torch.nn.functional.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(ours(idx, targets=targets), expected)
