@@ -11,14 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.cli import run
 from lit_gpt.ether import EtherConfig
-from lit_gpt.train import EvalArgs, IOArgs, Job, TrainArgs, default_weight_decay, finetune
+from lit_gpt.train import Job, default_weight_decay, finetune
 
 
 def setup(
     *,
-    io: IOArgs,
-    train: TrainArgs = TrainArgs(),
-    eval: EvalArgs = EvalArgs(),
     Htype: str = "ether",
     ether_nb: int = 1,
     ether_query: bool = True,
@@ -32,18 +29,11 @@ def setup(
     flip_side: bool = False,
     ether_block_layout: str = "diagonal",
     init_from: str | None = None,
-    precision: str = "bf16-true",
-    devices: int = 1,
-    num_nodes: int = 1,
-    seed: int = 1337,
-    overwrite: bool = False,
+    **options,
 ) -> None:
     """Finetune with ETHER, ETHER+ or OFT.
 
     Args:
-        io: Where things are.
-        train: How to train.
-        eval: When to validate.
         Htype: ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft.
         ether_nb: Number of diagonal blocks, n.
         ether_query: Adapt the query projections.
@@ -58,11 +48,6 @@ def setup(
         flip_side: Move the one-sided transform of a non-square Linear to its smaller side.
         ether_block_layout: diagonal (the paper's), or published (what the original code does for n > 1).
         init_from: An adapter file to continue from, ours or the original code's; its settings must be the flags'.
-        precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
-        devices: Processes on this machine.
-        num_nodes: Machines.
-        seed: Fixes the start of the adapter, the order of the data and dropout.
-        overwrite: Write into a run folder that already holds a finished run.
     """
     config = EtherConfig(
         Htype=Htype,
@@ -78,18 +63,7 @@ def setup(
         flip_side=flip_side,
         block_layout=ether_block_layout,
     )
-    job = Job(Htype, "ether", config, default_weight_decay(Htype), init_from)
-    finetune(
-        job,
-        io=io,
-        train=train,
-        eval=eval,
-        precision=precision,
-        devices=devices,
-        num_nodes=num_nodes,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    finetune(Job(Htype, "ether", config, default_weight_decay(Htype), init_from), **options)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.cli import run
 from lit_gpt.lora import LoraConfig
-from lit_gpt.train import EvalArgs, IOArgs, Job, TrainArgs, default_weight_decay, finetune
+from lit_gpt.train import Job, TrainArgs, default_weight_decay, finetune
 
 
 def setup(
     *,
-    io: IOArgs,
     train: TrainArgs = TrainArgs(learning_rate=5e-4),
-    eval: EvalArgs = EvalArgs(),
     lora_r: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
@@ -28,18 +26,12 @@ def setup(
     lora_mlp: bool = False,
     lora_head: bool = False,
     init_from: str | None = None,
-    precision: str = "bf16-true",
-    devices: int = 1,
-    num_nodes: int = 1,
-    seed: int = 1337,
-    overwrite: bool = False,
+    **options,
 ) -> None:
     """Finetune with LoRA.
 
     Args:
-        io: Where things are.
-        train: How to train.
-        eval: When to validate.
+        train: How to train; the rate that suits LoRA is lower than ETHER's.
         lora_r: Rank.
         lora_alpha: The update is scaled by alpha / r.
         lora_dropout: Dropout on the input of the low-rank branch.
@@ -50,11 +42,6 @@ def setup(
         lora_mlp: Adapt the MLPs.
         lora_head: Adapt the language model's head.
         init_from: An adapter file to continue from; its settings must be the flags'.
-        precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
-        devices: Processes on this machine.
-        num_nodes: Machines.
-        seed: Fixes the start of the adapter, the order of the data and dropout.
-        overwrite: Write into a run folder that already holds a finished run.
     """
     config = LoraConfig(
         r=lora_r,
@@ -67,17 +54,7 @@ def setup(
         mlp=lora_mlp,
         head=lora_head,
     )
-    finetune(
-        Job("lora", "lora", config, default_weight_decay("lora"), init_from),
-        io=io,
-        train=train,
-        eval=eval,
-        precision=precision,
-        devices=devices,
-        num_nodes=num_nodes,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    finetune(Job("lora", "lora", config, default_weight_decay("lora"), init_from), train=train, **options)
 
 
 if __name__ == "__main__":

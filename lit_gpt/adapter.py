@@ -87,7 +87,7 @@ class AdapterLayer(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the adapter into the weight: computed in fp32 (fp64 for fp64), cast once. Merging twice is merging once."""
+        """Put the adapter into the weight, computed in fp32 (fp64 for fp64) and cast once; twice is once."""
         if self.merged:
             return
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32

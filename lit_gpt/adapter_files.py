@@ -143,7 +143,7 @@ def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> N
     """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit."""
     KINDS[adapter.kind].add(model, adapter.config)
     expected = adapter_parameters(model)
-    problems = [name for name in expected.keys() ^ adapter.state.keys()]
+    problems = list(expected.keys() ^ adapter.state.keys())
     problems += [n for n in expected.keys() & adapter.state.keys() if expected[n].shape != adapter.state[n].shape]
     if problems:
         raise ValueError(
@@ -205,23 +205,23 @@ def adapted_prompt_style(
 
 
 def merge_adapter(
-    *,
     kind: str,
     path: Path | str,
-    checkpoint_dir: Path | str,
-    out_dir: Path | str | None,
-    precision: str,
-    overwrite: bool,
+    *,
+    checkpoint_dir: Path,
+    out_dir: Path | None = None,
+    precision: str = "bf16-true",
+    overwrite: bool = False,
 ) -> None:
-    """Write a base-shaped folder with the adapter merged: computed in fp32, cast once to ``precision``.
+    """Write a base-shaped folder with the adapter merged: computed in fp32, cast once.
 
     Args:
-        kind: of the adapter.
+        kind: of the adapter, a key of ``KINDS``.
         path: the adapter file.
-        checkpoint_dir: its base.
-        out_dir: the folder to write; ``merged`` beside the adapter file by default.
-        precision: of the written weights.
-        overwrite: write into a folder that holds a model already.
+        checkpoint_dir: the base model's folder.
+        out_dir: the folder to write; merged/ beside the adapter file by default.
+        precision: of the written weights: 32-true, bf16-true or 16-true.
+        overwrite: write into a folder that already holds a model.
     """
     dtype = weights_dtype(precision)
     adapter = load_adapter(path, kind)

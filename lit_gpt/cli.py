@@ -28,7 +28,8 @@ def build_parser(setup: Callable) -> ArgumentParser:
         setup: the script's function; its keyword arguments become flags, dataclass arguments become groups.
     """
     summary = (setup.__doc__ or "").strip().split("\n")[0]
-    parser = ArgumentParser(description=summary, exit_on_error=False)
+    # No abbreviations: --train.learning_rat would pass today and mean something else once a flag is added.
+    parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the flags below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_function_arguments(setup, as_group=False)

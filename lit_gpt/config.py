@@ -114,7 +114,8 @@ class Config:
         architecture = (hf.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
             raise ValueError(
-                f"{name or 'model'}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+                f"{name or 'model'}: architecture {architecture} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
             )
         try:
             return ARCHITECTURES[architecture](hf, name)
@@ -139,7 +140,7 @@ class Config:
         if "_mlp_class" in stored:
             for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
                 stored[new] = stored.pop(old)
-            stored.update({part: stored["bias"] for part in ("qkv_bias", "proj_bias", "mlp_bias")})
+            stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
             if stored["mlp_class"] == "GptNeoxMLP":
                 stored["architecture"] = "GPTNeoXForCausalLM"
         known = {field.name for field in fields(cls)}

@@ -32,7 +32,6 @@ from torch import nn
 from lit_gpt.adapter import adapters_off, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter, save_adapter
 from lit_gpt.checkpoint import (
-    MIXED_PRECISIONS,
     WEIGHTS,
     atomic_write,
     check_checkpoint_dir,
@@ -144,15 +143,26 @@ def finetune(
     job: Job,
     *,
     io: IOArgs,
-    train: TrainArgs,
-    eval: EvalArgs,
-    precision: str,
-    devices: int,
-    num_nodes: int,
-    seed: int,
-    overwrite: bool,
+    train: TrainArgs = TrainArgs(),  # noqa: B008  (the command line is read off this signature, defaults included)
+    eval: EvalArgs = EvalArgs(),  # noqa: B008
+    precision: str = "bf16-true",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 1337,
+    overwrite: bool = False,
 ) -> None:
     """Train one adapter (or the whole model) and leave a run folder.
+
+    Args:
+        job: what is trained.
+        io: where things are.
+        train: how to train.
+        eval: when to validate.
+        precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
+        devices: processes on this machine.
+        num_nodes: machines.
+        seed: fixes the start of the adapter, the order of the data and dropout.
+        overwrite: write into a run folder that already holds a finished run.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
@@ -221,7 +231,8 @@ def check_train_args(train: TrainArgs, *, n_steps: int, n_warmup: int, processes
         )
     if n_warmup < 0 or n_warmup >= max(1, n_steps):
         problems.append(
-            f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; lower it or train longer"
+            f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; "
+            "lower it or train longer"
         )
     if train.loss_average not in ("token", "sequence"):
         problems.append(f"--train.loss_average {train.loss_average} is unknown; choices: token, sequence")
@@ -323,7 +334,7 @@ def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, siz
             sums[slot] += losses[chosen].sum()
             sums[slot + 1] += chosen.sum()
     model.train()
-    return (sums[0] / sums[1]).item(), (sums[2] / sums[3].clamp(min=1)).item()
+    return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()  # nan where every response was cut away
 
 
 class Run:

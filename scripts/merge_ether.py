@@ -14,31 +14,13 @@ from lit_gpt.adapter_files import merge_adapter
 from lit_gpt.cli import run
 
 
-def setup(
-    *,
-    checkpoint_dir: str,
-    ether_path: str,
-    out_dir: str | None = None,
-    precision: str = "bf16-true",
-    overwrite: bool = False,
-) -> None:
+def setup(*, ether_path: Path, **options) -> None:
     """Merge an ETHER, ETHER+ or OFT adapter into its base model.
 
     Args:
-        checkpoint_dir: The base model's folder.
-        ether_path: The adapter file.
-        out_dir: The folder to write; merged/ beside the adapter file by default.
-        precision: Of the written weights: 32-true, bf16-true or 16-true. Merging itself is done in fp32.
-        overwrite: Write into a folder that already holds a model.
+        ether_path: the adapter file, ours or the original code's.
     """
-    merge_adapter(
-        kind="ether",
-        path=ether_path,
-        checkpoint_dir=checkpoint_dir,
-        out_dir=out_dir,
-        precision=precision,
-        overwrite=overwrite,
-    )
+    merge_adapter("ether", ether_path, **options)
 
 
 if __name__ == "__main__":

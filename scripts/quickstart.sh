@@ -8,10 +8,10 @@
 # --short: a few steps and questions, to see that everything works (what CI runs).
 set -euo pipefail
 
-RUN=logs/quickstart SHORT=false LIMIT=()
+RUN=logs/quickstart DATA_NAME=dolly-t256 HELD_OUT=0.04 SHORT=false LIMIT=() WORDS=120
 for argument in "$@"; do
     case "$argument" in
-    --short) RUN=logs/quickstart-short SHORT=true LIMIT=(--limit 8) ;;
+    --short) RUN=logs/quickstart-short DATA_NAME=dolly-t256-short HELD_OUT=0.01 SHORT=true LIMIT=(--limit 8) WORDS=30 ;;
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
     *) printf 'error: unknown argument %s (--short and --help are known)\n' "$argument" >&2 && exit 2 ;;
     esac
@@ -20,14 +20,20 @@ done
 
 REPO_ID=HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL=checkpoints/$REPO_ID
-DATA=$MODEL/dolly-t256
+DATA=$MODEL/$DATA_NAME
 QUESTION="Give me three tips for growing tomatoes on a balcony."
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 # Prints a command as one would type it, then runs it.
 show() {
+    local word
     printf '$ python'
-    printf ' %q' "$@"
+    for word in "$@"; do
+        case "$word" in
+        *[!A-Za-z0-9_./=:,+-]*) printf ' "%s"' "$word" ;;
+        *) printf ' %s' "$word" ;;
+        esac
+    done
     printf '\n'
     "$PYTHON" "$@"
 }
@@ -74,25 +80,24 @@ prepare_data() {
     fi
     show scripts/prepare_dolly.py --data_file_path scripts/demo/dolly_sample.jsonl --destination_path "$DATA" \
         --checkpoint_dir "$MODEL" --max_seq_length 256 --prompt_style chat --mask_inputs true \
-        --test_split_fraction 0.04 --overwrite true
+        --test_split_fraction "$HELD_OUT" --overwrite true
 }
 
 ask() { # ask FOLDER FILE
-    say "The question, put to $1"
-    if [ ! -f "$2" ]; then
-        printf '$ echo "%s" | python chat/base.py --checkpoint_dir %s --precision %s --temperature 0 --max_new_tokens 120\n' \
-            "$QUESTION" "$1" "$PRECISION"
-        printf '%s\n' "$QUESTION" | "$PYTHON" chat/base.py --checkpoint_dir "$1" --precision "$PRECISION" \
-            --temperature 0 --max_new_tokens 120 >"$2.part"
+    local command=(chat/base.py --checkpoint_dir "$1" --precision "$PRECISION" --temperature 0 --max_new_tokens "$WORDS")
+    printf '\n$ echo "%s" | python %s\n' "$QUESTION" "${command[*]}"
+    if [ -f "$2" ]; then
+        cat "$2"
+    else
+        printf '%s\n' "$QUESTION" | "$PYTHON" "${command[@]}" | tee "$2.part"
         mv "$2.part" "$2"
     fi
-    cat "$2"
 }
 
 evaluate() { # evaluate FOLDER FILE
-    say "ARC-Challenge, a sample of 100 questions: $1"
+    echo
     if [ -f "$2" ]; then
-        echo "   reusing $2"
+        echo "   reusing $2 (ARC-Challenge)"
         return
     fi
     show eval/lm_eval_harness.py --checkpoint_dir "$1" --precision "$PRECISION" --eval_tasks "['arc_challenge']" \
@@ -106,7 +111,7 @@ finetune() {
         return
     fi
     show finetune/ether.py --io.train_data_dir "$DATA" --io.out_dir "$RUN/run" --precision "$PRECISION" \
-        --Htype etherplusHH --ether_nb 4 --train.learning_rate 1e-2 --train.global_batch_size 8 \
+        --Htype etherplusHH --ether_nb 4 --train.learning_rate 2e-3 --train.global_batch_size 8 \
         --train.micro_batch_size 4 --train.max_steps "$STEPS" --overwrite true
 }
 
@@ -126,7 +131,7 @@ get_model
 prepare_data
 mkdir -p "$RUN"
 
-say "3. Before"
+say "3. Before: a question, and a sample of ARC-Challenge"
 if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/plan.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
 read -r PRECISION STEPS <"$RUN/plan.txt"
 ask "$MODEL" "$RUN/answer_before.txt"
@@ -135,7 +140,7 @@ evaluate "$MODEL" "$RUN/arc_before.json"
 finetune
 merge
 
-say "6. After"
+say "6. After: the same question and the same sample"
 ask "$RUN/merged" "$RUN/answer_after.txt"
 evaluate "$RUN/merged" "$RUN/arc_after.json"
 

@@ -8,5 +8,8 @@ set -euo pipefail
 use_environment
 install requirements.txt tests/requirements.txt
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+HF_DATASETS_CACHE="$(mktemp -d)" # made-up data sets stay out of the user's cache
+export HF_DATASETS_CACHE
+trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
 say "python -m pytest -q $*"
-exec "$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q "$@"

@@ -264,7 +264,7 @@ def test_an_adapter_file_carries_itself(tmp_path):
     with pytest.raises(ValueError, match="holds an ETHER adapter; a LoRA one was expected"):
         load_adapter(tmp_path / "a.pth", "lora")
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:700])
-    with pytest.raises(ValueError, match="a.pth is corrupt, cut short"):
+    with pytest.raises(ValueError, match=r"a\.pth is corrupt, cut short"):
         load_adapter(tmp_path / "a.pth", "ether")
 
 

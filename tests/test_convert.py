@@ -282,8 +282,8 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
     default = getattr(transformers, kind)()
     left_out = (
         "rms_norm_eps layer_norm_eps rope_parameters head_dim num_key_value_heads sliding_window attention_bias "
-        "mlp_bias hidden_act tie_word_embeddings num_local_experts num_experts_per_tok use_parallel_residual qk_layernorm "
-        "partial_rotary_factor rotary_pct rope_theta rope_scaling dtype"
+        "mlp_bias hidden_act tie_word_embeddings num_local_experts num_experts_per_tok qk_layernorm "
+        "use_parallel_residual partial_rotary_factor rotary_pct rope_theta rope_scaling dtype"
     ).split()
     architecture = next(
         n for n in ARCHITECTURES if hf_config(Config(architecture=n))["model_type"] == default.model_type

@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: imports one way, nothing forbidden, honest requirements, scripts that start."""
+"""The house rules a machine can hold: imports one way, nothing forbidden, honest requirements, every script starts."""
 
 import ast
 import importlib.util

@@ -1,0 +1,265 @@
+"""The training loop and the merge scripts, through the scripts' own setup functions on a tiny model, nothing mocked."""
+
+import csv
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt import GPT, Config
+from lit_gpt.adapter import adapter_parameters
+from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state, write_json
+from lit_gpt.cli import run
+from lit_gpt.data import load_split, prepare
+from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.train import learning_rate, micro_batches, n_targets, sample_order
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
+QUICK = ["--train.global_batch_size", "4", "--train.micro_batch_size", "2", "--train.max_steps", "6"]
+QUICK += ["--precision", "32-true", "--train.learning_rate", "1e-2", "--eval.interval", "3"]
+
+
+def script(name: str):
+    """The setup function of a script, by its path in the repo."""
+    spec = importlib.util.spec_from_file_location(f"tested_{Path(name).stem}", ROOT / name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.setup
+
+
+def write_base(folder: Path, tokenizer_dir: Path, **overrides) -> Path:
+    """A tiny random grouped-query model with tied embeddings, in a base-shaped folder."""
+    torch.manual_seed(3)
+    sizes = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, block_size=128)
+    model = GPT(Config(name="tiny", vocab_size=400, tie_embeddings=True, **{**sizes, **overrides}))
+    shutil.copytree(tokenizer_dir, folder)
+    save_state(model.state_dict(), folder / "lit_model.pth")
+    write_json(folder / "lit_config.json", model.config.to_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, bpe_dir) -> Path:
+    """A folder with ``base`` and ``data``, prepared by the project's own function."""
+    work = tmp_path_factory.mktemp("train")
+    write_base(work / "base", bpe_dir)
+    colours = ["red", "green", "blue", "small", "large"]
+    rows = [{"instruction": f"name colour {i}", "input": "", "output": f"the {colours[i % 5]} river " * (1 + i % 4)}
+            for i in range(40)]  # fmt: skip
+    (work / "rows.json").write_text(json.dumps(rows))
+    prepare(work / "rows.json", destination_path=work / "data", checkpoint_dir=work / "base", max_seq_length=128)
+    return work
+
+
+def command(work: Path, method: str, out: Path, *more: str) -> tuple[str, list[str]]:
+    """The script of a method and its command line."""
+    name = method if method in ("lora", "full") else "ether"
+    own = ["--Htype", method, "--ether_nb", "2"] if name == "ether" else []
+    arguments = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(out), *QUICK, *own, *more]
+    return f"finetune/{name}.py", arguments
+
+
+def train(work: Path, method: str, out: Path, *more: str) -> dict:
+    """Train through the script; returns summary.json."""
+    name, arguments = command(work, method, out, *more)
+    run(script(name), arguments)
+    return json.loads((out / "summary.json").read_text())
+
+
+def refusal(capsys, name: str, arguments: list[str]) -> str:
+    """The one line with which a script ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(script(name), arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code and lines and lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
+    summary = train(work, method, tmp_path / "run", "--seed", "1")
+    assert summary["val_loss_after"] < summary["val_loss_before"]
+    kind = "lora" if method == "lora" else "ether"
+    files = {"hparams.yaml", "metrics.csv", "summary.json", "loss.png", f"lit_model_{kind}_finetuned.pth"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
+
+    path = tmp_path / "run" / f"lit_model_{kind}_finetuned.pth"
+    flags = ["--checkpoint_dir", str(work / "base"), f"--{kind}_path", str(path), "--precision", "32-true"]
+    run(script(f"scripts/merge_{kind}.py"), flags)
+    merged = tmp_path / "run" / "merged"
+    base_files = {p.name for p in (work / "base").iterdir()}
+    assert {p.name for p in merged.iterdir()} == base_files | {"prompt_style.json"}
+    assert not any(p.is_symlink() for p in merged.iterdir())
+
+    idx = torch.arange(60)[None]
+    unmerged = load_adapted_model(work / "base", **{f"{kind}_path": path})(idx)
+    relative = (load_model(merged)(idx) - unmerged).abs().max() / unmerged.abs().max()
+    assert relative < 1e-5
+    assert "already holds lit_model.pth" in _refused_merge(kind, flags)
+
+
+def _refused_merge(kind: str, flags: list[str]) -> str:
+    with pytest.raises(FileExistsError) as error:
+        run(script(f"scripts/merge_{kind}.py"), [*flags, "--debug"])
+    return str(error.value)
+
+
+def test_full_finetuning_leaves_a_base_shaped_folder(work, tmp_path):
+    summary = train(work, "full", tmp_path / "run", "--train.learning_rate", "1e-3")
+    assert summary["trainable_parameters"] == sum(p.numel() for p in load_model(work / "base").parameters())
+    final = load_model(tmp_path / "run" / "final")
+    assert final.lm_head.weight is final.transformer.wte.weight
+    again = train(work, "ether", tmp_path / "again", "--io.checkpoint_dir", str(tmp_path / "run" / "final"))
+    assert again["val_loss_before"] == pytest.approx(summary["val_loss_after"], rel=1e-5)
+
+
+def test_metrics_hold_every_step_and_validation(work, tmp_path):
+    summary = train(work, "etherplusHH", tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["loss"]] == [str(step) for step in range(1, 7)]
+    validations = [row for row in rows if row["val_loss"]]
+    assert [row["step"] for row in validations] == ["0", "3", "6"]
+    assert float(validations[0]["val_loss"]) == pytest.approx(summary["val_loss_before"], rel=1e-4)
+    assert float(validations[-1]["val_response_loss"]) == pytest.approx(summary["val_response_loss_after"], rel=1e-4)
+    assert summary["samples"] == 24
+
+
+@pytest.mark.parametrize("method", ["etherplusHH", "oft", "lora"])
+def test_the_split_into_micro_batches_changes_nothing(work, tmp_path, method):
+    """The loss is averaged over the target tokens of the step; a mean of micro-batch means would differ."""
+    losses = {}
+    for size in ("1", "2", "4"):
+        train(work, method, tmp_path / size, "--train.micro_batch_size", size)
+        rows = csv.DictReader((tmp_path / size / "metrics.csv").open())
+        losses[size] = [float(row["loss"]) for row in rows if row["loss"]]
+    assert losses["1"] == pytest.approx(losses["4"], rel=1e-5) and losses["2"] == pytest.approx(losses["4"], rel=1e-5)
+
+
+def test_same_seed_gives_the_same_adapter_and_another_seed_another(work, tmp_path):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        train(work, "ether", tmp_path / name, "--seed", seed, "--ether_dropout", "0.1")
+    one, same, other = (load_adapter(tmp_path / n / "lit_model_ether_finetuned.pth", "ether").state for n in "abc")
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapters_stay_fp32_over_a_bf16_base(work, tmp_path):
+    train(work, "etherplusHH", tmp_path / "run", "--precision", "bf16-true")
+    state = load_adapter(tmp_path / "run" / "lit_model_ether_finetuned.pth", "ether").state
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    moved = [t for name, t in state.items() if (t + state.get(name.replace("R2", "R"), t)).abs().max() > 0]
+    assert moved, "nothing has moved from its start"
+
+
+def test_training_continues_from_an_adapter_file(work, tmp_path):
+    first = train(work, "etherplusHH", tmp_path / "one")
+    path = tmp_path / "one" / "lit_model_ether_finetuned.pth"
+    second = train(work, "etherplusHH", tmp_path / "two", "--init_from", str(path))
+    assert second["val_loss_before"] == pytest.approx(first["val_loss_after"], rel=1e-6)
+
+
+def test_an_interval_saves_adapters_that_load(work, tmp_path):
+    train(work, "lora", tmp_path / "run", "--train.save_interval", "3")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["step-000003", "step-000006"]
+    assert load_adapter(tmp_path / "run/checkpoints/step-000003/lit_model_lora_finetuned.pth", "lora").state
+
+
+def test_lora_loses_as_peft_loses(work, tmp_path):
+    """Same start, rows, order and schedule: our loop on our model against PEFT on transformers, fp32."""
+    from peft_oracle import peft_losses
+
+    base = work / "base"
+    spec = importlib.util.spec_from_file_location("to_hf", ROOT / "scripts" / "convert_lit_checkpoint.py")
+    to_hf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(to_hf)
+    to_hf.setup(checkpoint_dir=base, out_dir=tmp_path / "hf")
+    model = load_model(base)
+    add_lora(model, LoraConfig(r=4))
+    base_facts = {"name": "tiny", "fingerprint": fingerprint(load_state(base / "lit_model.pth"))}
+    start = tmp_path / "start.pth"
+    save_adapter(start, model, kind="lora", config=LoraConfig(r=4), base=base_facts, prompt_style="plain")
+    train(work, "lora", tmp_path / "run", "--lora_r", "4", "--init_from", str(start))
+    rows = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    ours = [float(row["loss"]) for row in rows if row["loss"]]
+    theirs = peft_losses(
+        tmp_path / "hf", adapter_parameters(model), load_split(work / "data" / "train.pt"), n_steps=6, size=4, peak=1e-2
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    rates = [learning_rate(step, peak=1.0, n_warmup=4, n_steps=20) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.02
+
+
+def test_every_sample_comes_once_before_any_comes_twice():
+    order = sample_order(10, 25, seed=0)
+    assert len(order) == 25
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert order[:15] == sample_order(10, 15, seed=0)
+
+
+def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
+    samples = load_split(work / "data" / "train.pt")[:10]
+    batches = list(micro_batches(samples, 4))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert sum(map(n_targets, batches)) == n_targets(samples)
+    lengths = [len(sample["input_ids"]) for batch in batches for sample in batch]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train.micro_batch_size", "3"], "global_batch_size 4 is not a multiple of"),
+        (["--train.lr_warmup_steps", "6"], "lr_warmup_steps 6 must be shorter than the run of 6 steps"),
+        (["--train.learning_rate", "-1", "--train.loss_average", "x"], "learning_rate must be positive, got -1.0; "),
+        (["--Htype", "ether+"], "choices: ether, etherplus, etherplusHH, oft"),
+        (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
+        (["--ether_query", "false", "--ether_value", "false"], "no adapter target is enabled"),
+        (["--precision", "fp32"], "choices: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed"),
+        (["--io.checkpoint_dir", "nowhere"], "nowhere is not a folder"),
+        (["--io.train_data_dir", "nowhere"], "nowhere"),
+        (["--train.learning_rat", "1"], "learning_rat"),
+        (["--init_from", "nothing.pth"], "nothing.pth is not a file"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(work, tmp_path, capsys, more, message):
+    name, arguments = command(work, "ether", tmp_path / "run", *more)
+    assert message in refusal(capsys, name, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_written_into(work, tmp_path, capsys):
+    train(work, "ether", tmp_path / "run")
+    name, arguments = command(work, "ether", tmp_path / "run")
+    assert "already holds lit_model_ether_finetuned.pth" in refusal(capsys, name, arguments)
+    run(script(name), [*arguments, "--overwrite", "true"])
+
+
+def test_a_diverging_run_stops_with_its_step_and_rate(work, tmp_path, capsys):
+    name, arguments = command(work, "full", tmp_path / "run", "--train.learning_rate", "1e30")
+    assert "lower the rate" in refusal(capsys, name, arguments)
+
+
+def test_an_adapter_of_another_base_or_kind_is_refused(work, tmp_path, capsys, bpe_dir):
+    train(work, "ether", tmp_path / "run")
+    path = str(tmp_path / "run" / "lit_model_ether_finetuned.pth")
+    other = write_base(tmp_path / "other", bpe_dir, n_layer=1)
+    flags = ["--checkpoint_dir", str(other), "--ether_path", path]
+    assert "belongs to another base model: base" in refusal(capsys, "scripts/merge_ether.py", flags)
+    flags = ["--checkpoint_dir", str(work / "base"), "--lora_path", path]
+    assert "holds an ETHER adapter; a LoRA one was expected" in refusal(capsys, "scripts/merge_lora.py", flags)
+    assert not (tmp_path / "run" / "merged").exists()
+    assert math.isfinite(float(json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss_after"]))
