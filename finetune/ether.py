@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.cli import run
 from lit_gpt.ether import EtherConfig
-from lit_gpt.train import Job, default_weight_decay, finetune
+from lit_gpt.plan import Job, default_weight_decay
+from lit_gpt.train import finetune
 
 
 def setup(

@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import run
-from lit_gpt.train import Job, TrainArgs, default_weight_decay, finetune
+from lit_gpt.plan import Job, TrainArgs, default_weight_decay
+from lit_gpt.train import finetune
 
 
 def setup(*, train: TrainArgs = TrainArgs(learning_rate=2e-5), precision: str = "bf16-mixed", **options) -> None:

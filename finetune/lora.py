@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.cli import run
 from lit_gpt.lora import LoraConfig
-from lit_gpt.train import Job, TrainArgs, default_weight_decay, finetune
+from lit_gpt.plan import Job, TrainArgs, default_weight_decay
+from lit_gpt.train import finetune
 
 
 def setup(

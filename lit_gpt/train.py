@@ -19,10 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -34,109 +31,18 @@ from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapte
 from lit_gpt.checkpoint import (
     WEIGHTS,
     atomic_write,
-    check_checkpoint_dir,
     copy_side_files,
     fingerprint,
-    load_config,
     load_model,
     load_state,
-    prepare_out_dir,
     save_prompt_style,
     save_state,
     staged_dir,
-    weights_dtype,
 )
-from lit_gpt.data import Sample, collate, load_split, read_data_config
-from lit_gpt.ether import METHODS
+from lit_gpt.data import Sample, collate
 from lit_gpt.model import GPT, IGNORE_INDEX
+from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.report import Metrics, peak_memory_bytes, write_summary
-
-
-@dataclass
-class IOArgs:
-    """Where things are."""
-
-    train_data_dir: str
-    """Folder that a prepare script wrote: train.pt, test.pt, data_config.json."""
-    val_data_dir: str | None = None
-    """Folder whose test.pt validates; train_data_dir by default."""
-    checkpoint_dir: str | None = None
-    """The base model; by default the one the data was prepared with."""
-    log_dir: str = "logs"
-    """New run folders are made in here."""
-    out_dir: str | None = None
-    """The run folder itself; by default a new one under log_dir, named for people."""
-    jobnum: str | None = None
-    """Ends the name of the new run folder; the time by default."""
-
-
-@dataclass
-class TrainArgs:
-    """How to train."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate, reached after the warm-up; then a cosine to zero."""
-    global_batch_size: int = 16
-    """Samples of an optimizer step."""
-    micro_batch_size: int = 4
-    """Samples of one forward and backward pass; changes memory and speed, not the result."""
-    epochs: int = 1
-    """How often to go through epoch_size samples."""
-    epoch_size: int | None = None
-    """Samples of an epoch; all of the training data by default."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps; the schedule ends there too."""
-    lr_warmup_steps: int | None = None
-    """Steps of linear warm-up; by default a tenth of the run, at most 1000."""
-    weight_decay: float | None = None
-    """AdamW's; by default 0 for ETHER and ETHER+, 0.01 for the others."""
-    loss_average: str = "token"
-    """token: over the target tokens of a step; sequence: the mean of micro-batch means, as published."""
-    save_interval: int | None = None
-    """Save the adapter every so many steps; at the end alone by default."""
-
-
-@dataclass
-class EvalArgs:
-    """When to validate; before and after training in any case."""
-
-    interval: int = 100
-    """Validate every so many steps."""
-
-
-@dataclass
-class Job:
-    """What one kind of finetuning differs in.
-
-    Attributes:
-        method: its name, for people.
-        kind: a key of ``adapter_files.KINDS``, or ``full``.
-        adapter: the adapter's config; None for full finetuning.
-        weight_decay: the default.
-        init_from: an adapter file to continue from.
-    """
-
-    method: str
-    kind: str
-    adapter: Any = None
-    weight_decay: float = 0.01
-    init_from: str | None = None
-
-
-@dataclass
-class Plan:
-    """What was worked out from the arguments and the data, before any weight is loaded."""
-
-    base_dir: Path
-    run_dir: Path
-    data: dict[str, Any]
-    train_set: list[Sample]
-    val_set: list[Sample]
-    n_samples: int
-    n_steps: int
-    n_warmup: int
-    weight_decay: float
-    precision: str
 
 
 def finetune(
@@ -168,12 +74,13 @@ def finetune(
         ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
             written then.
     """
-    plan = make_plan(job, io=io, train=train, precision=precision, processes=devices * num_nodes, overwrite=overwrite)
+    processes = devices * num_nodes
+    plan = make_plan(job, io=io, train=train, eval=eval, precision=precision, processes=processes, overwrite=overwrite)
     fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true")
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
-    model, base = build_model(job, plan, fabric.device)
-    announce(job, plan, train, model, fabric=fabric)
+    model = build_model(job, plan, fabric.device)
+    announce(job, plan, model, fabric=fabric)
     optimizer = torch.optim.AdamW(
         (p for p in model.parameters() if p.requires_grad), lr=train.learning_rate, weight_decay=plan.weight_decay
     )
@@ -185,93 +92,39 @@ def finetune(
     if fabric.is_global_zero:
         with atomic_write(plan.run_dir / "hparams.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    run = Run(fabric, wrapped, optimizer, job, plan, train, eval, base, seed)
+    run = Run(fabric, wrapped, optimizer=optimizer, job=job, plan=plan, seed=seed)
     run.train_all()
     run.finish()
 
 
-def make_plan(job: Job, *, io: IOArgs, train: TrainArgs, precision: str, processes: int, overwrite: bool) -> Plan:
-    """Check all arguments together and work out the rest; raises once, with every problem found."""
-    data = read_data_config(io.train_data_dir)
-    train_set = load_split(Path(io.train_data_dir) / "train.pt")
-    val_set = load_split(Path(io.val_data_dir or io.train_data_dir) / "test.pt")
-    base_dir = check_checkpoint_dir(io.checkpoint_dir or data["checkpoint_dir"])
-    stamp = io.jobnum or datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{stamp}"
-    run_dir = prepare_out_dir(io.out_dir or Path(io.log_dir) / name, overwrite)
-    weights_dtype(precision, mixed=True)
-    n_samples = train.epochs * (train.epoch_size or len(train_set))
-    n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
-    if train.max_steps is not None:
-        n_steps = min(n_steps, train.max_steps)
-    n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
-    decay = job.weight_decay if train.weight_decay is None else train.weight_decay
-    check_train_args(train, n_steps=n_steps, n_warmup=n_warmup, processes=processes)
-    config = load_config(base_dir)
-    longest = max(len(sample["input_ids"]) for sample in train_set + val_set)
-    if longest > config.block_size:
-        raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
-    if job.adapter is not None:
-        with torch.device("meta"):  # targets and blocks are checked here, before any weight is read
-            KINDS[job.kind].add(GPT(config), job.adapter)
-    return Plan(base_dir, run_dir, data, train_set, val_set, n_samples, n_steps, n_warmup, decay, precision)
-
-
-def check_train_args(train: TrainArgs, *, n_steps: int, n_warmup: int, processes: int) -> None:
-    """Raise with every setting that cannot work."""
-    problems = []
-    for name in ("learning_rate", "global_batch_size", "micro_batch_size", "epochs", "epoch_size", "max_steps"):
-        value = getattr(train, name)
-        if value is not None and value <= 0:
-            problems.append(f"--train.{name} must be positive, got {value}")
-    if not problems and train.global_batch_size % (train.micro_batch_size * processes):
-        problems.append(
-            f"--train.global_batch_size {train.global_batch_size} is not a multiple of --train.micro_batch_size "
-            f"{train.micro_batch_size} times {processes} process(es)"
-        )
-    if n_warmup < 0 or n_warmup >= max(1, n_steps):
-        problems.append(
-            f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; "
-            "lower it or train longer"
-        )
-    if train.loss_average not in ("token", "sequence"):
-        problems.append(f"--train.loss_average {train.loss_average} is unknown; choices: token, sequence")
-    if train.save_interval is not None and train.save_interval < 1:
-        problems.append(f"--train.save_interval must be positive, got {train.save_interval}")
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def build_model(job: Job, plan: Plan, device: torch.device) -> tuple[GPT, dict[str, str]]:
-    """The base with its adapter, only what trains requiring gradients; and the base's name and fingerprint.
+def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
+    """The base with its adapter, only what trains requiring gradients; notes the base's fingerprint in the plan.
 
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
-    base = {"name": plan.base_dir.name, "fingerprint": fingerprint(load_state(plan.base_dir / WEIGHTS))}
+    plan.base = {"name": plan.base_dir.name, "fingerprint": fingerprint(load_state(plan.base_dir / WEIGHTS))}
     model = load_model(plan.base_dir, plan.precision, mixed=True)
     if job.adapter is None:
         model.requires_grad_(True)
     elif job.init_from:
         adapter = load_adapter(job.init_from, job.kind)
-        if adapter.config != job.adapter:
-            raise ValueError(f"{job.init_from} is {adapter.config}; the flags ask for {job.adapter}")
         check_base(adapter, plan.base_dir, source=job.init_from)
         attach_adapter(model, adapter, source=job.init_from)
         mark_only_adapter_as_trainable(model)
     else:
         KINDS[job.kind].add(model, job.adapter)
         mark_only_adapter_as_trainable(model)
-    return model.to(device), base
+    return model.to(device)
 
 
-def announce(job: Job, plan: Plan, train: TrainArgs, model: nn.Module, *, fabric: Fabric) -> None:
+def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
     """Say what was worked out, before it costs anything."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     fabric.print(
         f"{job.method} on {plan.base_dir}: {trainable:,} of {everything:,} parameters train, {plan.precision}\n"
         f"{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; {plan.n_steps} steps of "
-        f"{train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {train.learning_rate:g}, "
+        f"{plan.train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {plan.train.learning_rate:g}, "
         f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
     )
     if job.method == "ether":
@@ -341,25 +194,15 @@ class Run:
     """A training run: its position, its counters, and what it writes."""
 
     def __init__(
-        self,
-        fabric: Fabric,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        job: Job,
-        plan: Plan,
-        train: TrainArgs,
-        eval: EvalArgs,
-        base: dict[str, str],
-        seed: int,
+        self, fabric: Fabric, model: nn.Module, *, optimizer: torch.optim.Optimizer, job: Job, plan: Plan, seed: int
     ) -> None:
         self.fabric, self.model, self.optimizer, self.job, self.plan = fabric, model, optimizer, job, plan
-        self.args, self.eval, self.base = train, eval, base
+        self.args = plan.train
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=seed)
         self.metrics = Metrics(plan.run_dir / "metrics.csv") if fabric.is_global_zero else None
         self.samples = self.tokens = self.targets = self.padded = 0
         self.train_seconds = 0.0
-        self.before: tuple[float, float] | None = None
-        self.after: tuple[float, float] = (math.nan, math.nan)
+        self.before = self.after = (math.nan, math.nan)  # validation losses: all targets, responses
 
     def train_all(self) -> None:
         """Validate the model that training starts from (the base, not ETHER's first reflection), train, validate."""
@@ -372,7 +215,7 @@ class Run:
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {step} is {loss} at a learning rate of {rate:.3g}; lower the rate")
             self.log(step, loss=loss, learning_rate=rate)
-            if step % self.eval.interval == 0 or step == self.plan.n_steps:
+            if step % self.plan.eval.interval == 0 or step == self.plan.n_steps:
                 self.after = self.validate(step)
             if self.args.save_interval and step % self.args.save_interval == 0:
                 self.save(self.plan.run_dir / "checkpoints" / f"step-{step:06d}")
@@ -443,7 +286,9 @@ class Run:
         model, style = self.model.module, self.plan.data["prompt_style"]
         if self.job.adapter is not None:
             path = folder / KINDS[self.job.kind].file_name
-            save_adapter(path, model, kind=self.job.kind, config=self.job.adapter, base=self.base, prompt_style=style)
+            save_adapter(
+                path, model, kind=self.job.kind, config=self.job.adapter, base=self.plan.base, prompt_style=style
+            )
             return path.stat().st_size
         with staged_dir(folder / "final", overwrite=True) as staging:
             copy_side_files(self.plan.base_dir, staging)
@@ -490,8 +335,3 @@ class Run:
             f"next: python scripts/merge_{self.job.kind}.py --checkpoint_dir {self.plan.base_dir} "
             f"--{self.job.kind}_path {path}"
         )
-
-
-def default_weight_decay(method: str) -> float:
-    """0 for ETHER and ETHER+, whose vectors' lengths mean nothing; 0.01 for everything else."""
-    return 0.0 if method in METHODS and not METHODS[method].matrices else 0.01

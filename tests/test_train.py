@@ -225,6 +225,7 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--train.micro_batch_size", "3"], "global_batch_size 4 is not a multiple of"),
         (["--train.lr_warmup_steps", "6"], "lr_warmup_steps 6 must be shorter than the run of 6 steps"),
         (["--train.learning_rate", "-1", "--train.loss_average", "x"], "learning_rate must be positive, got -1.0; "),
+        (["--precision", "fp32", "--ether_nb", "3"], "16-mixed; 3 blocks do not divide"),
         (["--Htype", "ether+"], "choices: ether, etherplus, etherplusHH, oft"),
         (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
         (["--ether_query", "false", "--ether_value", "false"], "no adapter target is enabled"),
@@ -233,12 +234,19 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--io.train_data_dir", "nowhere"], "nowhere"),
         (["--train.learning_rat", "1"], "learning_rat"),
         (["--init_from", "nothing.pth"], "nothing.pth is not a file"),
+        (["--ether_head", "true", "--io.checkpoint_dir", "nowhere", "--train.epochs", "0"], "; --train.epochs must be"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(work, tmp_path, capsys, more, message):
     name, arguments = command(work, "ether", tmp_path / "run", *more)
     assert message in refusal(capsys, name, arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_for_another_tokenizer_is_refused(work, tmp_path, capsys, spm_dir):
+    other = write_base(tmp_path / "other", spm_dir)
+    name, arguments = command(work, "ether", tmp_path / "run", "--io.checkpoint_dir", str(other))
+    assert "has another one; prepare it again with --checkpoint_dir" in refusal(capsys, name, arguments)
 
 
 def test_a_finished_run_is_not_written_into(work, tmp_path, capsys):
