@@ -25,6 +25,7 @@ from lit_gpt.checkpoint import (
     staged_dir,
     write_json,
 )
+from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
 from lit_gpt.rows import FIELDS, read_rows
 from lit_gpt.tokenizer import Tokenizer
@@ -32,8 +33,6 @@ from lit_gpt.tokenizer import Tokenizer
 Sample = dict[str, Tensor]
 Part = tuple[str, bool]  # a text, and whether it is the response's
 
-IGNORE = -100
-"""The label of a position that nothing is learned from; what `torch.nn.functional.cross_entropy` skips by default."""
 TEST_FRACTION = 0.04
 """Near the 2,000 of 52,000 rows that Alpaca's followers hold out."""
 MANY_CUT = 0.05
@@ -131,7 +130,7 @@ def _make_samples(
     lengths = torch.tensor([len(ids) for ids, _ in pieces])
     ids = torch.tensor([i for ids, _ in pieces for i in ids], dtype=torch.int32)
     response = torch.tensor([is_response for _, is_response in pieces]).repeat_interleave(lengths)
-    labels = ids.masked_fill(~torch.tensor(learned).repeat_interleave(lengths), IGNORE)
+    labels = ids.masked_fill(~torch.tensor(learned).repeat_interleave(lengths), IGNORE_INDEX)
     columns = [column.split(list(sizes)) for column in (ids, labels, response)]
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -141,7 +140,7 @@ def cut(samples: Sequence[Sample], max_seq_length: int) -> tuple[list[Sample], i
     n_cut = sum(len(sample["input_ids"]) > max_seq_length for sample in samples)
     short = [{name: values[:max_seq_length] for name, values in sample.items()} for sample in samples]
     # The first position has nothing before it to be predicted from
-    kept = [sample for sample in short if bool((sample["labels"][1:] != IGNORE).any())]
+    kept = [sample for sample in short if bool((sample["labels"][1:] != IGNORE_INDEX).any())]
     return kept, n_cut, len(short) - len(kept)
 
 
@@ -300,7 +299,7 @@ def _report(facts: Mapping, tokenizer: Tokenizer, sample: Sample, destination_pa
 
 def mark_masked(tokenizer: Tokenizer, sample: Sample) -> str:
     """The text of a sample, special tokens included, with what is not learned inside [[masked: ...]]."""
-    ids, masked = sample["input_ids"].tolist(), (sample["labels"] == IGNORE).tolist()
+    ids, masked = sample["input_ids"].tolist(), (sample["labels"] == IGNORE_INDEX).tolist()
     borders = [0, *(i for i in range(1, len(ids)) if masked[i] != masked[i - 1]), len(ids)]
     # Differences of longer and longer texts, since a run decoded alone may lose its first space
     texts = [tokenizer.decode(ids[:border], skip_special=False) for border in borders]
@@ -360,11 +359,11 @@ def collate(
     """
     B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
     idx = torch.zeros(B, T, dtype=torch.int64)
-    targets = torch.full((B, T), IGNORE, dtype=torch.int64)
+    targets = torch.full((B, T), IGNORE_INDEX, dtype=torch.int64)
     for b, sample in enumerate(samples):
         ids, labels = sample["input_ids"], sample["labels"]
         if response_only:
-            labels = ids.masked_fill(~sample["response"], IGNORE)
+            labels = ids.masked_fill(~sample["response"], IGNORE_INDEX)
         idx[b, : len(ids)] = ids
         targets[b, : len(ids) - 1] = labels[1:]
     return idx.to(device), targets.to(device)

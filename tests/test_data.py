@@ -12,8 +12,9 @@ import torch
 from conftest import sample_text
 
 from lit_gpt.cli import run
-from lit_gpt.data import IGNORE, cut, encode_rows, load_split, mark_masked, prepare, read_data_config, save_split, split
 from lit_gpt.data import collate as make_batch
+from lit_gpt.data import cut, encode_rows, load_split, mark_masked, prepare, read_data_config, save_split, split
+from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
 from lit_gpt.rows import read_rows
 from lit_gpt.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def failure(capsys, script, *flags):
 
 def targets_text(tokenizer, sample):
     """What is learned, as text."""
-    return tokenizer.decode(sample["labels"][sample["labels"] != IGNORE], skip_special=False)
+    return tokenizer.decode(sample["labels"][sample["labels"] != IGNORE_INDEX], skip_special=False)
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -175,7 +176,7 @@ def test_a_sample_begins_with_the_ids_the_model_is_asked_with(request, kind, sty
         prompt = encode_prompt(tokenizer, style, instruction=row["instruction"], input=row["input"])
         ids = sample["input_ids"].tolist()
         assert ids[: len(prompt)] == prompt
-        assert sample["labels"].tolist() == [IGNORE] * len(prompt) + ids[len(prompt) :]
+        assert sample["labels"].tolist() == [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
         assert sample["response"].tolist() == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
         text = render_prompt(style, row["instruction"], row["input"]) + row["output"]
         assert tokenizer.decode(ids) == text and ids[-1] == tokenizer.eos_id
@@ -187,7 +188,7 @@ def test_only_the_assistants_turns_are_learned_end_tokens_included(bpe_dir):
     (sample,) = encode_rows(tokenizer, [{"messages": CHAT}], style="chat", mask_inputs=False)
     assert sample["input_ids"].tolist() == tokenizer.encode(tokenizer.render_chat(CHAT), bos=False)
     assert targets_text(tokenizer, sample) == "two<|im_end|>new<|im_end|>"
-    assert torch.equal(sample["response"], sample["labels"] != IGNORE)
+    assert torch.equal(sample["response"], sample["labels"] != IGNORE_INDEX)
     assert mark_masked(tokenizer, sample) == (
         "[[masked: <|im_start|>system\nYou are old.<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n"
         "<|im_start|>assistant\n]]two<|im_end|>[[masked: \n<|im_start|>user\na<|im_end|>\n"
@@ -222,9 +223,9 @@ def test_the_mask_holds_for_any_template(spm_dir, template, learned):
     tokenizer = Tokenizer(spm_dir)
     tokenizer.chat_template = template
     (sample,) = encode_rows(tokenizer, [{"messages": CHAT[1:]}], style="chat", mask_inputs=True)
-    pieces = "".join(tokenizer._backend.id_token(i) for i in sample["labels"].tolist() if i != IGNORE)
+    pieces = "".join(tokenizer._backend.id_token(i) for i in sample["labels"].tolist() if i != IGNORE_INDEX)
     assert pieces.replace("▁", " ").replace("<0x0A>", "\n") == learned
-    assert sample["labels"][-1] in (tokenizer.eos_id, IGNORE)
+    assert sample["labels"][-1] in (tokenizer.eos_id, IGNORE_INDEX)
 
 
 def test_a_template_that_rewrites_the_past_is_refused(bpe_dir):
