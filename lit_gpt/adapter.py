@@ -5,7 +5,7 @@ and bias), so base checkpoints load under unchanged keys and a merged file is on
 is an explicit call, never a side effect of ``train()`` or ``eval()``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,15 +129,16 @@ def _targets_of(name: str) -> set[str]:
     return set() if name.endswith("mlp.gate") else {"mlp"}
 
 
-def replace_targets(model: GPT, config: Any, build: Callable[[nn.Linear, set[str]], AdapterLayer]) -> None:
-    """Put ``build(linear, targets)`` in the place of every Linear that the config's targets name."""
+def replace_targets(model: GPT, config: Any, *, plain: type[AdapterLayer], fused: type[AdapterLayer]) -> None:
+    """Put an adapter layer, ``plain`` or ``fused`` (q, k, v), in the place of every Linear that the config names."""
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ValueError("the model already has an adapter; merge it first")
     found = list(linear_targets(model, config))
     if not found:
         raise ValueError(f"no adapter target is enabled; enable at least one of {', '.join(TARGETS)}")
     for _, parent, attribute, linear, targets in found:
-        setattr(parent, attribute, build(linear, targets))
+        layer = fused if isinstance(linear, QKVLinear) else plain
+        setattr(parent, attribute, layer(linear, config, targets))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -88,7 +88,7 @@ def load_adapter(path: Path | str, kind: str) -> AdapterFile:
         FileNotFoundError, ValueError: no such file, not an adapter, or one of the other kind.
     """
     content = load_state(path)
-    state, meta = (content.get("model"), content.get("config")) if isinstance(content, dict) else (None, None)
+    state, meta = content.get("model"), content.get("config")
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} is not an adapter file: it holds no adapter under 'model'")
     if meta is None:

@@ -97,10 +97,13 @@ def load_state(path: Path | str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0][:120]
         raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, a dict of tensors was expected; make it again")
+    return state
 
 
 def load_model(
@@ -126,8 +129,10 @@ def load_model(
 def warn_of_slow_products(precision: str, device: torch.device) -> None:
     """Say so where this CPU has no instructions for the precision: its products then take 10 times as long and more."""
     kind = precision.split("-")[0]
-    supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
-    if device.type == "cpu" and kind in supported and not supported[kind]():
+    # Private names, absent from builds without oneDNN: nothing is said there.
+    probes = {"bf16": "_is_mkldnn_bf16_supported", "16": "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, probes[kind], None) if kind in probes else None
+    if device.type == "cpu" and supported is not None and not supported():
         print(
             f"this CPU has no {precision} products and is slow at them; --precision 32-true is faster", file=sys.stderr
         )

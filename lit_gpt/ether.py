@@ -271,12 +271,7 @@ def add_ether(model: GPT, config: EtherConfig) -> None:
         ValueError: no target is enabled, or the blocks do not divide a size (names the module and the legal n).
     """
     check_blocks(model, config)
-
-    def build(linear: nn.Linear, targets: set[str]) -> EtherLayer:
-        layer = EtherQKVLinear if isinstance(linear, QKVLinear) else EtherLinear
-        return layer(linear, config, targets)
-
-    replace_targets(model, config, build)
+    replace_targets(model, config, plain=EtherLinear, fused=EtherQKVLinear)
 
 
 def check_blocks(model: GPT, config: EtherConfig) -> None:

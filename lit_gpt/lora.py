@@ -112,12 +112,7 @@ class LoraQKVLinear(LoraLayer, QKVLinear):
 
 def add_lora(model: GPT, config: LoraConfig) -> None:
     """Put LoRA layers in the place of the Linears that the config's targets name; works on the meta device."""
-
-    def build(linear: nn.Linear, targets: set[str]) -> LoraLayer:
-        layer = LoraQKVLinear if isinstance(linear, QKVLinear) else LoraLinear
-        return layer(linear, config, targets)
-
-    replace_targets(model, config, build)
+    replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
 
 
 def lora_filter(name: str, _: Any = None) -> bool:

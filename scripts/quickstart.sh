@@ -146,11 +146,12 @@ evaluate "$RUN/merged" "$RUN/arc_after.json"
 
 say "7. What came of it"
 "$PYTHON" scripts/demo/report.py --run_dir "$RUN"
+ACTIVATE=
+if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
 cat <<END
 
 Next:
-  . .venv/bin/activate                                     # where no environment of yours is active
-  python chat/base.py --checkpoint_dir $RUN/merged
+$ACTIVATE  python chat/base.py --checkpoint_dir $RUN/merged
   python finetune/ether.py --help                          # every option
   bash scripts/test.sh                                     # the tests
 Start anew with: rm -r $RUN

@@ -194,7 +194,10 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
     assert code == 0 and "prompt style alpaca" in err
     torch.save([1, 2], tmp_path / "list.pth")
     for wrong, message in (
-        (("--checkpoint_dir", trained_dir, "--ether_path", tmp_path / "list.pth"), "not an adapter file"),
+        (
+            ("--checkpoint_dir", trained_dir, "--ether_path", tmp_path / "list.pth"),
+            "holds a list, a dict of tensors was expected",
+        ),
         (("--checkpoint_dir", endless_dir, "--ether_path", path), "belongs to another base model"),
         (("--checkpoint_dir", trained_dir, "--lora_path", path), "a LoRA one was expected"),
         (("--checkpoint_dir", trained_dir, "--ether_path", trained_dir / "lit_model.pth"), "not an adapter file"),
