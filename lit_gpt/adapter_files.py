@@ -31,6 +31,11 @@ from lit_gpt.checkpoint import (
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
+from lit_gpt.tokenizer import Tokenizer
+
+
+# Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
+PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ def merge_adapter(
         check_base(adapter, checkpoint_dir, source=path)
         model = load_model(checkpoint_dir, "32-true")
         attach_adapter(model, adapter, source=path)
-        probe = torch.arange(64).remainder(model.config.vocab_size)[None]
+        probe = torch.tensor([Tokenizer(checkpoint_dir).encode(PROBE)[: model.config.block_size]])
         before = _logits(model, probe)
         merge_adapter_weights(model)
         gap = _relative(_logits(model, probe), before)
