@@ -33,7 +33,6 @@ from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
 
-
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
 PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
 
