@@ -53,15 +53,22 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
     """Write summary.json and the loss curves, and print the lines that matter."""
     write_json(run_dir / "summary.json", summary)
     draw_losses(run_dir / "loss.png", metrics.rows, title=str(summary["method"]))
-    for name, label in (("val_loss", "validation loss"), ("val_response_loss", "  on responses alone")):
-        print(f"{label:<22} {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}")
-    print(f"{'trained':<22} {summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk")
+    for name, label in curves(metrics.rows).items():
+        print(f"{label + ' loss':<32} {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}")
+    print(f"{'trained':<32} {summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk")
     print(
-        f"{'time':<22} {summary['seconds']:.0f} s for {summary['steps']} steps, "
+        f"{'time':<32} {summary['seconds']:.0f} s for {summary['steps']} steps, "
         f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding"
     )
-    print(f"{'peak memory':<22} {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
-    print(f"{'loss curve':<22} {run_dir / 'loss.png'}")
+    print(f"{'peak memory':<32} {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"{'loss curve':<32} {run_dir / 'loss.png'}")
+
+
+def curves(rows: list[dict[str, float]]) -> dict[str, str]:
+    """The validation losses that a run has, by column, with their names; one where only responses are learned."""
+    if all(row["val_loss"] == row["val_response_loss"] for row in rows if "val_loss" in row):
+        return {"val_response_loss": "validation"}
+    return {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
 
 
 def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None:
@@ -71,14 +78,15 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (
-        ("loss", "training, each step", {"color": "0.7", "linewidth": 1}),
-        ("val_loss", "validation, all target tokens", {"color": "tab:blue", "marker": "o"}),
-        ("val_response_loss", "validation, response tokens", {"color": "tab:orange", "marker": "o"}),
-    ):
+    steps = [row["step"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    axes.plot(steps, losses, label="training, each step", color="0.8", linewidth=1)
+    means = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    axes.plot(steps, means, label="training, mean of ten steps", color="0.5")
+    for (name, label), color in zip(curves(rows).items(), ("tab:blue", "tab:orange"), strict=False):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o")
     axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -112,7 +112,7 @@ finetune() {
     fi
     show finetune/ether.py --io.train_data_dir "$DATA" --io.out_dir "$RUN/run" --precision "$PRECISION" \
         --Htype etherplusHH --ether_nb 4 --train.learning_rate 2e-3 --train.global_batch_size 8 \
-        --train.micro_batch_size 4 --train.max_steps "$STEPS" --overwrite true
+        --train.micro_batch_size 4 --train.max_steps "$STEPS" --eval.interval 10 --overwrite true
 }
 
 merge() {
