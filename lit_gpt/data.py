@@ -326,7 +326,7 @@ def load_split(path: Path | str) -> list[Sample]:
     try:
         sizes = content["lengths"].tolist()
         columns = [content[name].split(sizes) for name in NAMES]
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 

@@ -311,7 +311,10 @@ def test_what_is_no_prepared_data_is_refused(bpe_dir, tmp_path):
         load_split(tmp_path / "train.pt")
     with pytest.raises(FileNotFoundError, match=r"holds no data_config.json; make it with"):
         read_data_config(tmp_path)
-    for content in ({"weight": torch.ones(2)}, [1, 2], {"lengths": torch.tensor([3]), "input_ids": torch.ones(2)}):
+    torch.save([1, 2], tmp_path / "train.pt")
+    with pytest.raises(ValueError, match=r"train.pt holds a list, a dict of tensors was expected; make it again"):
+        load_split(tmp_path / "train.pt")
+    for content in ({"weight": torch.ones(2)}, {"lengths": torch.tensor([3]), "input_ids": torch.ones(2)}):
         torch.save(content, tmp_path / "train.pt")
         with pytest.raises(ValueError, match=r"train.pt does not hold prepared data; make it with"):
             load_split(tmp_path / "train.pt")
