@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None
     steps = [row["step"] for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
     axes.plot(steps, losses, label="training, each step", color="0.8", linewidth=1)
-    means = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    means = [fmean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     axes.plot(steps, means, label="training, mean of ten steps", color="0.5")
     for (name, label), color in zip(curves(rows).items(), ("tab:blue", "tab:orange"), strict=False):
         points = [(row["step"], row[name]) for row in rows if name in row]
