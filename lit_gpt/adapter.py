@@ -8,6 +8,7 @@ is an explicit call, never a side effect of ``train()`` or ``eval()``.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,25 +61,31 @@ class AdapterLayer(nn.Linear):
         if not isinstance(base, QKVLinear):
             self.parts = (Part("", 0, base.out_features, True),)
             return
-        sizes = (base.config.q_size, base.config.kv_size, base.config.kv_size)
-        starts = (0, sizes[0], sizes[0] + sizes[1])
+        stops = tuple(accumulate(base.sizes))
         self.parts = tuple(
-            Part(suffix, start, start + size, target in targets)
-            for (target, suffix), start, size in zip(QKV_SUFFIX.items(), starts, sizes, strict=True)
+            Part(suffix, stop - size, stop, target in targets)
+            for (target, suffix), stop, size in zip(QKV_SUFFIX.items(), stops, base.sizes, strict=True)
         )
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters, by name."""
         return {name: p for name, p in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        if not self.active:
-            return F.linear(x, self.weight, self.bias)
-        return self.adapted(x)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(..., in) to (..., out), or to q, k and v apart."""
+        outputs = self.adapted(x) if self.active else [self.product(part, x) for part in self.parts]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """The layer's output with its adapter in place."""
+    def product(self, part: Part, x: Tensor) -> Tensor:
+        """W x + b of one part."""
+        return F.linear(x, self.weight[part.rows], self.bias_of(part))
+
+    def bias_of(self, part: Part) -> Tensor | None:
+        """One part's share of the bias."""
+        return None if self.bias is None else self.bias[part.rows]
+
+    def adapted(self, x: Tensor) -> list[Tensor]:
+        """The output of each part with its adapter in place."""
         raise NotImplementedError
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:

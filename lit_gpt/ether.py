@@ -34,6 +34,7 @@ from lit_gpt.model import GPT, QKVLinear
 from lit_gpt.reflections import cayley, published_rotate, published_update, reflect, reflect_plus, rotate
 
 Vectors = tuple[Tensor, ...]
+Apply = Callable[[Tensor, Vectors, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,25 @@ class Method:
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        apply: R x from blocked activations (..., n, b), the side's parameters and the blocks to keep.
+        apply: R x from blocked activations (..., n, b), the side's parameters, the point that R leaves where it is
+            (n, b; None for the origin) and the blocks to keep.
         apply_transposed: R^T x, what a weight's rows take.
         matrices: the parameters are (n, b, b), not (n, b).
     """
 
     tensors: int
     two_sided: bool
-    apply: Callable[[Tensor, Vectors, Tensor | None], Tensor]
-    apply_transposed: Callable[[Tensor, Vectors, Tensor | None], Tensor]
+    apply: Apply
+    apply_transposed: Apply
     matrices: bool = False
 
 
-def _ether(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
-    return reflect(x, *vectors, keep=keep)
+def _ether(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
+    return reflect(x, *vectors, about=about, keep=keep)
 
 
-def _ether_plus(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
-    return reflect_plus(x, *vectors, keep=keep)
+def _ether_plus(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
+    return reflect_plus(x, *vectors, about=about, keep=keep)
 
 
 def _rotation(vectors: Vectors, keep: Tensor | None) -> Tensor:
@@ -68,12 +70,12 @@ def _rotation(vectors: Vectors, keep: Tensor | None) -> Tensor:
     return cayley(a if keep is None else a * keep.unsqueeze(-1))  # A = 0 is the identity
 
 
-def _oft(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
-    return rotate(x, _rotation(vectors, keep))
+def _oft(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
+    return rotate(x, _rotation(vectors, keep), about=about)
 
 
-def _oft_transposed(x: Tensor, vectors: Vectors, keep: Tensor | None) -> Tensor:
-    return rotate(x, _rotation(vectors, keep).mT)
+def _oft_transposed(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
+    return rotate(x, _rotation(vectors, keep).mT, about=about)
 
 
 METHODS = {
@@ -174,41 +176,42 @@ class EtherLayer(AdapterLayer):
                 for second in rest:
                     second.copy_(-first)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """y = R_out(W(R_in x)) + b for each part."""
+    def adapted(self, x: Tensor) -> list[Tensor]:
+        """R_out(W(R_in x)) + b of each part."""
         x = F.dropout(x, self.ether_config.dropout, self.training)
-        if "input" in self.sides:
-            outputs = [self.product(part, x) for part in self.parts]
-        else:  # every part reads the same x: one product
-            outputs = list(F.linear(x, self.weight).split([part.size for part in self.parts], dim=-1))
-        for index, part in enumerate(self.parts):
-            if part.adapted and "output" in self.sides:
-                outputs[index] = self.transform(part, "output", outputs[index])
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if self.bias is None else y + self.bias
+        return [self.adapted_part(part, x) if part.adapted else self.product(part, x) for part in self.parts]
 
-    def product(self, part: Part, x: Tensor) -> Tensor:
-        """W R_in x of one part, without its bias."""
-        weight = self.weight[part.rows]
-        if not part.adapted:
-            return F.linear(x, weight)
-        if not self.published:
-            return F.linear(self.transform(part, "input", x), weight)
+    def adapted_part(self, part: Part, x: Tensor) -> Tensor:
+        """One adapted part: (..., in) to (..., its rows)."""
+        if "input" not in self.sides:
+            y = self.product(part, x)
+        elif self.published:
+            y = self.published_product(part, x)
+        else:
+            y = self.product(part, self.transform(part, "input", x))
+        return self.transform(part, "output", y, about=self.bias_of(part)) if "output" in self.sides else y
+
+    def published_product(self, part: Part, x: Tensor) -> Tensor:
+        """W R_in x + b in the original code's layout."""
         vectors, keep = self.vectors(part, "input"), self.draw_blocks()
+        weight, bias = self.weight[part.rows], self.bias_of(part)
         if self.method.matrices:
-            return published_rotate(x, weight, _rotation(vectors, keep))
+            y = published_rotate(x, weight, _rotation(vectors, keep))
+            return y if bias is None else y + bias
         update = published_update(x, weight, *vectors).unflatten(-1, (self.ether_config.nb, -1))
-        return F.linear(x, weight) + (update if keep is None else update * keep).flatten(-2).to(x.dtype)
+        return F.linear(x, weight, bias) + (update if keep is None else update * keep).flatten(-2).to(x.dtype)
 
     @property
     def published(self) -> bool:
         """The input side is in the original code's layout (which for one block is the diagonal one)."""
         return self.ether_config.block_layout == "published" and self.ether_config.nb > 1
 
-    def transform(self, part: Part, side: str, x: Tensor) -> Tensor:
-        """R x on one side of one part: (..., size) to (..., size)."""
-        blocks = x.unflatten(-1, (self.ether_config.nb, -1))
-        return self.method.apply(blocks, self.vectors(part, side), self.draw_blocks()).flatten(-2)
+    def transform(self, part: Part, side: str, x: Tensor, *, about: Tensor | None = None) -> Tensor:
+        """R x on one side of one part, or R(x - about) + about: (..., size) to (..., size)."""
+        blocks = (self.ether_config.nb, -1)
+        about = None if about is None else about.unflatten(-1, blocks)
+        x = x.unflatten(-1, blocks)
+        return self.method.apply(x, self.vectors(part, side), about, self.draw_blocks()).flatten(-2)
 
     def draw_blocks(self) -> Tensor | None:
         """(n, 1), zero for the blocks dropped in this pass; None where none is."""
@@ -224,13 +227,13 @@ class EtherLayer(AdapterLayer):
             vectors = self.vectors(part, "input")
             if self.published:  # row group r meets R_r in each of its n chunks
                 groups = rows.unflatten(0, (n, -1)).unflatten(-1, (n, -1)).permute(1, 2, 0, 3)  # (f/n, j, r, b)
-                turned = self.method.apply_transposed(groups, vectors, None)
+                turned = self.method.apply_transposed(groups, vectors, None, None)
                 rows = turned.permute(2, 0, 1, 3).flatten(-2).flatten(0, 1)
             else:
-                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors, None).flatten(-2)
+                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors, None, None).flatten(-2)
         if "output" in self.sides:
             columns = rows.T.unflatten(-1, (n, -1))
-            rows = self.method.apply(columns, self.vectors(part, "output"), None).flatten(-2).T
+            rows = self.method.apply(columns, self.vectors(part, "output"), None, None).flatten(-2).T
         return rows
 
 

@@ -74,19 +74,17 @@ class LoraLayer(AdapterLayer):
         b = self.lora_B.split([part.size for part in adapted])
         return {part.suffix: pair for part, pair in zip(adapted, zip(a, b, strict=True), strict=True)}
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """W x + b plus the branches; the adapter's fp32 parameters multiply in x's dtype."""
-        y = F.linear(x, self.weight, self.bias)
+    def adapted(self, x: Tensor) -> list[Tensor]:
+        """W x + b plus the branch of each part; the adapter's fp32 parameters multiply in x's dtype."""
+        outputs = [self.product(part, x) for part in self.parts]
         x = F.dropout(x, self.lora_config.dropout, self.training)
-        down = F.linear(x, self.lora_A.to(x.dtype))  # (..., r * adapted parts): one product for all
-        branches, down = self.factors(), iter(down.split(self.lora_config.r, dim=-1))
-        updates = [
-            F.linear(next(down), branches[part.suffix][1].to(x.dtype)) * self.scaling
-            if part.adapted
-            else x.new_zeros(*x.shape[:-1], part.size)
-            for part in self.parts
-        ]
-        return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
+        down = iter(F.linear(x, self.lora_A.to(x.dtype)).split(self.lora_config.r, dim=-1))  # one product for all
+        branches = self.factors()
+        for index, part in enumerate(self.parts):
+            if part.adapted:
+                up = F.linear(next(down), branches[part.suffix][1].to(x.dtype))
+                outputs[index] = outputs[index] + up * self.scaling
+        return outputs
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
         """W + (alpha / r) B A of one part."""

@@ -155,7 +155,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, d) to (B, T, d)."""
         B, T, _ = x.shape
         config = self.config
-        q, k, v = self.attn(x).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        q, k, v = self.attn(x)
         q = q.view(B, T, config.n_head, config.head_size).transpose(1, 2)  # (B, H, T, S)
         k = k.view(B, T, config.n_query_groups, config.head_size).transpose(1, 2)  # (B, G, T, S)
         v = v.view(B, T, config.n_query_groups, config.head_size).transpose(1, 2)  # (B, G, T, S)
@@ -173,11 +173,21 @@ class CausalSelfAttention(nn.Module):
 
 
 class QKVLinear(nn.Linear):
-    """The fused query, key and value projection: rows [q | k | v] in memory, interleaved in files."""
+    """The fused query, key and value projection: rows [q | k | v] in memory, interleaved in files.
+
+    One product each: an adapted q, k or v then starts bit for bit as its base, and attention, which keeps v for the
+    backward pass, does not keep q and k with it.
+    """
 
     def __init__(self, config: Config, **factory: Any) -> None:
-        super().__init__(config.n_embd, config.q_size + 2 * config.kv_size, bias=config.qkv_bias, **factory)
+        self.sizes = (config.q_size, config.kv_size, config.kv_size)
+        super().__init__(config.n_embd, sum(self.sizes), bias=config.qkv_bias, **factory)
         self.config = config
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., d) to q (..., H S), k and v (..., G S)."""
+        biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
+        return tuple(F.linear(x, *rows) for rows in zip(self.weight.split(self.sizes), biases, strict=True))
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

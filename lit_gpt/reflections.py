@@ -34,23 +34,27 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def reflect(x: Tensor, u: Tensor, *, keep: Tensor | None = None) -> Tensor:
+def reflect(x: Tensor, u: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
     """ETHER: x - 2 u^ (u^ . x), block by block.
 
     Args:
         x: (..., n, b).
         u: (n, b), of any length but zero.
+        about: (n, b), the point that R leaves where it is, so that the result is R(x - about) + about: a layer's bias,
+            which is not transformed; the origin where it is None.
         keep: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
     """
-    return _Reflection.apply(x, keep, u)
+    return _Reflection.apply(x, about, keep, u)
 
 
-def reflect_plus(x: Tensor, u: Tensor, v: Tensor, *, keep: Tensor | None = None) -> Tensor:
+def reflect_plus(
+    x: Tensor, u: Tensor, v: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None
+) -> Tensor:
     """ETHER+: x + (v^ (v^ . x) - u^ (u^ . x)), block by block; x itself, bit for bit, where v = -u.
 
     Args: as for ``reflect``, with a second vector.
     """
-    return _Reflection.apply(x, keep, u, v)
+    return _Reflection.apply(x, about, keep, u, v)
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -62,13 +66,17 @@ def cayley(a: Tensor) -> Tensor:
     return torch.linalg.solve(identity - s, identity + s)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """R x, block by block.
+def rotate(x: Tensor, rotation: Tensor, *, about: Tensor | None = None) -> Tensor:
+    """R x, block by block, or x + (R - I)(x - about), which for R = I is x bit for bit.
 
     Args:
         x: (..., n, b).
         rotation: (n, b, b).
+        about: (n, b), the point that R leaves where it is; the origin where it is None.
     """
+    if about is not None:
+        identity = torch.eye(rotation.size(-1), device=rotation.device, dtype=rotation.dtype)
+        return x + rotate(x - about, rotation - identity)
     rotation = rotation.to(x.dtype)  # a product of this size belongs to the dtype that the weights multiply in
     return torch.einsum("...nb,ncb->...nc", x, rotation)
 
@@ -86,43 +94,47 @@ def _updates(vectors: tuple[Tensor, ...]) -> tuple[tuple[float, Tensor], ...]:
 class _Reflection(torch.autograd.Function):
     """Saves x and the vectors, nothing else; autograd's own graph would keep several tensors of x's size.
 
-    With R = I + sum_k s_k w_k w_k^T and the incoming gradient g:
+    With R = I + sum_k s_k w_k w_k^T, y = R (x - c) + c and the incoming gradient g:
         dL/dx = R g
-        dL/dw_k = s_k sum over positions of (w_k . x) g + (w_k . g) x
+        dL/dw_k = s_k sum over positions of (w_k . (x - c)) g + (w_k . g) (x - c)
         dL/du = (dL/dw - w (w . dL/dw)) / |u|, for w = u / |u|
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor | None, *vectors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, keep, *vectors)
-        return _apply(x, keep, vectors)
+    def forward(ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, *vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, about, keep, *vectors)
+        return _apply(x, about, keep, vectors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, *vectors = ctx.saved_tensors
-        grad_x = _apply(grad, keep, tuple(vectors)) if ctx.needs_input_grad[0] else None
+        x, about, keep, *vectors = ctx.saved_tensors
+        grad_x = _apply(grad, None, keep, tuple(vectors)) if ctx.needs_input_grad[0] else None
         dtype = working_dtype(x.dtype)
         x, grad, grad_vectors = x.to(dtype), grad.to(dtype), []
         for vector, (factor, w) in zip(vectors, _updates(tuple(vectors)), strict=True):
-            along_x, along_grad = _dot(x, w), _dot(grad, w)
-            if keep is not None:
-                along_x, along_grad = along_x * keep, along_grad * keep
-            grad_w = factor * (along_x * grad + along_grad * x).sum_to_size(w.shape)
+            along_x, along_grad = _along(x, w, about, keep), _along(grad, w, None, keep)
+            grad_w = (along_x * grad + along_grad * x).sum_to_size(w.shape)
+            if about is not None:
+                grad_w = grad_w - along_grad.sum_to_size(len(w), 1) * about
             length = torch.linalg.vector_norm(vector.to(dtype), dim=-1, keepdim=True)
-            grad_vectors.append(((grad_w - w * _dot(w, grad_w)) / length).to(vector.dtype))
-        return grad_x, None, *grad_vectors
+            grad_vectors.append(((grad_w - w * _dot(w, grad_w)) * (factor / length)).to(vector.dtype))
+        return grad_x, None, None, *grad_vectors
 
 
-def _apply(x: Tensor, keep: Tensor | None, vectors: tuple[Tensor, ...]) -> Tensor:
+def _along(x: Tensor, w: Tensor, about: Tensor | None, keep: Tensor | None) -> Tensor:
+    """w . (x - about) of each block, (..., n, 1); zero where the block is dropped."""
+    along = _dot(x, w) if about is None else _dot(x, w) - _dot(about.to(w.dtype), w)
+    return along if keep is None else along * keep
+
+
+def _apply(x: Tensor, about: Tensor | None, keep: Tensor | None, vectors: tuple[Tensor, ...]) -> Tensor:
     """R x. The updates are summed before x is added, each product rounded alone: they cancel exactly at v = -u."""
     wide = x.to(working_dtype(x.dtype))
     update: Tensor | None = None
     for factor, w in _updates(vectors):
-        coefficient = factor * _dot(wide, w)
-        if keep is not None:
-            coefficient = coefficient * keep
-        update = coefficient * w if update is None else update + coefficient * w
+        term = factor * _along(wide, w, about, keep) * w
+        update = term if update is None else update + term
     return (wide + update).to(x.dtype)
 
 
