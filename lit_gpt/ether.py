@@ -34,7 +34,6 @@ from lit_gpt.model import GPT, QKVLinear
 from lit_gpt.reflections import cayley, published_rotate, published_update, reflect, reflect_plus, rotate
 
 Vectors = tuple[Tensor, ...]
-Apply = Callable[[Tensor, Vectors, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,38 +43,40 @@ class Method:
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        apply: R x from blocked activations (..., n, b), the side's parameters, the point that R leaves where it is
-            (n, b; None for the origin) and the blocks to keep.
+        apply: R x from blocked activations (..., n, b) and the side's parameters; ``about``, ``keep`` and
+            ``save_output`` as in ``reflections.reflect``.
         apply_transposed: R^T x, what a weight's rows take.
         matrices: the parameters are (n, b, b), not (n, b).
     """
 
     tensors: int
     two_sided: bool
-    apply: Apply
-    apply_transposed: Apply
+    apply: Callable[..., Tensor]
+    apply_transposed: Callable[[Tensor, Vectors], Tensor]
     matrices: bool = False
 
 
-def _ether(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
-    return reflect(x, *vectors, about=about, keep=keep)
+def _ether(x: Tensor, vectors: Vectors, **options: Any) -> Tensor:
+    return reflect(x, *vectors, **options)
 
 
-def _ether_plus(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
-    return reflect_plus(x, *vectors, about=about, keep=keep)
+def _ether_plus(x: Tensor, vectors: Vectors, **options: Any) -> Tensor:
+    return reflect_plus(x, *vectors, **options)
 
 
-def _rotation(vectors: Vectors, keep: Tensor | None) -> Tensor:
+def _rotation(vectors: Vectors, keep: Tensor | None = None) -> Tensor:
     a = vectors[0]
     return cayley(a if keep is None else a * keep.unsqueeze(-1))  # A = 0 is the identity
 
 
-def _oft(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
+def _oft(
+    x: Tensor, vectors: Vectors, *, about: Tensor | None = None, keep: Tensor | None = None, save_output: bool = False
+) -> Tensor:
     return rotate(x, _rotation(vectors, keep), about=about)
 
 
-def _oft_transposed(x: Tensor, vectors: Vectors, about: Tensor | None, keep: Tensor | None) -> Tensor:
-    return rotate(x, _rotation(vectors, keep).mT, about=about)
+def _oft_transposed(x: Tensor, vectors: Vectors) -> Tensor:
+    return rotate(x, _rotation(vectors).mT)
 
 
 METHODS = {
@@ -210,8 +211,14 @@ class EtherLayer(AdapterLayer):
         """R x on one side of one part, or R(x - about) + about: (..., size) to (..., size)."""
         blocks = (self.ether_config.nb, -1)
         about = None if about is None else about.unflatten(-1, blocks)
-        x = x.unflatten(-1, blocks)
-        return self.method.apply(x, self.vectors(part, side), about, self.draw_blocks()).flatten(-2)
+        y = self.method.apply(
+            x.unflatten(-1, blocks),
+            self.vectors(part, side),
+            about=about,
+            keep=self.draw_blocks(),
+            save_output=side == "output",  # attention keeps its v too; an input x has other readers that keep it
+        )
+        return y.flatten(-2)
 
     def draw_blocks(self) -> Tensor | None:
         """(n, 1), zero for the blocks dropped in this pass; None where none is."""
@@ -227,13 +234,13 @@ class EtherLayer(AdapterLayer):
             vectors = self.vectors(part, "input")
             if self.published:  # row group r meets R_r in each of its n chunks
                 groups = rows.unflatten(0, (n, -1)).unflatten(-1, (n, -1)).permute(1, 2, 0, 3)  # (f/n, j, r, b)
-                turned = self.method.apply_transposed(groups, vectors, None, None)
+                turned = self.method.apply_transposed(groups, vectors)
                 rows = turned.permute(2, 0, 1, 3).flatten(-2).flatten(0, 1)
             else:
-                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors, None, None).flatten(-2)
+                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors).flatten(-2)
         if "output" in self.sides:
             columns = rows.T.unflatten(-1, (n, -1))
-            rows = self.method.apply(columns, self.vectors(part, "output"), None, None).flatten(-2).T
+            rows = self.method.apply(columns, self.vectors(part, "output")).flatten(-2).T
         return rows
 
 

@@ -17,9 +17,11 @@ Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors 
 Half precision is computed in fp32 and rounded once; the result has x's dtype.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,7 +36,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def reflect(x: Tensor, u: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+def reflect(
+    x: Tensor, u: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None, save_output: bool = False
+) -> Tensor:
     """ETHER: x - 2 u^ (u^ . x), block by block.
 
     Args:
@@ -43,18 +47,25 @@ def reflect(x: Tensor, u: Tensor, *, about: Tensor | None = None, keep: Tensor |
         about: (n, b), the point that R leaves where it is, so that the result is R(x - about) + about: a layer's bias,
             which is not transformed; the origin where it is None.
         keep: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
+        save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _Reflection.apply(x, about, keep, u)
+    return _Reflection.apply(x, about, keep, save_output, u)
 
 
 def reflect_plus(
-    x: Tensor, u: Tensor, v: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    about: Tensor | None = None,
+    keep: Tensor | None = None,
+    save_output: bool = False,
 ) -> Tensor:
     """ETHER+: x + (v^ (v^ . x) - u^ (u^ . x)), block by block; x itself, bit for bit, where v = -u.
 
     Args: as for ``reflect``, with a second vector.
     """
-    return _Reflection.apply(x, about, keep, u, v)
+    return _Reflection.apply(x, about, keep, save_output, u, v)
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -85,57 +96,69 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=-1, keepdim=True)
 
 
-def _updates(vectors: tuple[Tensor, ...]) -> tuple[tuple[float, Tensor], ...]:
+def _factors_and_units(vectors: Sequence[Tensor]) -> tuple[tuple[float, Tensor], ...]:
     """The factors and unit vectors w of R = I + sum of factor w w^T."""
     units = [unit(vector) for vector in vectors]
     return ((-2.0, units[0]),) if len(units) == 1 else ((-1.0, units[0]), (1.0, units[1]))
 
 
 class _Reflection(torch.autograd.Function):
-    """Saves x and the vectors, nothing else; autograd's own graph would keep several tensors of x's size.
+    """Saves x or R x, and a number a block; autograd's own graph would keep several tensors of x's size.
 
-    With R = I + sum_k s_k w_k w_k^T, y = R (x - c) + c and the incoming gradient g:
+    With R = I + sum_k s_k w_k w_k^T, c the point that it leaves alone, a_k = w_k . (x - c) and g the incoming gradient:
+        y = x + sum_k s_k a_k w_k
         dL/dx = R g
-        dL/dw_k = s_k sum over positions of (w_k . (x - c)) g + (w_k . g) (x - c)
+        dL/dw_k = s_k sum over positions of a_k g + (w_k . g) (x - c)
         dL/du = (dL/dw - w (w . dL/dw)) / |u|, for w = u / |u|
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, *vectors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, about, keep, *vectors)
-        return _apply(x, about, keep, vectors)
+    def forward(
+        ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, *vectors: Tensor
+    ) -> Tensor:
+        alongs, update = _update(x, about, keep, vectors)
+        y = (x.to(update.dtype) + update).to(x.dtype)
+        ctx.save_output = save_output
+        ctx.save_for_backward(y if save_output else x, about, keep, *alongs, *vectors)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, about, keep, *vectors = ctx.saved_tensors
-        grad_x = _apply(grad, None, keep, tuple(vectors)) if ctx.needs_input_grad[0] else None
-        dtype = working_dtype(x.dtype)
-        x, grad, grad_vectors = x.to(dtype), grad.to(dtype), []
-        for vector, (factor, w) in zip(vectors, _updates(tuple(vectors)), strict=True):
-            along_x, along_grad = _along(x, w, about, keep), _along(grad, w, None, keep)
-            grad_w = (along_x * grad + along_grad * x).sum_to_size(w.shape)
+        x, about, keep, *rest = ctx.saved_tensors
+        alongs, vectors = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        updates = _factors_and_units(vectors)
+        grad_alongs, grad_update = _update(grad, None, keep, vectors)
+        grad_x = (grad.to(grad_update.dtype) + grad_update).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        x, grad = x.to(grad_update.dtype), grad.to(grad_update.dtype)
+        if ctx.save_output:
+            for along, (factor, w) in zip(alongs, updates, strict=True):
+                x = x - factor * along * w
+        grad_vectors = []
+        for vector, along, grad_along, (factor, w) in zip(vectors, alongs, grad_alongs, updates, strict=True):
+            grad_w = (along * grad + grad_along * x).sum_to_size(w.shape)
             if about is not None:
-                grad_w = grad_w - along_grad.sum_to_size(len(w), 1) * about
-            length = torch.linalg.vector_norm(vector.to(dtype), dim=-1, keepdim=True)
+                grad_w = grad_w - grad_along.sum_to_size(len(w), 1) * about
+            length = torch.linalg.vector_norm(vector.to(w.dtype), dim=-1, keepdim=True)
             grad_vectors.append(((grad_w - w * _dot(w, grad_w)) * (factor / length)).to(vector.dtype))
-        return grad_x, None, None, *grad_vectors
+        return grad_x, None, None, None, *grad_vectors
 
 
-def _along(x: Tensor, w: Tensor, about: Tensor | None, keep: Tensor | None) -> Tensor:
-    """w . (x - about) of each block, (..., n, 1); zero where the block is dropped."""
-    along = _dot(x, w) if about is None else _dot(x, w) - _dot(about.to(w.dtype), w)
-    return along if keep is None else along * keep
+def _update(
+    x: Tensor, about: Tensor | None, keep: Tensor | None, vectors: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The dot products a_k = w_k . (x - about), zero where a block is dropped, and the update sum_k s_k a_k w_k.
 
-
-def _apply(x: Tensor, about: Tensor | None, keep: Tensor | None, vectors: tuple[Tensor, ...]) -> Tensor:
-    """R x. The updates are summed before x is added, each product rounded alone: they cancel exactly at v = -u."""
-    wide = x.to(working_dtype(x.dtype))
-    update: Tensor | None = None
-    for factor, w in _updates(vectors):
-        term = factor * _along(wide, w, about, keep) * w
+    The terms are summed before x is added, each product rounded alone: they cancel exactly at v = -u.
+    """
+    x = x.to(working_dtype(x.dtype))
+    alongs, update = [], None
+    for factor, w in _factors_and_units(vectors):
+        along = _dot(x, w) if about is None else _dot(x, w) - _dot(about.to(w.dtype), w)
+        alongs.append(along if keep is None else along * keep)
+        term = factor * alongs[-1] * w
         update = term if update is None else update + term
-    return (wide + update).to(x.dtype)
+    return alongs, update
 
 
 def published_columns(weight: Tensor, w: Tensor) -> Tensor:
@@ -170,7 +193,7 @@ def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
         (..., f).
     """
     update: Tensor | None = None
-    for factor, w in _updates(vectors):
+    for factor, w in _factors_and_units(vectors):
         along = torch.einsum("...jb,rb->...rj", x.unflatten(-1, w.shape), w.to(x.dtype))  # (..., r, j)
         term = factor * torch.einsum("...rj,rji->...ri", along, published_columns(weight, w)).flatten(-2)
         update = term if update is None else update + term
@@ -189,5 +212,7 @@ def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
         (..., f).
     """
     n, b, _ = rotation.shape
-    turned = torch.einsum("...jb,rcb->...rjc", x.unflatten(-1, (n, b)), rotation.to(x.dtype)).flatten(-2)
-    return torch.einsum("...rd,rid->...ri", turned, weight.unflatten(0, (n, -1))).flatten(-2)
+    blocks, rotation = x.unflatten(-1, (n, b)), rotation.to(x.dtype)
+    # One row group after another: all rotated copies of x at once could be larger than W.
+    groups = zip(weight.chunk(n), rotation, strict=True)
+    return torch.cat([F.linear(F.linear(blocks, r).flatten(-2), rows) for rows, r in groups], dim=-1)
