@@ -96,7 +96,7 @@ def test_ether_plus_is_the_identity_bit_for_bit_at_its_start(dtype):
     assert torch.equal(reflect_plus(x, u, -u), x)
 
 
-MERGING_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+MERGING_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
 """Largest relative difference of logits; in half precision the two round different numbers, in two random layers."""
 LAW_CASES = [(target, torch.float64) for target in TARGETS] + [("all", dtype) for dtype in MERGING_ERROR]
 
@@ -200,7 +200,7 @@ class LargestStorage(TorchDispatchMode):
 @pytest.mark.parametrize(("method", "nb"), [(m, n) for m in METHODS for n in (1, 4) if (m, n) != ("oft", 1)])
 def test_nothing_of_a_weights_size_is_made(method, nb, attention, layout, dtype):
     """Neither forward nor backward; the sequence is shorter than every side of a weight."""
-    sizes = dict(n_layer=1, n_head=4, n_embd=64, intermediate_size=96, vocab_size=96, block_size=32)
+    sizes = dict(n_layer=1, n_head=4, n_embd=64, intermediate_size=80, vocab_size=96, block_size=32)
     gpt = GPT(Config(**sizes, **attention)).to(dtype)
     add_ether(gpt, EtherConfig(method, nb, **dict.fromkeys(TARGETS, True), block_layout=layout))
     mark_only_adapter_as_trainable(gpt)
