@@ -81,6 +81,7 @@ def one_line(error: BaseException) -> str:
 
 
 def quiet_libraries() -> None:
-    """Drop the libraries' advice that no one here can act on."""
+    """Drop the libraries' advice that no one here can act on; other warnings are one line."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"

@@ -14,6 +14,7 @@ Notable choices:
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -265,9 +266,13 @@ def side_order(linear: nn.Linear, config: EtherConfig) -> tuple[str, ...]:
     if isinstance(linear, QKVLinear):
         sides = ("output", "input")
     else:
-        flipped = config.flip_side and linear.out_features < linear.in_features
-        sides = ("output", "input") if flipped else ("input", "output")
+        sides = ("output", "input") if is_flipped(linear, config) else ("input", "output")
     return sides if METHODS[config.Htype].two_sided else sides[:1]
+
+
+def is_flipped(linear: nn.Linear, config: EtherConfig) -> bool:
+    """Whether ``flip_side`` moves this Linear's transform: its output must be its smaller side."""
+    return config.flip_side and not isinstance(linear, QKVLinear) and linear.out_features < linear.in_features
 
 
 def add_ether(model: GPT, config: EtherConfig) -> None:
@@ -281,6 +286,12 @@ def add_ether(model: GPT, config: EtherConfig) -> None:
         ValueError: no target is enabled, or the blocks do not divide a size (names the module and the legal n).
     """
     check_blocks(model, config)
+    if config.flip_side and not any(is_flipped(linear, config) for _, _, _, linear, _ in linear_targets(model, config)):
+        warnings.warn(
+            "flip_side changes nothing: no chosen target has an output smaller than its input (query, key and value "
+            "are transformed on their output in any case)",
+            stacklevel=2,
+        )
     replace_targets(model, config, plain=EtherLinear, fused=EtherQKVLinear)
 
 

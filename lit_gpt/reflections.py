@@ -92,6 +92,13 @@ def rotate(x: Tensor, rotation: Tensor, *, about: Tensor | None = None) -> Tenso
     return torch.einsum("...nb,ncb->...nc", x, rotation)
 
 
+def axis_angle(u: Tensor, v: Tensor) -> Tensor:
+    """The angle between the axes of vectors (..., b), 0 to pi / 2: (...); exact for small angles too."""
+    u, v = unit(u), unit(v)
+    along = _dot(u, v)
+    return torch.atan2(torch.linalg.vector_norm(v - along * u, dim=-1), along.squeeze(-1).abs())
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=-1, keepdim=True)
 

@@ -1,0 +1,88 @@
+"""What the theory suggests to watch while an adapter trains (``--train.monitor true``), measured at validation steps.
+
+    ETHER   |R - I|_F is 2 for any u; how far u has turned says what was learned
+    ETHER+  |R - I|_F = sqrt(2) sin(angle between the axes of u and v), so at most sqrt(2)
+    OFT     |R - I|_F grows without a bound on what a block may become but a rotation's 2 sqrt(b)
+    all     |W' - W|_F / |W|_F, how far the weights themselves would move if the adapter were merged now
+
+One part's weight is transformed at a time and let go: nothing of a weight's size is kept.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.adapter import AdapterLayer, Part, adapter_layers, adapter_parameters
+from lit_gpt.ether import EtherLayer
+from lit_gpt.reflections import axis_angle, cayley, working_dtype
+
+COLUMNS = (
+    "step", "part", "side", "distance_mean", "distance_max", "angle_mean", "angle_max", "weight_change",
+)  # fmt: skip
+"""Of monitor.csv: |R - I|_F and an angle in degrees over the blocks of one side; the relative change of the weight."""
+
+
+def starting_point(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's parameters, from which ETHER's turns are measured."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in adapter_parameters(model).items()}
+
+
+@torch.no_grad()
+def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """One row of ``COLUMNS`` (without the step) for each adapted part and side; LoRA has no sides.
+
+    Args:
+        model: with its adapter, unmerged.
+        start: the ``starting_point`` that angles of ETHER are measured from.
+    """
+    for name, layer in adapter_layers(model):
+        for part in (part for part in layer.parts if part.adapted):
+            row = {"part": f"{name} {part.suffix}".strip(), "weight_change": weight_change(layer, part)}
+            for side in layer.sides if isinstance(layer, EtherLayer) else ():
+                names = [f"{name}.{own}" for own in layer.names(part, side)]
+                before = [start[full].flatten(0, len(layer.lead)) for full in names]
+                yield row | {"side": side} | block_figures(layer, part, side, before)
+            if not isinstance(layer, EtherLayer):
+                yield row
+
+
+def weight_change(layer: AdapterLayer, part: Part) -> float:
+    """|W' - W|_F / |W|_F of one part."""
+    rows = layer.weight[part.rows]
+    rows = rows.to(working_dtype(rows.dtype))
+    return ((layer.merged_rows(part, rows) - rows).norm() / rows.norm()).item()
+
+
+def block_figures(layer: EtherLayer, part: Part, side: str, start: list[Tensor]) -> dict[str, float]:
+    """Mean and largest |R - I|_F of the blocks, and, of methods with vectors, the angle that decides it."""
+    first, *rest = (vector.cpu() for vector in layer.vectors(part, side))
+    if layer.method.matrices:
+        distances, angles = (cayley(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1)), None
+    elif rest:
+        angles = axis_angle(first, rest[0])
+        distances = math.sqrt(2) * angles.sin()
+    else:
+        angles = axis_angle(first, start[0])
+        distances = torch.full_like(angles, 2.0)
+    figures = {"distance_mean": distances.mean().item(), "distance_max": distances.max().item()}
+    if angles is not None:
+        degrees = angles.rad2deg()
+        figures |= {"angle_mean": degrees.mean().item(), "angle_max": degrees.max().item()}
+    return figures
+
+
+def summarise(rows: list[dict[str, Any]]) -> str:
+    """One line for the screen."""
+    most = max(rows, key=lambda row: row["weight_change"])
+    mean = sum(row["weight_change"] for row in rows) / len(rows)
+    text = f"weights moved {mean:.2%}, at most {most['weight_change']:.2%} ({most['part']})"
+    for figure, unit in (("distance", ""), ("angle", " degrees")):
+        found = [row for row in rows if f"{figure}_max" in row]
+        if found:
+            average = sum(row[f"{figure}_mean"] for row in found) / len(found)
+            label = "|R - I|" if figure == "distance" else figure
+            text += f"; {label} {average:.3g}{unit}, at most {max(row[f'{figure}_max'] for row in found):.3g}"
+    return text
