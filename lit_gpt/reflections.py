@@ -223,3 +223,58 @@ def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
     # One row group after another: all rotated copies of x at once could be larger than W.
     groups = zip(weight.chunk(n), rotation, strict=True)
     return torch.cat([F.linear(F.linear(blocks, r).flatten(-2), rows) for rows, r in groups], dim=-1)
+
+
+def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """R - I as a product of two thin matrices.
+
+    ETHER's is -2 u^ u^T. ETHER+'s is written with the unit vectors c along u^ + v^ and e along v^ - u^:
+
+        v^ v^T - u^ u^T = sin(angle between u and v) (e c^T + c e^T)
+
+    u^ and v^ themselves would do, but they nearly cancel where a block has learnt little: rounding them to bf16 could
+    exceed the update, while rounding these costs it no more than bf16's own precision.
+
+    Args:
+        vectors: u for ETHER, u and v for ETHER+, (n, b) each.
+
+    Returns:
+        left (n b, m) and right (m, n b) in fp64, m = n for ETHER and 2n for ETHER+, with R - I = left @ right.
+    """
+    u, *rest = (unit(vector.double()) for vector in vectors)
+    if not rest:
+        left, right = (-2 * u,), (u,)
+    else:
+        v = rest[0] * torch.where(_dot(u, rest[0]) < 0, -1.0, 1.0)  # the sign of v is free
+        total, difference = u + v, v - u
+        c, e = F.normalize(total, dim=-1), F.normalize(difference, dim=-1)
+        sine = torch.linalg.vector_norm(total, dim=-1) * torch.linalg.vector_norm(difference, dim=-1) / 2
+        left, right = (sine[:, None] * e, sine[:, None] * c), (c, e)
+    spread = [torch.cat([torch.block_diag(*side.split(1)) for side in sides]) for sides in (left, right)]  # (m, n b)
+    return spread[0].T, spread[1]
+
+
+def reflection_factors(
+    weight: Tensor, *, output: tuple[Tensor, ...] = (), input: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """What reflecting a weight adds to it, as a LoRA: R_out W R_in - W = B A.
+
+    R_out W R_in - W = (R_out - I) (W R_in) + W (R_in - I): each side adds its own rank, and in general no fewer do.
+
+    Args:
+        weight: W, (f, d).
+        output, input: each side's u, or u and v, (n, b); none where the side is not reflected.
+
+    Returns:
+        A (r, d) and B (f, r) in W's dtype, r the sum of both sides' n (ETHER) or 2n (ETHER+).
+    """
+    down, up = [], []
+    if input:
+        left, right = (factor.to(weight.dtype) for factor in low_rank(*input))
+        down, up = [right], [weight @ left]
+    if output:
+        left_out, right_out = (factor.to(weight.dtype) for factor in low_rank(*output))
+        rows = right_out @ weight
+        down.append(rows + (rows @ left) @ right if input else rows)
+        up.append(left_out)
+    return torch.cat(down), torch.cat(up, dim=1)

@@ -1,0 +1,245 @@
+"""Adapters as PEFT LoRA folders, which vLLM, llama.cpp and other servers of LoRA host without merging.
+
+In the diagonal block layout a reflected weight differs from W by a matrix of low rank: n for ETHER, 2n for ETHER+,
+4n where both sides are reflected. That matrix is B A, exactly: nothing is fitted, nothing is left out.
+
+Notable choices:
+- lora_alpha is the rank: every scale is 1, also where a server looks at ``r`` alone. A scale of ours goes into B.
+- Where Hugging Face holds q, k and v in one Linear, their A are stacked and the ranks add up.
+- ``r`` is the largest rank and ``rank_pattern`` lists the smaller ones: vLLM holds its limit against ``r``.
+- One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
+from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
+from lit_gpt.checkpoint import (
+    WEIGHTS,
+    atomic_write,
+    check_checkpoint_dir,
+    load_config,
+    load_state,
+    prepare_out_dir,
+    staged_dir,
+    write_json,
+)
+from lit_gpt.config import Config
+from lit_gpt.hf import hf_modules
+from lit_gpt.lora import LoraLayer
+from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
+from lit_gpt.reflections import reflection_factors
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` may be."""
+WITHOUT_LORA_IN_VLLM = ("GPTNeoXForCausalLM",)
+IN_MEMORY = {"embed_out": "lm_head"}
+"""Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
+HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass
+class Export:
+    """A LoRA in the making.
+
+    Attributes:
+        tensors: of ``adapter_model.safetensors``.
+        ranks: by the last part of the module's name, which has the same rank in every layer.
+        update, change: squared norms of the weight updates, and of what rounding the factors to bf16 changes in them,
+            summed over all modules.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    update: float = 0.0
+    change: float = 0.0
+
+    def add(self, module: str, a: Tensor, b: Tensor) -> None:
+        """Take the A (r, in) and B (out, r) of one Hugging Face module."""
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError("the adapter holds a zero vector, NaN or infinity: the run that wrote it diverged")
+        module = IN_MEMORY.get(module, module)
+        self.ranks[module.rpartition(".")[2]] = len(a)
+        for name, factor in (("lora_A", a), ("lora_B", b)):
+            self.tensors[f"base_model.model.{module}.{name}.weight"] = factor.contiguous()
+        self.update += squared_norm(a, b)
+        self.change += squared_norm(torch.cat([a.bfloat16().float(), a]), torch.cat([b.bfloat16().float(), -b], dim=1))
+
+    @property
+    def rounding(self) -> float:
+        """What bf16 factors change the weight update by, relative; 0 where nothing is updated."""
+        return (self.change / self.update) ** 0.5 if self.update else 0.0
+
+
+def squared_norm(a: Tensor, b: Tensor) -> float:
+    """|B A|^2 of A (r, in) and B (out, r), without their product: the sum over (B^T B) * (A A^T)."""
+    a, b = a.double(), b.double()
+    return max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
+
+
+def export_adapter(
+    *, checkpoint_dir: Path, out_dir: Path, ether_path: Path | None, lora_path: Path | None, overwrite: bool
+) -> None:
+    """Write an adapter as a PEFT LoRA folder, and say what was written.
+
+    Args:
+        checkpoint_dir: the base model's folder.
+        out_dir: the folder to write.
+        ether_path: an ETHER or ETHER+ adapter file; or
+        lora_path: a LoRA adapter file.
+        overwrite: replace what is already in out_dir.
+
+    Raises:
+        ValueError: the adapter is no LoRA of what Hugging Face's model holds (or none that is worth it).
+    """
+    found = open_adapter(ether_path, lora_path)
+    if not found:
+        raise ValueError("nothing to export: give an adapter file with --ether_path or --lora_path")
+    adapter, path = found
+    config = load_config(check_checkpoint_dir(checkpoint_dir))
+    if out_dir.resolve() == checkpoint_dir.resolve():
+        raise ValueError(f"--out_dir {out_dir} is the checkpoint folder itself; name another folder")
+    prepare_out_dir(out_dir, overwrite)
+    check_base(adapter, checkpoint_dir, source=path)
+    layers = adapted_layers(adapter, config, source=path)
+    reasons = obstacles(adapter, config, layers)
+    if reasons:
+        merge = f"scripts/merge_{adapter.kind}.py --checkpoint_dir {checkpoint_dir} --{adapter.kind}_path {path}"
+        raise ValueError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: python {merge}")
+    try:
+        export = factorise(layers, config, load_state(checkpoint_dir / WEIGHTS))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    base = adapter.base.get("name") or config.name
+    with staged_dir(out_dir, overwrite) as staging:
+        write_json(staging / "adapter_config.json", peft_config(export.ranks, base=base))
+        with atomic_write(staging / "adapter_model.safetensors") as temporary:
+            save_file(export.tensors, temporary, metadata={"format": "pt"})
+    style = f", prompt style {adapter.prompt_style}" if adapter.prompt_style else ""
+    print(f"{out_dir}: {path} as a LoRA of {base}{style}")
+    report(export, config, checkpoint_dir=checkpoint_dir, out_dir=out_dir)
+
+
+def adapted_layers(adapter: AdapterFile, config: Config, *, source: Path) -> dict[str, AdapterLayer]:
+    """The adapter's layers by name, their own parameters in fp32, their weights on the meta device."""
+    with torch.device("meta"):
+        model = GPT(config)
+    attach_adapter(model, adapter, source=source)
+    layers = dict(adapter_layers(model))
+    for name, layer in layers.items():
+        for own in layer.own_parameters():
+            layer.register_parameter(own, nn.Parameter(adapter.state[f"{name}.{own}"].float(), requires_grad=False))
+    return layers
+
+
+def hf_parts(layer: AdapterLayer, modules: tuple[str, ...]) -> list[tuple[str, list[Part]]]:
+    """The Hugging Face modules that hold an adapted part of this layer, each with the parts whose rows it holds."""
+    apart = len(modules) == len(layer.parts)
+    held = [[part] for part in layer.parts] if apart else [list(layer.parts)]
+    pairs = zip(modules, held, strict=True)
+    return [(module, parts) for module, parts in pairs if any(part.adapted for part in parts)]
+
+
+def rank_of(layer: AdapterLayer, part: Part) -> int:
+    """The rank of one part's update."""
+    if not part.adapted:
+        return 0
+    if isinstance(layer, LoraLayer):
+        return layer.lora_config.r
+    return sum(len(vector) for side in layer.sides for vector in layer.vectors(part, side))
+
+
+def obstacles(adapter: AdapterFile, config: Config, layers: dict[str, AdapterLayer]) -> list[str]:
+    """Why the adapter cannot be a LoRA of Hugging Face's model; empty where it can."""
+    ours = adapter.config
+    if adapter.kind == "ether" and ours.Htype == "oft":
+        return ["OFT rotates all of a weight, which is no change of low rank"]
+    reasons = []
+    inside = any("input" in getattr(layer, "sides", ()) for layer in layers.values())
+    if inside and ours.block_layout == "published" and ours.nb > 1:
+        reasons.append(f"on the input side the published block layout has a rank of up to n^2, here n = {ours.nb}")
+    if config.n_expert and ours.mlp:
+        reasons.append(f"transformers holds the experts of a {config.architecture} as plain parameters, not as Linears")
+    modules = hf_modules(config)
+    for name, layer in layers.items():
+        for module, parts in hf_parts(layer, modules[name]):
+            rank, f, d = sum(rank_of(layer, part) for part in parts), sum(p.size for p in parts), layer.in_features
+            if rank * (f + d) >= f * d:
+                return [*reasons, f"rank {rank} takes as much room as {module} itself, {f} x {d}"]
+    return reasons
+
+
+def factorise(layers: dict[str, AdapterLayer], config: Config, weights: dict[str, Tensor]) -> Export:
+    """A and B of every adapted Hugging Face module, from the base's weights."""
+    export, modules = Export(), hf_modules(config)
+    for name, layer in layers.items():
+        weight = weights[f"{name}.weight"].float()
+        if isinstance(layer, QKVLinear):
+            weight = deinterleave_qkv(weight, config)
+        for module, parts in hf_parts(layer, modules[name]):
+            downs, ups = [], []
+            for part in parts:
+                a, b = factors(layer, part, weight[part.rows])
+                downs.append(a)
+                ups.append(b)
+            b = torch.block_diag(*ups)
+            # Where Hugging Face has one Linear for q, k and v (GPT-NeoX), its rows are in the order of our files.
+            export.add(module, torch.cat(downs), interleave_qkv(b, config) if len(parts) > 1 else b)
+    return export
+
+
+def factors(layer: AdapterLayer, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (rows, r) of one part of a layer, from the weight that it adapts: W' = W + B A."""
+    if not part.adapted:
+        return rows.new_zeros(0, layer.in_features), rows.new_zeros(part.size, 0)
+    if isinstance(layer, LoraLayer):
+        a, b = layer.factors()[part.suffix]
+        return a, layer.scaling * b
+    return reflection_factors(rows, **{side: layer.vectors(part, side) for side in layer.sides})
+
+
+def peft_config(ranks: dict[str, int], *, base: str) -> dict:
+    """PEFT's ``adapter_config.json``."""
+    r = max(ranks.values())
+    smaller = {name: rank for name, rank in ranks.items() if rank < r}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": sorted(ranks),
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def report(export: Export, config: Config, *, checkpoint_dir: Path, out_dir: Path) -> None:
+    """Print rank, size and accuracy, what a server has to know, and the next command."""
+    r = max(export.ranks.values())
+    ranks = ", ".join(f"{name} {rank}" for name, rank in export.ranks.items())
+    size = sum(tensor.nbytes for tensor in export.tensors.values())
+    print(f"rank {r} ({ranks}), {size / 1e6:.1f} MB in fp32")
+    print(f"exact in fp32; on a server in bf16 its rounded factors change the weight update by {export.rounding:.1e}")
+    if len({*export.ranks.values()}) > 1:
+        print("llama.cpp scales all modules by one alpha, so it needs equal ranks: merge for it")
+    if config.tie_embeddings and "lm_head" in export.ranks:
+        print("the head is tied: unmerged, the embedding stays as it is; PEFT's merge_and_unload would change it too")
+    limit = next((limit for limit in VLLM_RANKS if r <= limit), None)
+    if limit is None or config.architecture in WITHOUT_LORA_IN_VLLM:
+        reason = f"no LoRA on a {config.architecture}" if limit else f"no rank above {VLLM_RANKS[-1]}"
+        print(f"vLLM takes {reason}: merge for it; in PEFT: PeftModel.from_pretrained(base, '{out_dir}')")
+        return
+    served = checkpoint_dir
+    if not any([*checkpoint_dir.glob(pattern)] for pattern in HF_WEIGHTS):
+        served = Path(f"{checkpoint_dir}-hf")
+        print(f"next: python scripts/convert_lit_checkpoint.py --checkpoint_dir {checkpoint_dir} --out_dir {served}")
+    print(f"next: vllm serve {served} --enable-lora --max-lora-rank {limit} --lora-modules {out_dir.name}={out_dir}")

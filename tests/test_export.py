@@ -1,0 +1,287 @@
+"""Adapters as PEFT LoRA folders: PEFT computes what our unmerged model computes, and what is no LoRA is refused."""
+
+import re
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from hf_models import save
+from safetensors.torch import load_file
+
+from lit_gpt import Config
+from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
+from lit_gpt.adapter_files import KINDS, load_adapted_model, save_adapter
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, read_json
+from lit_gpt.cli import run
+from lit_gpt.export import Export, report
+from lit_gpt.hf import lit_to_hf
+from lit_gpt.reflections import low_rank, reflection_factors
+from scripts import convert_hf_checkpoint, export_lora
+
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+IDX = torch.arange(2 * 20).remainder(160).view(2, 20)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def make(folder: Path, case: str, tokenizer: Path, *, dtype: str | None = None, scale: float = 1.0, **fields) -> Path:
+    """A tiny base, in Hugging Face's and our files, and beside it an adapter with random values; the adapter's path.
+
+    `scale` 0 leaves the adapter as it starts.
+    """
+    base = folder / "base"
+    save(case, base)
+    for file in tokenizer.iterdir():
+        shutil.copyfile(file, base / file.name)
+    convert_hf_checkpoint.setup(checkpoint_dir=base, dtype=dtype)
+    kind = KINDS["lora" if "r" in fields else "ether"]
+    targets = fields.pop("targets", TARGETS)
+    config = kind.config_class(**{target: target in targets for target in TARGETS}, **fields)
+    torch.manual_seed(3)
+    model = load_model(base)
+    kind.add(model, config)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values() if scale else ():
+            parameter.copy_(scale * torch.randn_like(parameter))
+    about = {"name": "the-base", "fingerprint": fingerprint(load_state(base / "lit_model.pth"))}
+    name = "lora" if "r" in fields else "ether"
+    save_adapter(folder / kind.file_name, model, kind=name, config=config, base=about, prompt_style="alpaca")
+    return folder / kind.file_name
+
+
+def flags(adapter: Path) -> dict[str, Path]:
+    return {"lora_path" if "lora" in adapter.name else "ether_path": adapter}
+
+
+def export(adapter: Path, **options) -> Path:
+    out = adapter.parent / "out"
+    export_lora.setup(checkpoint_dir=adapter.parent / "base", out_dir=out, **flags(adapter), **options)
+    return out
+
+
+def in_peft(adapter: Path, out: Path) -> peft.PeftModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, out).eval()
+
+
+# ---- the same function in PEFT
+
+ETHER, PLUS, BOTH = dict(Htype="ether", nb=2), dict(Htype="etherplus", nb=2), dict(Htype="etherplusHH", nb=1)
+BLOCKS, LORA = dict(Htype="etherplusHH", nb=2), dict(r=3, alpha=5.0, scale=0.3)
+PUBLISHED = dict(Htype="ether", nb=4, block_layout="published", targets=("query", "value"))
+EXPORTS = {
+    "ether": ("llama", ETHER),
+    "etherplus": ("llama", PLUS),
+    "etherplusHH": ("llama", BOTH),
+    "lora": ("llama", LORA),
+    "flip_side": ("llama_mqa_odd_head", dict(**PLUS, flip_side=True, targets=("projection", "mlp"))),
+    "published, output side": ("llama", PUBLISHED),
+    "gqa, tied head": ("llama_tied_gqa", BOTH),
+    "gqa, tied head, lora": ("llama_tied_gqa", LORA),
+    "mqa, odd heads": ("llama_mqa_odd_head", BOTH),
+    "biases": ("llama_biases", BOTH),
+    "gqa, wide heads, two blocks": ("llama3_rope", BLOCKS),
+    "mistral": ("mistral_window", PLUS),
+    "mixtral's attention": ("mixtral", dict(**ETHER, targets=("query", "key", "value", "projection", "head"))),
+    "neox, ether": ("neox_parallel", ETHER),
+    "neox, etherplusHH": ("neox_parallel", BOTH),
+    "neox, q and v": ("neox_sequential", dict(**PLUS, targets=("query", "value"))),
+    "neox, lora": ("neox_sequential", LORA),
+    "neox, tied head": ("neox_tied_tanh", PLUS),
+    "phi": ("phi", BLOCKS),
+    "phi, gqa, four blocks": ("phi_gqa", dict(Htype="etherplusHH", nb=4)),
+    "phi, lora": ("phi_gqa", LORA),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", EXPORTS)
+def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, tmp_path, bpe_dir):
+    case, fields = EXPORTS[name]
+    adapter = make(tmp_path, case, bpe_dir, **fields)
+    ours, theirs = load_adapted_model(tmp_path / "base", **flags(adapter)), in_peft(adapter, export(adapter))
+    with torch.no_grad():
+        expected = ours(IDX)
+        assert relative(load_model(tmp_path / "base")(IDX), expected) > 1e-2, "the adapter does nothing"
+        assert relative(theirs(IDX).logits, expected) < 1e-5
+        tied = ours.config.tie_embeddings
+        merge_adapter_weights(ours)
+        own = adapter_parameters(ours)
+        weights = lit_to_hf({key: tensor for key, tensor in ours.state_dict().items() if key not in own}, ours.config)
+        merged = theirs.merge_and_unload().state_dict()
+    for on_disk, in_memory in (("embed_out", "lm_head"), ("block_sparse_moe.gate", "mlp.gate")):
+        weights = {key.replace(on_disk, in_memory): tensor for key, tensor in weights.items()}
+    # PEFT merges a tied head into the embedding too, which is what the export warns of.
+    apart = ("lm_head.weight", "embed_in.weight", "embed_tokens.weight") if tied else ("block_sparse_moe.experts",)
+    compared = {key for key in weights if not any(name in key for name in apart)}
+    assert compared <= merged.keys()
+    for key in compared:
+        assert relative(merged[key], weights[key]) < 1e-5, key
+
+
+def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
+    adapter = make(tmp_path, "llama", bpe_dir, dtype="bfloat16", **BOTH)
+    out = export(adapter)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(model, out)(IDX).logits
+        assert relative(theirs, load_adapted_model(tmp_path / "base", ether_path=adapter)(IDX)) < 1e-5
+
+
+# ---- what is written
+
+
+def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, capsys):
+    adapter = make(tmp_path, "llama3_rope", bpe_dir, **BLOCKS, targets=("query", "value"))
+    out = export(adapter)
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    config = read_json(out / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "the-base" and config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 2 and {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    prefix = "base_model.model.model.layers.1.self_attn.v_proj"
+    assert tensors[f"{prefix}.lora_A.weight"].shape == (8, 24) and tensors[f"{prefix}.lora_B.weight"].shape == (32, 8)
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert f"rank 8 (q_proj 8, v_proj 8), {size / 1e6:.1f} MB in fp32" in lines
+    assert "as a LoRA of the-base, prompt style alpaca" in lines[-4]
+    serve = f"next: vllm serve {tmp_path / 'base'} --enable-lora --max-lora-rank 8 --lora-modules out={out}"
+    assert lines[-1] == serve
+
+
+def test_one_linear_for_q_k_and_v_gets_one_stack_and_the_ranks_are_listed(tmp_path, bpe_dir, capsys):
+    out = export(make(tmp_path, "neox_parallel", bpe_dir, **PLUS, targets=("query", "value", "mlp")))
+    config, tensors = read_json(out / "adapter_config.json"), load_file(out / "adapter_model.safetensors")
+    smaller = {"dense_h_to_4h": 4, "dense_4h_to_h": 4}
+    assert (config["r"], config["lora_alpha"]) == (8, 8)
+    assert config["rank_pattern"] == config["alpha_pattern"] == smaller
+    b = tensors["base_model.model.gpt_neox.layers.0.attention.query_key_value.lora_B.weight"].view(4, 3, 8, 8)
+    assert (b[:, 1] == 0).all(), "k is not adapted: head by head its rows are zero"
+    assert (b[:, 0, :, 4:] == 0).all() and (b[:, 2, :, :4] == 0).all(), "q and v have ranks of their own"
+    printed = capsys.readouterr().out
+    assert "one alpha" in printed and "vLLM takes no LoRA on a GPTNeoXForCausalLM" in printed
+
+
+def test_what_starts_as_the_identity_is_exported_as_nothing(tmp_path, bpe_dir, capsys):
+    out = export(make(tmp_path, "llama", bpe_dir, scale=0.0, **BOTH))
+    assert all((b == 0).all() for name, b in load_file(out / "adapter_model.safetensors").items() if "lora_B" in name)
+    assert "change the weight update by 0.0e+00" in capsys.readouterr().out
+
+
+def test_a_tied_head_is_hosted_exactly_and_peft_s_merge_is_warned_of(tmp_path, bpe_dir, capsys):
+    export(make(tmp_path, "llama_tied_gqa", bpe_dir, **BOTH, targets=("head",)))
+    assert "PEFT's merge_and_unload would change it too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rank, says",
+    [(1, "-rank 8 "), (16, "-rank 16 "), (17, "-rank 32 "), (257, "-rank 320 "), (513, "vLLM takes no rank above 512")],
+)
+def test_the_smallest_setting_of_vllm_is_named_and_a_base_without_hugging_face_files_converted(rank, says, capsys):
+    report(Export(ranks={"q_proj": rank}), Config(), checkpoint_dir=Path("base"), out_dir=Path("out"))
+    printed = capsys.readouterr().out
+    assert says in printed
+    assert ("convert_lit_checkpoint.py --checkpoint_dir base --out_dir base-hf" in printed) == (rank <= 512)
+
+
+# ---- the mathematics
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("sides", [("input",), ("output",), ("input", "output")])
+def test_factors_equal_the_dense_formula(sides, plus, n):
+    torch.manual_seed(0)
+    weight = torch.randn(18, 30, dtype=torch.float64)
+    sizes, adapted, vectors = {"input": 30, "output": 18}, weight, {}
+    for side in sides:
+        drawn = [torch.randn(n, sizes[side] // n, dtype=torch.float64) for _ in range(1 + plus)]
+        hats = [vector / vector.norm(dim=-1, keepdim=True) for vector in drawn]
+        outer = [torch.block_diag(*(torch.outer(block, block) for block in hat)) for hat in hats]
+        r = torch.eye(sizes[side]).double() + (outer[1] - outer[0] if plus else -2 * outer[0])
+        adapted = adapted @ r if side == "input" else r @ adapted
+        vectors[side] = tuple(drawn)
+    a, b = reflection_factors(weight, **vectors)
+    assert a.shape == (n * (1 + plus) * len(sides), 30)
+    torch.testing.assert_close(weight + b @ a, adapted, rtol=0, atol=1e-12)
+    assert torch.linalg.matrix_rank(adapted - weight) == len(a), "no smaller rank would do"
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-3, 1e-5])
+def test_rounding_to_bf16_costs_an_update_its_own_precision_however_small(angle):
+    u = torch.randn(2, 12, dtype=torch.float64)
+    v = -u + angle * torch.randn(2, 12, dtype=torch.float64)
+    left, right = low_rank(u, v)
+    exact = left @ right
+    rounded = left.bfloat16().double() @ right.bfloat16().double()
+    assert (rounded - exact).norm() / exact.norm() < 2**-8
+
+
+def test_the_reported_rounding_is_that_of_the_dense_update():
+    export, update, change = Export(), [], []
+    for name in ("h.0.q_proj", "h.0.v_proj"):
+        a, b = torch.randn(3, 20), torch.randn(30, 3)
+        export.add(name, a, b)
+        update.append(b @ a)
+        change.append(b.bfloat16().float() @ a.bfloat16().float() - b @ a)
+    expected = torch.stack(change).norm() / torch.stack(update).norm()
+    assert export.rounding == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---- refusals: one line, nothing written
+
+MERGE = r"merge instead: python scripts/merge_ether.py --checkpoint_dir \S+ --ether_path \S+$"
+REFUSALS = {
+    "oft": ("llama", dict(Htype="oft", nb=2), "rotates all of a weight.*" + MERGE),
+    "published": ("llama", dict(**ETHER, block_layout="published"), r"published block layout .* n = 2; " + MERGE),
+    "published, both sides": ("llama", dict(**{**PUBLISHED, **BLOCKS}), "published block layout"),
+    "experts": ("mixtral", ETHER, "experts of a MixtralForCausalLM as plain parameters.*" + MERGE),
+    "size": ("llama", dict(Htype="etherplusHH", nb=3, targets=("key",)), "rank 12 .*k_proj itself, 24 x 24; " + MERGE),
+    "size of a lora": ("llama_tied_gqa", dict(r=8), r"rank 8 .*k_proj itself, 12 x 24; .*merge_lora.py .* --lora_path"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_no_lora_is_refused(name, tmp_path, bpe_dir, capsys):
+    case, fields, message = REFUSALS[name]
+    adapter = make(tmp_path, case, bpe_dir, **fields)
+    assert re.search(message, failure(adapter, capsys))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", adapter.name}
+
+
+def failure(adapter: Path, capsys, **options) -> str:
+    """The one line with which the command line fails."""
+    folder = adapter.parent
+    options = {"checkpoint_dir": folder / "base", "out_dir": folder / "out", **flags(adapter), **options}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(export_lora.setup, [f"--{name}={value}" for name, value in options.items()])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_other_refusals(tmp_path, bpe_dir, capsys):
+    adapter = make(tmp_path, "llama", bpe_dir, **BOTH)
+    assert "is the checkpoint folder itself" in failure(adapter, capsys, out_dir=tmp_path / "base")
+    assert "not both" in failure(adapter, capsys, lora_path=adapter)
+    out = export(adapter)
+    assert "--overwrite true" in failure(adapter, capsys)
+    export(adapter, overwrite=True)
+    with pytest.raises(ValueError, match="give an adapter file"):
+        export_lora.setup(checkpoint_dir=tmp_path / "base", out_dir=tmp_path / "other")
+    state = torch.load(adapter, weights_only=True)
+    next(iter(state["model"].values())).zero_()
+    torch.save(state, adapter)
+    assert f"{adapter.name}: the adapter holds a zero vector" in failure(adapter, capsys, out_dir=tmp_path / "other")
+    state["config"]["base"]["fingerprint"] = "another"
+    torch.save(state, adapter)
+    assert "belongs to another base model" in failure(adapter, capsys, out_dir=tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", adapter.name, out.name}
