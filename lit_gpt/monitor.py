@@ -1,8 +1,8 @@
 """What the theory suggests to watch while an adapter trains (``--train.monitor true``), measured at validation steps.
 
-    ETHER   |R - I|_F is 2 for any u; how far u has turned says what was learned
+    ETHER   |R - I|_F is 2 for any u; how far u has turned from its start says what was learned
     ETHER+  |R - I|_F = sqrt(2) sin(angle between the axes of u and v), so at most sqrt(2)
-    OFT     |R - I|_F grows without a bound on what a block may become but a rotation's 2 sqrt(b)
+    OFT     |R - I|_F, at most 2 sqrt(b)
     all     |W' - W|_F / |W|_F, how far the weights themselves would move if the adapter were merged now
 
 One part's weight is transformed at a time and let go: nothing of a weight's size is kept.
@@ -57,21 +57,21 @@ def weight_change(layer: AdapterLayer, part: Part) -> float:
 
 
 def block_figures(layer: EtherLayer, part: Part, side: str, start: list[Tensor]) -> dict[str, float]:
-    """Mean and largest |R - I|_F of the blocks, and, of methods with vectors, the angle that decides it."""
+    """Mean and largest over the blocks: |R - I|_F where it is not a constant, and the angle of methods with vectors."""
     first, *rest = (vector.cpu() for vector in layer.vectors(part, side))
+    figures = {}
     if layer.method.matrices:
-        distances, angles = (cayley(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1)), None
-    elif rest:
-        angles = axis_angle(first, rest[0])
-        distances = math.sqrt(2) * angles.sin()
+        figures["distance"] = (cayley(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1))
     else:
-        angles = axis_angle(first, start[0])
-        distances = torch.full_like(angles, 2.0)
-    figures = {"distance_mean": distances.mean().item(), "distance_max": distances.max().item()}
-    if angles is not None:
-        degrees = angles.rad2deg()
-        figures |= {"angle_mean": degrees.mean().item(), "angle_max": degrees.max().item()}
-    return figures
+        angle = axis_angle(first, rest[0] if rest else start[0])
+        figures["angle"] = angle.rad2deg()
+        if rest:
+            figures["distance"] = math.sqrt(2) * angle.sin()
+    return {
+        f"{name}_{kind}": value.item()
+        for name, values in figures.items()
+        for kind, value in (("mean", values.mean()), ("max", values.max()))
+    }
 
 
 def summarise(rows: list[dict[str, Any]]) -> str:
@@ -79,10 +79,9 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     most = max(rows, key=lambda row: row["weight_change"])
     mean = sum(row["weight_change"] for row in rows) / len(rows)
     text = f"weights moved {mean:.2%}, at most {most['weight_change']:.2%} ({most['part']})"
-    for figure, unit in (("distance", ""), ("angle", " degrees")):
+    for figure, label in (("distance", "|R - I| {:.3g}, at most {:.3g}"), ("angle", "angle {:.3g}°, at most {:.3g}°")):
         found = [row for row in rows if f"{figure}_max" in row]
         if found:
             average = sum(row[f"{figure}_mean"] for row in found) / len(found)
-            label = "|R - I|" if figure == "distance" else figure
-            text += f"; {label} {average:.3g}{unit}, at most {max(row[f'{figure}_max'] for row in found):.3g}"
+            text += "; " + label.format(average, max(row[f"{figure}_max"] for row in found))
     return text
