@@ -1,0 +1,248 @@
+"""What a training step costs with an adapter: counted on tensors without data, or timed side by side.
+
+A step is the forward and backward pass of one sequence in which every position has a target. It is compared with the
+*floor*: the frozen model with one trained scalar, added to the embedding's output, so that gradients flow through every
+layer and nothing else is computed. (An adapter on outputs alone may fall below: the first layer's input then needs no
+gradient.)
+
+Notable choices:
+- Matrix products are counted on the meta device, where attention is spelt out in them.
+- What is saved for the backward pass are the storages that PyTorch's graph keeps, each once, weights excluded. Fake
+  tensors tell, as the kernels of a CPU save it: attention is fused there, as in a real run.
+- Times are taken in turns, on one set of random weights that all adapters share: a machine that slows down does so for
+  all, and memory holds the model once.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
+from lit_gpt.config import Config
+from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
+from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.model import GPT, LLaMAMoE
+
+FLOOR, LORA = "frozen model", "LoRA r=8"
+METHOD_NAMES = {"ether": "ETHER", "etherplus": "ETHER+ one-sided", "etherplusHH": "ETHER+ two-sided", "oft": "OFT"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and the adapter that the model gets; None for the floor."""
+
+    label: str
+    adapter: EtherConfig | LoraConfig | None
+
+
+def choose_variants(
+    config: Config, *, targets: Sequence[str], blocks: Sequence[int], oft_blocks: Sequence[int]
+) -> tuple[list[Variant], list[str]]:
+    """Floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
+    chosen = {target: target in targets for target in TARGETS}
+    variants, left_out = [Variant(FLOOR, None), Variant(LORA, LoraConfig(r=8, **chosen))], []
+    with torch.device("meta"):
+        model = GPT(replace(config, n_layer=1))
+    for method, name in METHOD_NAMES.items():
+        for n in oft_blocks if METHODS[method].matrices else blocks:
+            adapter = EtherConfig(Htype=method, nb=n, **chosen)
+            try:
+                check_blocks(model, adapter)
+            except ValueError as error:
+                left_out.append(f"{name} n={n} is left out: {error}")
+            else:
+                variants.append(Variant(f"{name} n={n}", adapter))
+    return variants, left_out
+
+
+def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
+    """Give the model its adapter, or the floor's scalar, and freeze the rest."""
+    if adapter is None:
+        model.requires_grad_(False)
+        weight = model.transformer.wte.weight
+        model.shift = nn.Parameter(torch.zeros((), device=weight.device, dtype=weight.dtype))
+        model.transformer.wte.register_forward_hook(lambda module, inputs, output: output + model.shift)
+        return model
+    add = add_lora if isinstance(adapter, LoraConfig) else add_ether
+    add(model, adapter)
+    mark_only_adapter_as_trainable(model)
+    return model
+
+
+def meta_model(config: Config, dtype: torch.dtype) -> GPT:
+    """A model without data."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype)
+
+
+def twin(base: GPT, device: torch.device | str | None = None) -> GPT:
+    """A copy of the modules over the same weights; with a device, over empty ones of the same kind there."""
+
+    def weight(parameter: nn.Parameter) -> nn.Parameter:
+        if device is None:
+            return parameter
+        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
+
+    return copy.deepcopy(base, {id(parameter): weight(parameter) for parameter in base.parameters()})
+
+
+def step_loss(model: GPT, idx: Tensor) -> Tensor:
+    """The loss of a step, ``model(idx, targets=idx)``, in one piece.
+
+    Picking the positions with a target, as the model does, needs their number: neither the meta device nor a compiled
+    graph has it.
+    """
+    return F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten(), reduction="sum")
+
+
+def count(config: Config, variant: Variant, *, seq_length: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    """What a step of one sequence costs, as ``count_model``.
+
+    Every layer after the first costs the same, so models of one and of two layers tell it for any depth, exactly.
+    """
+    one, two = (count_model(replace(config, n_layer=depth), variant, seq_length, dtype) for depth in (1, 2))
+    return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
+
+
+def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.dtype) -> dict[str, int]:
+    """Trained parameters, adapter bytes, FLOPs of products and of the rest, bytes saved for the backward pass."""
+    base = meta_model(config, dtype)
+    model = attach(twin(base), variant.adapter)
+    return {
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_bytes": sum(p.nbytes for p in adapter_parameters(model).values()),
+        "product_flops": product_flops(model, seq_length),
+        "elementwise_flops": elementwise_flops(model, variant.adapter, seq_length),
+        "saved_bytes": saved_bytes(base, variant.adapter, seq_length),
+    }
+
+
+def product_flops(model: GPT, seq_length: int) -> int:
+    """FLOPs of the matrix products of a step, for a model on the meta device."""
+    spread_evenly(model)
+    with FlopCounterMode(display=False) as counter:
+        step_loss(model, torch.empty(1, seq_length, dtype=torch.long, device="meta")).backward()
+    return counter.get_total_flops()
+
+
+def elementwise_flops(model: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
+    """FLOPs that the adapters add to a step outside of matrix products; a multiplication and an addition are two.
+
+    - ETHER, ETHER+: for each entry of a vector and each position, forward w . x and x + (s w . x) w (4), backward the
+      same with the gradient g for x (4), w . x and w . g (4), and (w . x) g + (w . g) x summed over the positions (4).
+      Once a step, w = u / |u| in both passes (6) and its derivative (7).
+    - OFT: for each block of b x b, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
+      triangular solves for b right-hand sides in both passes (2 b^3 each). Its products are counted as such.
+    - LoRA: for each output and position, the branch is scaled and added (2), its gradient scaled (1).
+    """
+    total = 0.0
+    for name, parameter in adapter_parameters(model).items():
+        share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
+        positions = seq_length * share
+        if isinstance(adapter, LoraConfig):
+            total += 3 * positions * parameter.size(0) if name.endswith("lora_B") else 0
+        elif METHODS[adapter.Htype].matrices:
+            total += (8 + 14 / 3 * parameter.size(-1)) * parameter.numel()
+        else:
+            total += (16 * positions + 13) * parameter.numel()
+    return round(total)
+
+
+def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    storages: dict[StorageWeakRef, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[StorageWeakRef(storage)] = storage.nbytes()  # the reference keeps the identity from being used again
+        return tensor
+
+    with FakeTensorMode():
+        model = attach(twin(base, "cpu"), adapter)
+        spread_evenly(model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
+        weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    return sum(size for storage, size in storages.items() if storage not in weights)
+
+
+def spread_evenly(model: GPT) -> None:
+    """Let mixtures of experts give each expert its equal share of the positions: without data there is no routing."""
+    for block in model.transformer.h:
+        if isinstance(block.mlp, LLaMAMoE):
+            block.mlp.forward = partial(even_mixture, block.mlp)
+
+
+def even_mixture(mixture: LLaMAMoE, x: Tensor) -> Tensor:
+    """A mixture whose tokens are spread evenly over its experts: (B, T, d) to (B, T, d)."""
+    k = mixture.n_expert_per_token
+    tokens = x.flatten(0, -2)  # (B * T, d)
+    weights = mixture.gate(tokens).float().topk(k, dim=-1).values.softmax(dim=-1).to(x.dtype)  # (B * T, k)
+    shares = tokens.repeat_interleave(k, dim=0).tensor_split(len(mixture.experts))
+    outputs = torch.cat([expert(share) for expert, share in zip(mixture.experts, shares, strict=True)])
+    return (outputs.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(dim=1).view_as(x)
+
+
+def measure(
+    config: Config,
+    variants: Sequence[Variant],
+    *,
+    seq_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    compiled: bool,
+) -> list[dict[str, Any]]:
+    """For each variant ``seconds``, of a step in each round; on a GPU also ``peak_bytes``.
+
+    A round before the first is discarded. A peak is what the weights, this one adapter and a step took together.
+    """
+    base = twin(meta_model(config, dtype), device)
+    for parameter in base.parameters():
+        parameter.normal_(std=0.02)
+    weights = sum(p.nbytes for p in base.parameters())
+    models = [attach(twin(base), variant.adapter) for variant in variants]
+    loss = step_loss
+    if compiled:
+        torch._dynamo.config.recompile_limit = 2 * len(models)  # each has a graph of its own
+        loss = torch.compile(step_loss)
+    idx = torch.randint(config.vocab_size, (1, seq_length), device=device)
+    found: list[dict[str, Any]] = [{"seconds": []} for _ in models]
+    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False):
+        for index in random.Random(turn).sample(range(len(models)), len(models)):
+            seconds, peak = timed_step(loss, models[index], idx)
+            if turn > 0:
+                found[index]["seconds"].append(seconds)
+            if turn > 0 and peak is not None:
+                trained = sum(p.nbytes for p in models[index].parameters() if p.requires_grad)
+                found[index]["peak_bytes"] = weights + trained + peak
+    return found
+
+
+def timed_step(loss: Callable[[GPT, Tensor], Tensor], model: GPT, idx: Tensor) -> tuple[float, int | None]:
+    """Seconds of a forward and backward pass, and on a GPU the bytes that it took beyond those held before."""
+    on_gpu = idx.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    start = perf_counter()
+    loss(model, idx).backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
+    model.zero_grad()
+    return seconds, peak

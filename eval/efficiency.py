@@ -1,0 +1,257 @@
+"""What a training step costs with each method, beside LoRA and the frozen model: tables, JSON and a bar chart.
+
+    python eval/efficiency.py --model_name Llama-2-7b-hf --seq_length 256
+    python eval/efficiency.py --model_name Llama-2-7b-hf --n_layer 2 --time true
+
+Counting takes seconds and needs neither weights nor memory; ``costs.py`` says how it is done.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+import torch
+
+from eval.costs import FLOOR, LORA, choose_variants, count, measure, meta_model
+from lit_gpt.adapter import TARGETS
+from lit_gpt.checkpoint import (
+    atomic_write,
+    check_checkpoint_dir,
+    choose_device,
+    load_config,
+    warn_of_slow_products,
+    weights_dtype,
+    write_json,
+)
+from lit_gpt.cli import run
+from lit_gpt.config import Config
+
+# Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
+# It says "longest sample" for Phi-1.5; 1045 tokens is the one length at which our count of LoRA gives its 6.04, too.
+PUBLISHED_TARGETS = ("query", "value")
+PUBLISHED_LABELS = (LORA, "OFT n=256", *(f"{name} n={n}" for name in ("ETHER", "ETHER+ two-sided") for n in (1, 4, 32)))
+PUBLISHED_TFLOPS = {
+    "Llama-2-7b-hf": (256, (6.85, 25.26, 25.26, 12.07, 8.22, 51.65, 18.66, 9.04)),
+    "phi-1_5": (1045, (6.04, 9.13, 9.13, 7.07, 6.71, 10.78, 7.69, 6.79)),
+}
+
+RESULTS, PICTURE = "efficiency.json", "flops.png"
+
+
+def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict[str, float]]:
+    """The paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
+    for name, (length, figures) in PUBLISHED_TFLOPS.items():
+        if model_sizes(config) == model_sizes(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
+            return length, dict(zip(PUBLISHED_LABELS, figures, strict=True))
+    return 0, {}
+
+
+def model_sizes(config: Config) -> tuple[int | str, ...]:
+    """What the FLOPs of a model follow from; its name may differ."""
+    widths = (config.n_embd, config.q_size, config.kv_size, config.intermediate_size, config.padded_vocab_size)
+    return (config.mlp_class, config.n_layer, *widths)
+
+
+def cost_table(rows: Sequence[dict[str, Any]], published_length: int) -> str:
+    """What was counted, for people; the paper's figures where there is a length that they belong to."""
+    floor, lora = rows[:2]
+    header = ["", "trained", "adapter bytes", "TFLOPs", "of floor", "element-wise", "saved, MB", "x floor", f"x {LORA}"]
+    header += [f"published, T = {published_length}"] * (published_length > 0)
+    lines = []
+    for row in rows:
+        products, saved = row["product_flops"], row["saved_bytes"]
+        line = [row["label"], f"{row['trained_parameters']:,}", f"{row['adapter_bytes']:,}", tflops(products)]
+        line += [f"{products / floor['product_flops']:.2%}"]
+        line += [f"{row['elementwise_flops'] / floor['product_flops']:.3%}", f"{saved / 1e6:,.0f}"]
+        line += [f"{saved / other['saved_bytes']:.3f}" for other in (floor, lora)]
+        lines.append(line + [f"{row['published_tflops'] or ''}"] * (published_length > 0))
+    return table(header, lines)
+
+
+def time_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What was measured, for people."""
+    peaks = "peak_bytes" in rows[0]
+    header = ["", "step, s", "x floor", "range", f"x {LORA}", "range"]
+    header += ["peak, GB", "x floor", f"x {LORA}"] * peaks
+    lines = []
+    for row in rows:
+        line = [row["label"], f"{median(row['seconds']):.4g}"]
+        for ratio in (row["time_x_floor"], row["time_x_lora"]):
+            line += [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}"]
+        if peaks:
+            line += [f"{row['peak_bytes'] / 1e9:.2f}"]
+            line += [f"{row['peak_bytes'] / other['peak_bytes']:.3f}" for other in rows[:2]]
+        lines.append(line)
+    return table(header, lines)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table, its first column flush left."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in (header, rule, *lines))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def tflops(flops: float) -> str:
+    """To four figures."""
+    return f"{flops / 1e12:#.4g}"
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
+    for row in rows:
+        for name, other in zip(("time_x_floor", "time_x_lora"), rows[:2], strict=True):
+            each = [own / its for own, its in zip(row["seconds"], other["seconds"], strict=True)]
+            row[name] = {"median": median(each), "min": min(each), "max": max(each)}
+
+
+def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, published: bool) -> None:
+    """Bars of a step's FLOPs: ours, and the published code's where they are of the same length."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure  # here: importing it takes as long as counting
+
+    floor, methods = rows[0]["product_flops"] / 1e12, rows[1:]
+    digits = 2 if floor >= 1 else 4
+    figure = Figure(figsize=(7.5, 1.1 + len(methods) * (0.4 if published else 0.3)), layout="constrained")
+    axes = figure.subplots()
+
+    def bars(name: str, color: str, points: dict[float, float], thickness: float) -> None:
+        drawn = axes.barh(list(points), list(points.values()), thickness, label=name, color=color)
+        axes.bar_label(drawn, fmt=f"%.{digits}f", padding=3, fontsize=8)
+
+    ours = [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in methods]
+    theirs = {index: row["published_tflops"] for index, row in enumerate(methods) if row["published_tflops"]}
+    shift = 0.2 if published else 0  # where there are two bars, one above and one below the middle
+    points = {index - shift * (index in theirs): flops for index, flops in enumerate(ours)}
+    bars("this repository", "#0072B2", points, 0.4 if published else 0.7)
+    if published:
+        bars("the paper's code (its Table 1)", "#E69F00", {index + shift: v for index, v in theirs.items()}, 0.4)
+    axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
+    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+    axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None) -> Config:
+    """The sizes of the model that is asked for."""
+    if (model_name is None) == (checkpoint_dir is None):
+        raise ValueError("give --model_name NAME (`python scripts/download.py` lists them) or --checkpoint_dir DIR")
+    config = Config.from_name(model_name) if model_name else load_config(check_checkpoint_dir(checkpoint_dir))
+    return config if n_layer is None else replace(config, n_layer=n_layer)
+
+
+def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int) -> None:
+    """Raise, with everything that is wrong, where the settings make no step of this model."""
+    problems = [
+        f"--{name} {n}: expected 1 or more" for name, n in (("n_layer", config.n_layer), ("rounds", rounds)) if n < 1
+    ]
+    if not 1 <= seq_length <= config.block_size:
+        problems.append(f"--seq_length {seq_length}: {config.name} takes 1 to {config.block_size} tokens")
+    if not targets or not {*targets} <= {*TARGETS}:
+        problems.append(f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise where the weights alone do not fit: on a CPU the system would end the process without a word."""
+    need = sum(parameter.nbytes for parameter in meta_model(config, dtype).parameters())
+    on_gpu = device.type == "cuda"
+    have = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(
+            f"--time true: {need / 1e9:.1f} GB of weights do not fit the {have / 1e9:.1f} GB of this {device.type}; "
+            "time fewer layers, with --n_layer 2"
+        )
+
+
+def print_times(rows: Sequence[dict[str, Any]], *, device: torch.device, compiled: bool) -> None:
+    """The times, and on what they were taken."""
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"a CPU with {torch.get_num_threads()} threads"
+    how = "compiled" if compiled else "eager"
+    print(f"\nForward and backward on {where}, {how}, medians of {len(rows[0]['seconds'])} rounds in turns:\n")
+    print(time_table(rows))
+    if not on_gpu:
+        print("\nPeak memory is measured on GPUs alone; on a CPU compare what is saved for the backward pass.")
+
+
+def setup(
+    *,
+    model_name: str | None = None,
+    checkpoint_dir: Path | None = None,
+    seq_length: int = 256,
+    n_layer: int | None = None,
+    targets: tuple[str, ...] = PUBLISHED_TARGETS,
+    blocks: tuple[int, ...] = (1, 4, 32),
+    oft_blocks: tuple[int, ...] = (256,),
+    precision: str = "32-true",
+    time: bool = False,
+    rounds: int = 15,
+    compile: bool = False,
+    out_dir: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Count, and time if asked, what a training step costs with each method, beside LoRA and the frozen model.
+
+    Args:
+        model_name: a known model, such as Llama-2-7b-hf or microsoft/phi-1_5; its weights are not needed.
+        checkpoint_dir: in its place a converted model, whose sizes are read.
+        seq_length: tokens of a step's one sequence.
+        n_layer: layers, where not all of the model's; two of Llama-2-7B can be timed on a CPU.
+        targets: what is adapted: some of query, key, value, projection, mlp, head.
+        blocks: the n of ETHER and ETHER+; one that does not divide the model's sizes is left out.
+        oft_blocks: the n of OFT.
+        precision: of the weights: 32-true, bf16-true or 16-true.
+        time: also time steps, with random weights, and on a GPU measure peak memory.
+        rounds: how often every method is timed, in turns.
+        compile: time the step under torch.compile.
+        out_dir: gets efficiency.json and flops.png; by default logs/efficiency/NAME.
+        overwrite: let it replace an efficiency.json that is there.
+    """
+    config = read_config(model_name, checkpoint_dir, n_layer)
+    check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds)
+    folder = out_dir or Path("logs/efficiency") / config.name
+    if (folder / RESULTS).exists() and not overwrite:
+        raise ValueError(f"{folder} already holds {RESULTS}; choose another --out_dir or give --overwrite true")
+    dtype, device = weights_dtype(precision), choose_device()
+    if time:
+        check_memory(config, dtype, device)
+        warn_of_slow_products(precision, device)
+    variants, left_out = choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
+    length, published = published_figures(config, targets)
+    title = f"{config.name}, {config.n_layer} layers, T = {seq_length}, {' and '.join(targets)} adapted"
+    print("\n".join((f"{title}, {precision}", *left_out, "")))
+    rows = [{"label": variant.label, "published_tflops": published.get(variant.label)} for variant in variants]
+    for row, variant in zip(rows, variants, strict=True):
+        row |= count(config, variant, seq_length=seq_length, dtype=dtype)
+    print(cost_table(rows, length))
+    if time:
+        step = dict(seq_length=seq_length, dtype=dtype, device=device, compiled=compile)
+        for row, times in zip(rows, measure(config, variants, rounds=rounds, **step), strict=True):
+            row |= times
+        add_ratios(rows)
+        print_times(rows, device=device, compiled=compile)
+    settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
+    settings |= {"device": str(device), "threads": torch.get_num_threads(), "compile": compile}
+    settings |= {"torch": torch.__version__, "published_length": length or None, "left_out": left_out}
+    write_json(folder / RESULTS, {**settings, "rows": rows})
+    draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
+    print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
+
+
+if __name__ == "__main__":
+    run(setup)
