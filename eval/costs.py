@@ -29,7 +29,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
+from lit_gpt.adapter import (
+    TARGETS,
+    AdapterLayer,
+    adapter_layers,
+    adapter_parameters,
+    mark_only_adapter_as_trainable,
+)
 from lit_gpt.config import Config
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
@@ -124,7 +130,7 @@ def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": sum(p.nbytes for p in adapter_parameters(model).values()),
         "product_flops": product_flops(model, seq_length),
-        "elementwise_flops": elementwise_flops(model, variant.adapter, seq_length),
+        "elementwise_flops": elementwise_flops(model, seq_length),
         "saved_bytes": saved_bytes(base, variant.adapter, seq_length),
     }
 
@@ -137,27 +143,40 @@ def product_flops(model: GPT, seq_length: int) -> int:
     return counter.get_total_flops()
 
 
-def elementwise_flops(model: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
-    """FLOPs that the adapters add to a step outside of matrix products; a multiplication and an addition are two.
+def elementwise_flops(model: GPT, seq_length: int) -> int:
+    """FLOPs that a model's adapters add to a step outside of matrix products; ``layer_flops`` is the formula."""
+    total = 0.0
+    for name, layer in adapter_layers(model):
+        share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
+        total += layer_flops(layer, seq_length * share)
+    return round(total)
 
-    - ETHER, ETHER+: for each entry of a vector and each position, forward w . x and x + (s w . x) w (4), backward the
-      same with the gradient g for x (4), w . x and w . g (4), and (w . x) g + (w . g) x summed over the positions (4).
-      Once a step, w = u / |u| in both passes (6) and its derivative (7).
-    - OFT: for each block of b x b, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
-      triangular solves for b right-hand sides in both passes (2 b^3 each). Its products are counted as such.
-    - LoRA: for each output and position, the branch is scaled and added (2), its gradient scaled (1).
+
+def layer_flops(layer: AdapterLayer, positions: float) -> float:
+    """FLOPs of one adapter outside of matrix products, forward and backward; multiplying and adding are two.
+
+    - ETHER, ETHER+: for each entry of a vector and each position, w . x and x + (s w . x) w (4), the same with the
+      gradient g (4), x back from what was kept, R x (2; counted for input sides too, which keep x), and the sum of
+      (w . x) g + (w . g) x over the positions (4). Once a step, w = u / |u| in both passes (6) and its derivative (7).
+    - OFT: for each b x b block, S, I + S, I - S and their derivatives (10 b^2), an LU decomposition (2/3 b^3) and
+      triangular solves for b right-hand sides in both passes (2 b^3 each). Beside a bias, x - bias, the sum with x and
+      its derivative (3 a position). Products with R are matrix products.
+    - LoRA: for each output and position, the branch is scaled and added, its gradient scaled (3); its gradient is added
+      to the input's (1 an input).
     """
     total = 0.0
-    for name, parameter in adapter_parameters(model).items():
-        share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
-        positions = seq_length * share
-        if isinstance(adapter, LoraConfig):
-            total += 3 * positions * parameter.size(0) if name.endswith("lora_B") else 0
-        elif METHODS[adapter.Htype].matrices:
-            total += (8 + 14 / 3 * parameter.size(-1)) * parameter.numel()
+    for name, parameter in layer.own_parameters().items():
+        size = parameter.numel()
+        if name == "lora_A":
+            total += positions * layer.in_features
+        elif name == "lora_B":
+            total += 3 * positions * parameter.size(0)
+        elif layer.method.matrices:
+            block = parameter.size(-1)
+            total += (10 + 14 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
         else:
-            total += (16 * positions + 13) * parameter.numel()
-    return round(total)
+            total += (14 * positions + 13) * size
+    return total
 
 
 def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:

@@ -25,6 +25,7 @@ from lit_gpt.checkpoint import (
     check_checkpoint_dir,
     choose_device,
     load_config,
+    prepare_out_dir,
     warn_of_slow_products,
     weights_dtype,
     write_json,
@@ -178,15 +179,20 @@ def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> No
         )
 
 
-def print_times(rows: Sequence[dict[str, Any]], *, device: torch.device, compiled: bool) -> None:
-    """The times, and on what they were taken."""
-    on_gpu = device.type == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"a CPU with {torch.get_num_threads()} threads"
-    how = "compiled" if compiled else "eager"
-    print(f"\nForward and backward on {where}, {how}, medians of {len(rows[0]['seconds'])} rounds in turns:\n")
+def print_times(rows: Sequence[dict[str, Any]], *, where: str, compiled: bool) -> None:
+    """The times, and how they were taken."""
+    how = f"{'compiled' if compiled else 'eager'}, medians of {len(rows[0]['seconds'])} rounds in turns"
+    print(f"\nForward and backward on {where}, {how}:\n")
     print(time_table(rows))
-    if not on_gpu:
+    if "peak_bytes" not in rows[0]:
         print("\nPeak memory is measured on GPUs alone; on a CPU compare what is saved for the backward pass.")
+
+
+def describe(device: torch.device) -> str:
+    """A device's name; of a CPU the threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"a CPU with {torch.get_num_threads()} threads"
 
 
 def setup(
@@ -224,7 +230,7 @@ def setup(
     """
     config = read_config(model_name, checkpoint_dir, n_layer)
     check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds)
-    folder = out_dir or Path("logs/efficiency") / config.name
+    folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite)
     if (folder / RESULTS).exists() and not overwrite:
         raise ValueError(f"{folder} already holds {RESULTS}; choose another --out_dir or give --overwrite true")
     dtype, device = weights_dtype(precision), choose_device()
@@ -240,15 +246,14 @@ def setup(
         row |= count(config, variant, seq_length=seq_length, dtype=dtype)
     print(cost_table(rows, length))
     if time:
-        step = dict(seq_length=seq_length, dtype=dtype, device=device, compiled=compile)
-        for row, times in zip(rows, measure(config, variants, rounds=rounds, **step), strict=True):
+        how = dict(seq_length=seq_length, dtype=dtype, device=device, rounds=rounds, compiled=compile)
+        for row, times in zip(rows, measure(config, variants, **how), strict=True):
             row |= times
         add_ratios(rows)
-        print_times(rows, device=device, compiled=compile)
+        print_times(rows, where=describe(device), compiled=compile)
     settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
-    settings |= {"device": str(device), "threads": torch.get_num_threads(), "compile": compile}
-    settings |= {"torch": torch.__version__, "published_length": length or None, "left_out": left_out}
-    write_json(folder / RESULTS, {**settings, "rows": rows})
+    settings |= {"timed_on": describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
+    write_json(folder / RESULTS, {**settings, "published_length": length, "left_out": left_out, "rows": rows})
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
 
