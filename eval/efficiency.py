@@ -240,7 +240,7 @@ def setup(
     variants, left_out = choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
     length, published = published_figures(config, targets)
     depth = f"{config.n_layer} layer{'s' * (config.n_layer > 1)}"
-    title = f"{config.name}, {depth}, T = {seq_length}, {', '.join(targets)} adapted"
+    title = f"{config.name}, {depth}, T = {seq_length}, {' and '.join(targets)} adapted"
     print("\n".join((f"{title}, {precision}", *left_out, "")))
     rows = [{"label": variant.label, "published_tflops": published.get(variant.label)} for variant in variants]
     for row, variant in zip(rows, variants, strict=True):
