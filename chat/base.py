@@ -263,6 +263,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     precision: str | None = None,
+    quantize: str | None = None,
     prompt_style: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
@@ -278,6 +279,7 @@ def setup(
         ether_path: an unmerged ETHER or OFT adapter of this model.
         lora_path: an unmerged LoRA adapter of this model.
         precision: 32-true, bf16-true or 16-true; by default bf16-true on a GPU, 32-true elsewhere.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: less memory, rougher weights.
         prompt_style: chat (the model's chat template) or a style such as alpaca; by default the one recorded with the
             adapter or the model.
         system: the system message of a conversation; only with the chat template.
@@ -298,7 +300,7 @@ def setup(
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers
-        model = load_adapted_model(folder, precision, device=device, **adapter)
+        model = load_adapted_model(folder, precision, quantize=quantize, device=device, **adapter)
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     conversation = Conversation(model, tokenizer, style, system=system, sampling=sampling)
     kept = "the conversation is kept" if style == CHAT else "every prompt stands alone"

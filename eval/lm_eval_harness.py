@@ -29,6 +29,7 @@ from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype, write_json
 from lit_gpt.cli import run
 from lit_gpt.model import GPT
+from lit_gpt.quantize import check_quantize
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -104,6 +105,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     precision: str = "32-true",
+    quantize: str | None = None,
     save_filepath: Path | None = None,
     overwrite: bool = False,
     num_fewshot: int | None = None,
@@ -120,6 +122,7 @@ def setup(
         ether_path: an ETHER, ETHER+ or OFT adapter to evaluate the model with, unmerged.
         lora_path: a LoRA adapter to evaluate the model with, unmerged.
         precision: 32-true, bf16-true or 16-true.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, as the adapter may have been trained.
         save_filepath: write the results to this JSON file.
         overwrite: let it replace a file that is there.
         num_fewshot: examples before each question; by default each task's own number.
@@ -132,6 +135,7 @@ def setup(
     problems += file_problems(save_filepath, overwrite)
     for check, *values in (
         (weights_dtype, precision),
+        (check_quantize, quantize, precision),
         (check_checkpoint_dir, checkpoint_dir),
         (open_adapter, ether_path, lora_path),
     ):
@@ -146,7 +150,8 @@ def setup(
         raise ValueError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot)
     device = choose_device()
-    model = load_adapted_model(checkpoint_dir, precision, ether_path=ether_path, lora_path=lora_path, device=device)
+    adapter = {"ether_path": ether_path, "lora_path": lora_path}
+    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
     results = run_tasks(model, tokenizer, loaded=loaded, **options)
     print_results(results)
@@ -154,7 +159,13 @@ def setup(
         paths = {"checkpoint_dir": checkpoint_dir, "adapter": ether_path or lora_path, "data_dir": data_dir}
         results["config"] = {
             **{name: str(path.resolve()) if path else None for name, path in paths.items()},
-            **{"precision": precision, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot, **options},
+            **{
+                "precision": precision,
+                "quantize": quantize,
+                "eval_tasks": eval_tasks,
+                "num_fewshot": num_fewshot,
+                **options,
+            },
             **{"device": str(device), "lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

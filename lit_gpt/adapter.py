@@ -52,12 +52,13 @@ class AdapterLayer(nn.Linear):
     """
 
     parts: tuple[Part, ...]
+    quantized: Any  # a quantize.QuantizedWeight in the place of the weight, or None
     active: bool = True
     merged: bool = False
 
     def adopt(self, base: nn.Linear, targets: set[str]) -> None:
         """Take over the weight and bias of ``base`` and cut its rows into parts, those in ``targets`` adapted."""
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.quantized = base.weight, base.bias, getattr(base, "quantized", None)
         if not isinstance(base, QKVLinear):
             self.parts = (Part("", 0, base.out_features, True),)
             return
@@ -66,6 +67,12 @@ class AdapterLayer(nn.Linear):
             Part(suffix, stop - size, stop, target in targets)
             for (target, suffix), stop, size in zip(QKV_SUFFIX.items(), stops, base.sizes, strict=True)
         )
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """Device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
+        weight = self.weight if self.quantized is None else self.quantized[0].weight
+        return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters, by name."""
@@ -78,7 +85,13 @@ class AdapterLayer(nn.Linear):
 
     def product(self, part: Part, x: Tensor) -> Tensor:
         """W x + b of one part."""
+        if self.quantized is not None:
+            return self.quantized.product(self.parts.index(part), x, self.bias_of(part))
         return F.linear(x, self.weight[part.rows], self.bias_of(part))
+
+    def weight_of(self, part: Part) -> Tensor:
+        """The (rows, in) weight of one part, to look at; a quantized one is dequantized for it."""
+        return self.weight[part.rows] if self.quantized is None else self.quantized.dequantized(self.parts.index(part))
 
     def bias_of(self, part: Part) -> Tensor | None:
         """One part's share of the bias."""
@@ -97,6 +110,8 @@ class AdapterLayer(nn.Linear):
         """Put the adapter into the weight, computed in fp32 (fp64 for fp64) and cast once; twice is once."""
         if self.merged:
             return
+        if self.quantized is not None:
+            raise ValueError("a quantized weight cannot take an adapter; merge its file into the unquantized base")
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rows = [
             self.merged_rows(part, self.weight[part.rows].to(wide)) if part.adapted else self.weight[part.rows]
@@ -133,7 +148,9 @@ def _targets_of(name: str) -> set[str]:
         return set(QKV_SUFFIX)
     if name.endswith("attn.proj"):
         return {"projection"}
-    return set() if name.endswith("mlp.gate") else {"mlp"}
+    if name.endswith("mlp.gate") or ".quantized." in name:  # what a quantized Linear consists of
+        return set()
+    return {"mlp"}
 
 
 def replace_targets(model: GPT, config: Any, *, plain: type[AdapterLayer], fused: type[AdapterLayer]) -> None:

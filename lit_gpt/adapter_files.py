@@ -31,6 +31,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
+from lit_gpt.quantize import describe_merge, load_quantized_model
 from lit_gpt.tokenizer import Tokenizer
 
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
@@ -60,7 +61,8 @@ class AdapterFile:
         kind: a key of ``KINDS``.
         config: an ``EtherConfig`` or a ``LoraConfig``.
         state: the adapter's tensors.
-        base: name and fingerprint of its base model; empty for the original code's files.
+        base: name and fingerprint of its base model, and how that was quantized where it was; empty for the original
+            code's files.
         prompt_style: it was trained with; None where the file does not say.
     """
 
@@ -188,13 +190,17 @@ def load_adapted_model(
     *,
     ether_path: Path | str | None = None,
     lora_path: Path | str | None = None,
+    quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> GPT:
     """A base-shaped folder's model, with an unmerged adapter where a path is given; in evaluation mode."""
     found = open_adapter(ether_path, lora_path)
     if found:
         check_base(found[0], checkpoint_dir, source=found[1])
-    model = load_model(checkpoint_dir, precision, device=device)
+    if quantize:
+        model = load_quantized_model(checkpoint_dir, precision, quantize, device=device)
+    else:
+        model = load_model(checkpoint_dir, precision, device=device)
     if found:
         attach_adapter(model, found[0], source=found[1])
     return model.eval()
@@ -232,6 +238,8 @@ def merge_adapter(
     out_dir = Path(out_dir or Path(path).parent / "merged")
     with staged_dir(out_dir, overwrite) as staging:
         check_base(adapter, checkpoint_dir, source=path)
+        if "quantize" in adapter.base:
+            print(describe_merge(adapter.base["quantize"], checkpoint_dir))
         model = load_model(checkpoint_dir, "32-true")
         attach_adapter(model, adapter, source=path)
         probe = torch.tensor([Tokenizer(checkpoint_dir).encode(PROBE)[: model.config.block_size]])

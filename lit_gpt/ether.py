@@ -135,15 +135,18 @@ class EtherLayer(AdapterLayer):
         self.ether_config = config
         self.method = METHODS[config.Htype]
         self.sides = side_order(base, config)
-        # fp64 stays fp64 (gradient checks); every half precision gets fp32 masters.
-        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        if self.published and "input" in self.sides and self.quantized is not None:
+            raise ValueError(
+                "the published block layout at n > 1 needs the weight itself, which a quantized base does not have; "
+                "use the diagonal layout or leave out --quantize"
+            )
         for part in self.parts:
             for side in self.sides if part.adapted else ():
                 size = self.in_features if side == "input" else part.size
                 block = size // config.nb
                 shape = (config.nb, block, block) if self.method.matrices else (config.nb, block)
                 for name in self.names(part, side):
-                    tensor = torch.empty(self.lead + shape, device=base.weight.device, dtype=dtype)
+                    tensor = torch.empty(self.lead + shape, **self.factory)
                     self.register_parameter(name, nn.Parameter(tensor))
         self.reset_parameters()
 
@@ -226,7 +229,7 @@ class EtherLayer(AdapterLayer):
         p = self.ether_config.block_dropout
         if p == 0.0 or not self.training:
             return None
-        return (torch.rand(self.ether_config.nb, 1, device=self.weight.device) >= p).float()
+        return (torch.rand(self.ether_config.nb, 1, device=self.factory["device"]) >= p).float()
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
         """R_out W R_in of one part: rows take R_in's transpose, columns take R_out."""

@@ -54,11 +54,10 @@ class LoraLayer(AdapterLayer):
         self.adopt(base, targets)
         self.lora_config = config
         self.scaling = config.alpha / config.r
-        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         adapted = [part for part in self.parts if part.adapted]
-        rows, factory = sum(part.size for part in adapted), dict(device=base.weight.device, dtype=dtype)
-        self.lora_A = nn.Parameter(torch.empty(config.r * len(adapted), self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(rows, config.r, **factory))
+        rows = sum(part.size for part in adapted)
+        self.lora_A = nn.Parameter(torch.empty(config.r * len(adapted), self.in_features, **self.factory))
+        self.lora_B = nn.Parameter(torch.empty(rows, config.r, **self.factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

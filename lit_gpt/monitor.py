@@ -51,7 +51,7 @@ def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str,
 
 def weight_change(layer: AdapterLayer, part: Part) -> float:
     """|W' - W|_F / |W|_F of one part."""
-    rows = layer.weight[part.rows]
+    rows = layer.weight_of(part)
     rows = rows.to(working_dtype(rows.dtype))
     return ((layer.merged_rows(part, rows) - rows).norm() / rows.norm()).item()
 

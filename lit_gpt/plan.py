@@ -19,6 +19,7 @@ from lit_gpt.config import Config
 from lit_gpt.data import Sample, load_split, read_data_config
 from lit_gpt.ether import METHODS
 from lit_gpt.model import GPT
+from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -107,6 +108,7 @@ class Plan:
     n_warmup: int
     weight_decay: float
     precision: str
+    quantize: str | None
     train: TrainArgs
     eval: EvalArgs
     base: dict[str, str] | None = None
@@ -126,7 +128,15 @@ class Problems(list[str]):
 
 
 def make_plan(
-    job: Job, *, io: IOArgs, train: TrainArgs, eval: EvalArgs, precision: str, processes: int, overwrite: bool
+    job: Job,
+    *,
+    io: IOArgs,
+    train: TrainArgs,
+    eval: EvalArgs,
+    precision: str,
+    quantize: str | None,
+    processes: int,
+    overwrite: bool,
 ) -> Plan:
     """Check all arguments together and work out the rest.
 
@@ -143,6 +153,7 @@ def make_plan(
     if base_dir:
         config = problems.attempt(load_config, base_dir)
     problems.attempt(weights_dtype, precision, mixed=True)
+    problems.attempt(check_quantize, quantize, precision, full=job.adapter is None)
     name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{io.jobnum or timestamp()}"
     run_dir = problems.attempt(prepare_out_dir, io.out_dir or Path(io.log_dir) / name, overwrite)
     n_samples = train.epochs * (train.epoch_size or len(train_set or []))
@@ -154,7 +165,7 @@ def make_plan(
     if config and train_set and val_set:
         problems.attempt(check_fit, base_dir, config, data=data, samples=train_set + val_set)
     if config and job.adapter is not None:
-        problems.attempt(check_adapter, job, config)
+        problems.attempt(check_adapter, job, config, quantize)
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
     return Plan(
@@ -168,6 +179,7 @@ def make_plan(
         n_warmup=n_warmup,
         weight_decay=job.weight_decay if train.weight_decay is None else train.weight_decay,
         precision=precision,
+        quantize=quantize,
         train=train,
         eval=eval,
     )
@@ -190,10 +202,13 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
         raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 
 
-def check_adapter(job: Job, config: Config) -> None:
+def check_adapter(job: Job, config: Config, quantize: str | None) -> None:
     """Raise where the targets or the blocks do not suit the model; on the meta device, before any weight is read."""
     with torch.device("meta"):
-        KINDS[job.kind].add(GPT(config), job.adapter)
+        model = GPT(config)
+        if quantize in SCHEMES:
+            quantize_model(model, quantize, model.state_dict(), dtype=torch.float32, device="meta")
+        KINDS[job.kind].add(model, job.adapter)
     if job.init_from:
         found = load_adapter(job.init_from, job.kind).config
         if found != job.adapter:

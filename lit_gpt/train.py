@@ -42,6 +42,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.data import Sample, collate
 from lit_gpt.model import GPT, IGNORE_INDEX
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
+from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import Metrics, peak_memory_bytes, write_summary
 
 
@@ -52,6 +53,7 @@ def finetune(
     train: TrainArgs = TrainArgs(),  # noqa: B008  (the command line is read off this signature, defaults included)
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     precision: str = "bf16-true",
+    quantize: str | None = None,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
@@ -65,6 +67,7 @@ def finetune(
         train: how to train.
         eval: when to validate.
         precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
+        quantize: keep the base's weights in fewer bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
         devices: processes on this machine.
         num_nodes: machines.
         seed: fixes the start of the adapter, the order of the data and dropout.
@@ -75,7 +78,16 @@ def finetune(
             written then.
     """
     processes = devices * num_nodes
-    plan = make_plan(job, io=io, train=train, eval=eval, precision=precision, processes=processes, overwrite=overwrite)
+    plan = make_plan(
+        job,
+        io=io,
+        train=train,
+        eval=eval,
+        precision=precision,
+        quantize=quantize,
+        processes=processes,
+        overwrite=overwrite,
+    )
     fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true")
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
@@ -88,7 +100,8 @@ def finetune(
     rehearse(fabric, wrapped, plan.train_set, size=train.micro_batch_size)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), io=vars(io), train=vars(train))
-    settings |= dict(eval=vars(eval), precision=precision, devices=devices, num_nodes=num_nodes, seed=seed)
+    settings |= dict(eval=vars(eval), precision=precision, quantize=quantize, devices=devices, num_nodes=num_nodes)
+    settings |= dict(seed=seed)
     if fabric.is_global_zero:
         with atomic_write(plan.run_dir / "hparams.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -103,7 +116,11 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
     plan.base = {"name": plan.base_dir.name, "fingerprint": fingerprint(load_state(plan.base_dir / WEIGHTS))}
-    model = load_model(plan.base_dir, plan.precision, mixed=True)
+    if plan.quantize is None:
+        model = load_model(plan.base_dir, plan.precision, mixed=True)
+    else:
+        plan.base["quantize"] = plan.quantize
+        model = load_quantized_model(plan.base_dir, plan.precision, plan.quantize, device=device)
     if job.adapter is None:
         model.requires_grad_(True)
     elif job.init_from:
@@ -120,9 +137,11 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
 def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
     """Say what was worked out, before it costs anything."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
+    if plan.quantize is not None:
+        fabric.print(describe_size(model, plan.quantize, plan.precision))
     fabric.print(
-        f"{job.method} on {plan.base_dir}: {trainable:,} of {everything:,} parameters train, {plan.precision}\n"
+        f"{job.method} on {plan.base_dir}: {trainable:,} of {n_parameters(model):,} parameters train, "
+        f"{plan.precision}\n"
         f"{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; {plan.n_steps} steps of "
         f"{plan.train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {plan.train.learning_rate:g}, "
         f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"

@@ -1,0 +1,244 @@
+"""Base weights in 4 or 8 bit while an adapter trains on them (QLoRA, Dettmers et al., 2305.14314).
+
+Notable choices:
+- bitsandbytes' own layers hold the weights and multiply; q, k and v have one each. Adapters act around the product, so
+  no weight is dequantized to be transformed. Fabric's precision plugin would replace the adapters' Linears too.
+- Attention's and the MLPs' Linears are quantized. The embedding is looked up, and often is the head as well; the head's
+  error would go straight into the logits; norms and a mixture's router are tiny.
+- A weight is quantized when its turn comes, from the memory-mapped file: the whole model is never there unquantized.
+- Validation and training see the same function: see ``QuantizedWeight.train``.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.adapter import TARGETS, linear_targets
+from lit_gpt.checkpoint import (
+    PRECISIONS,
+    WEIGHTS,
+    check_checkpoint_dir,
+    fill_model,
+    load_config,
+    load_state,
+    warn_of_slow_products,
+    weights_dtype,
+)
+from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv
+
+INT8 = "bnb.int8"
+FOUR_BIT = {
+    "bnb.nf4": {"quant_type": "nf4", "compress_statistics": False},
+    "bnb.nf4-dq": {"quant_type": "nf4", "compress_statistics": True},
+    "bnb.fp4": {"quant_type": "fp4", "compress_statistics": False},
+    "bnb.fp4-dq": {"quant_type": "fp4", "compress_statistics": True},
+}
+SCHEMES = (*FOUR_BIT, INT8)
+"""What ``--quantize`` may say; -dq quantizes the scales of the blocks too."""
+INT8_OUTLIERS = 6.0  # activations above this stay in half precision: the threshold of LLM.int8(), 2208.07339
+ERROR_ROWS = 256
+
+
+def check_quantize(scheme: str | None, precision: str, *, full: bool = False) -> None:
+    """Raise where a quantized base cannot work; loads nothing but bitsandbytes.
+
+    Args:
+        scheme: one of ``SCHEMES``, or None, which always works.
+        precision: of the products and of what is not quantized.
+        full: the base itself is to be trained.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    if scheme is None:
+        return
+    if scheme not in SCHEMES:
+        raise ValueError(f"--quantize {scheme} is unknown; choices: {', '.join(SCHEMES)}")
+    if full:
+        raise ValueError(f"--quantize {scheme} freezes the weights, full finetuning trains them; leave it out")
+    if "mixed" in precision:
+        raise ValueError(f"--quantize {scheme} keeps no fp32 weights for {precision}; choices: {', '.join(PRECISIONS)}")
+    import_bitsandbytes()
+
+
+def import_bitsandbytes() -> ModuleType:
+    """The module, an optional dependency; quiet about casts of activations to fp16, which are what int8 is."""
+    try:
+        import bitsandbytes
+    except ModuleNotFoundError as error:
+        raise ValueError("--quantize needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return bitsandbytes
+
+
+class QuantizedWeight(nn.ModuleList):
+    """A weight in bitsandbytes' layers, one for each part of its rows: one part, or q, k and v."""
+
+    def product(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + b of one part."""
+        y = self[index](x)
+        return y if bias is None else y + bias
+
+    def dequantized(self, index: int) -> Tensor:
+        """The (rows, in) weight of one part that the products are taken with."""
+        layer = self[index]
+        if hasattr(layer, "quant_state"):
+            return import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # they move at the first product
+        return layer.weight.data * (scales / 127)[:, None]
+
+    def train(self, mode: bool = True) -> "QuantizedWeight":
+        """Do nothing: on a CPU bitsandbytes' layers take rougher products (int8, bf16) when they are not training."""
+        return self
+
+
+class QuantizedLinear(nn.Linear):
+    """A Linear without a weight of its own; ``quantized`` multiplies."""
+
+    def __init__(self, linear: nn.Linear, quantized: QuantizedWeight) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.quantized = None, linear.bias, quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return self.quantized.product(0, x, self.bias)
+
+
+class QuantizedQKVLinear(QuantizedLinear, QKVLinear):
+    """The fused query, key and value projection, each quantized by itself."""
+
+    def __init__(self, linear: QKVLinear, quantized: QuantizedWeight) -> None:
+        super().__init__(linear, quantized)
+        self.sizes, self.config = linear.sizes, linear.config
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., d) to q (..., H S), k and v (..., G S)."""
+        biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
+        return tuple(self.quantized.product(index, x, bias) for index, bias in enumerate(biases))
+
+
+def quantize_rows(rows: Tensor, scheme: str, *, device: torch.device | str = "cpu") -> nn.Module:
+    """bitsandbytes' layer for a (rows, in) weight; its products are in the dtype of ``rows``."""
+    bnb = import_bitsandbytes()
+    shape = {"input_features": rows.size(1), "output_features": rows.size(0), "bias": False, "device": "meta"}
+    if scheme == INT8:
+        layer = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=INT8_OUTLIERS)
+        weight = bnb.nn.Int8Params(rows, requires_grad=False)
+    else:
+        layer = bnb.nn.Linear4bit(**shape, compute_dtype=rows.dtype, **FOUR_BIT[scheme])
+        weight = bnb.nn.Params4bit(rows, requires_grad=False, module=layer, **FOUR_BIT[scheme])
+    layer.weight = weight.to(device=device)  # quantizes there; on the meta device it stays a shape
+    return layer
+
+
+def quantizable(model: GPT) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """The Linears to quantize: (full name, parent, attribute, the Linear)."""
+    everything = SimpleNamespace(**dict.fromkeys(TARGETS, True) | {"head": False})
+    return (found[:4] for found in linear_targets(model, everything))
+
+
+def quantize_model(
+    model: GPT, scheme: str, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Put quantized Linears in the place of a model's, one after the other, before it gets an adapter.
+
+    Args:
+        model: everything but the weights to quantize is there.
+        scheme: one of ``SCHEMES``.
+        state: gives the weights, in the files' row order.
+        dtype: of the products.
+        device: where the weights go; the meta device tries out what would fit.
+    """
+    for name, parent, attribute, linear in list(quantizable(model)):
+        weight = state[f"{name}.weight"]
+        fused = isinstance(linear, QKVLinear)
+        parts = deinterleave_qkv(weight, linear.config).split(linear.sizes) if fused else (weight,)
+        quantized = QuantizedWeight(quantize_rows(rows.to(dtype), scheme, device=device) for rows in parts)
+        setattr(parent, attribute, (QuantizedQKVLinear if fused else QuantizedLinear)(linear, quantized))
+
+
+def load_quantized_model(
+    checkpoint_dir: Path | str, precision: str, scheme: str, *, device: torch.device | str = "cpu"
+) -> GPT:
+    """The model of a base-shaped folder with its weights quantized, in evaluation mode; do not move it afterwards.
+
+    Args:
+        checkpoint_dir: the folder.
+        precision: of the products and of what is not quantized, a key of ``checkpoint.PRECISIONS``.
+        scheme: one of ``SCHEMES``.
+        device: where the weights are quantized and stay.
+    """
+    check_quantize(scheme, precision)
+    dtype, folder = weights_dtype(precision), check_checkpoint_dir(checkpoint_dir)
+    warn_of_slow_products(precision, torch.device(device))
+    with torch.device("meta"):
+        model = GPT(load_config(folder))
+    state = load_state(folder / WEIGHTS)
+    later = {f"{name}.weight" for name, *_ in quantizable(model)}
+    first = {name: t.to("meta") if name in later else t.to(device, dtype) for name, t in state.items()}
+    fill_model(model, first, source=folder / WEIGHTS)
+    quantize_model(model, scheme, state, dtype=dtype, device=device)
+    return model.eval()
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Parameters of a model, those of a quantized weight counted as its elements, not as the bytes they lie in."""
+    packed = _quantized_layers(model)
+    return sum(p.numel() for p in model.parameters()) + sum(_numel(layer) - layer.weight.numel() for layer in packed)
+
+
+def describe_size(model: nn.Module, scheme: str, precision: str) -> str:
+    """One line on what quantization saves."""
+    held = sum(_bytes(layer) for layer in _quantized_layers(model))
+    plain = sum(_numel(layer) for layer in _quantized_layers(model)) * weights_dtype(precision).itemsize
+    now = _bytes(model)
+    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {(now - held + plain) / 1e6:.1f} MB"
+
+
+def _quantized_layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for module in model.modules() if isinstance(module, QuantizedWeight) for layer in module]
+
+
+def _numel(layer: nn.Linear) -> int:
+    return layer.in_features * layer.out_features
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of what a module's state_dict holds: for bitsandbytes' layers the scales too."""
+    state = module.state_dict()  # kept meanwhile: addresses tell shared tensors
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
+
+
+@torch.no_grad()
+def quantization_error(scheme: str, weights: Iterable[Tensor]) -> float:
+    """Median over weights of |Q(W) - W|_F / |W|_F, measured on the first rows of each."""
+    errors = []
+    for weight in weights:
+        rows = weight[:ERROR_ROWS].float()
+        quantized = QuantizedWeight([quantize_rows(rows, scheme)]).dequantized(0)
+        errors.append(((quantized - rows).norm() / rows.norm()).item())
+    return median(errors)
+
+
+def describe_merge(scheme: str, checkpoint_dir: Path | str) -> str:
+    """One line on merging an adapter that was trained on a quantized base.
+
+    Args:
+        scheme: of that base.
+        checkpoint_dir: the base unquantized, which the adapter is merged into.
+    """
+    with torch.device("meta"):
+        names = [f"{name}.weight" for name, *_ in quantizable(GPT(load_config(checkpoint_dir)))]
+    state = load_state(Path(checkpoint_dir) / WEIGHTS)
+    try:
+        error = quantization_error(scheme, (state[name] for name in names))
+        how_far = f"its weights had moved by {error:.1e} (median of |Q(W)-W|/|W|)"
+    except ValueError:
+        how_far = "how far that is from it can be said where bitsandbytes is installed"
+    return f"trained on a {scheme} base, merged into the unquantized one: {how_far}"
