@@ -7,6 +7,7 @@ Notable choices:
   writes has the same shape, so that every script takes either.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -205,9 +206,17 @@ def _umask() -> int:
 
 
 def save_state(state: Mapping[str, Any], path: Path | str) -> None:
-    """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once."""
+    """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once.
+
+    Raises:
+        OSError: they could not be written, most often for want of space.
+    """
     with atomic_write(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # PyTorch's writer does not say what the system said
+            free = shutil.disk_usage(temporary.parent).free
+            raise OSError(errno.EIO, f"writing failed with {free:,} bytes free on the disk", str(path)) from error
 
 
 def write_json(path: Path | str, content: Any) -> None:

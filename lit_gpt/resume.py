@@ -194,7 +194,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """What the last digits of a result depend on beside its settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "device": device}
+    return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads()), "device": device}
 
 
 def random_state() -> dict[str, Any]:
@@ -229,8 +229,8 @@ def explain_faults(run_dir: Path, *, tried: str) -> Iterator[None]:
                 f"out of memory with {tried}: lower --train.micro_batch_size (the result stays the same), or prepare "
                 f"the data with a smaller --max_seq_length; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"no space to write {run_dir} ({text}): free some; {last_checkpoint(run_dir)}") from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
         if dist.is_initialized() and ("peer" in text or isinstance(error, dist.DistError)):
             raise ValueError(
                 f"another process of this run has ended, see its message; {last_checkpoint(run_dir)} ({text[:120]})"
