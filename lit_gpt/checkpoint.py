@@ -7,6 +7,7 @@ Notable choices:
   writes has the same shape, so that every script takes either.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -172,12 +173,30 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
         temporary.replace(path)
+        flush(path.parent)  # the new name, too
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """See to it that a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:
@@ -187,9 +206,17 @@ def _umask() -> int:
 
 
 def save_state(state: Mapping[str, Any], path: Path | str) -> None:
-    """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once."""
+    """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once.
+
+    Raises:
+        OSError: they could not be written, most often for want of space.
+    """
     with atomic_write(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # PyTorch's writer does not say what the system said
+            free = shutil.disk_usage(temporary.parent).free
+            raise OSError(errno.EIO, f"writing failed with {free:,} bytes free on the disk", str(path)) from error
 
 
 def write_json(path: Path | str, content: Any) -> None:

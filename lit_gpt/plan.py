@@ -8,18 +8,30 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_gpt.adapter_files import KINDS, load_adapter
-from lit_gpt.checkpoint import check_checkpoint_dir, load_config, prepare_out_dir, weights_dtype
+from lit_gpt.checkpoint import (
+    WEIGHTS,
+    check_checkpoint_dir,
+    file_sha256,
+    fingerprint,
+    load_config,
+    load_state,
+    prepare_out_dir,
+    weights_dtype,
+)
 from lit_gpt.config import Config
-from lit_gpt.data import Sample, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, load_split, read_data_config
 from lit_gpt.ether import METHODS
 from lit_gpt.model import GPT
+from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
+from lit_gpt.resume import checkpoint_folders
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -39,6 +51,10 @@ class IOArgs:
     """The run folder itself; by default a new one under log_dir, named for people."""
     jobnum: str | None = None
     """Ends the name of the new run folder; the time by default."""
+    tensorboard: bool = False
+    """Log to TensorBoard too, in tensorboard/ in the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases too; its own variables (WANDB_PROJECT, WANDB_MODE=offline) say how."""
 
 
 @dataclass
@@ -63,16 +79,32 @@ class TrainArgs:
     """AdamW's; by default 0 for ETHER and ETHER+, 0.01 for the others."""
     loss_average: str = "token"
     """token: over the target tokens of a step; sequence: the mean of micro-batch means, as published."""
+    max_grad_norm: float | None = None
+    """Scale a step's gradient down to this norm where it is longer."""
+    skip_nonfinite: int = 0
+    """Leave out up to so many steps whose loss or gradient is not finite; one more ends the run."""
     save_interval: int | None = None
-    """Save the adapter every so many steps; at the end alone by default."""
+    """Write a checkpoint, from which --resume true goes on, every so many steps."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest ones; and the best one's under --train.patience."""
+    patience: int | None = None
+    """End after this many validations in a row without a lower response loss, and keep the best step's result."""
+    max_time: str | None = None
+    """Write a checkpoint and end after so many minutes, or h:m:s; --resume true goes on."""
 
 
 @dataclass
 class EvalArgs:
-    """When to validate; before and after training in any case."""
+    """When to validate, before and after training in any case, and to show what the model writes."""
 
     interval: int = 100
     """Validate every so many steps."""
+    sample_interval: int | None = None
+    """Show an answer, greedily generated, every so many steps; never by default."""
+    sample_prompt: str | None = None
+    """What it answers, rendered in the data's prompt style; the first held-out sample's prompt by default."""
+    sample_tokens: int = 64
+    """The most tokens of such an answer."""
 
 
 @dataclass
@@ -99,8 +131,12 @@ class Plan:
     """What was worked out from the arguments and the data, before any weight is loaded."""
 
     base_dir: Path
+    base: dict[str, str]
+    """Name and fingerprint of the base."""
     run_dir: Path
     data: dict[str, Any]
+    facts: dict[str, str]
+    """Hashes of the base and of the data, which a resumed run must find unchanged."""
     train_set: list[Sample]
     val_set: list[Sample]
     n_samples: int
@@ -111,8 +147,9 @@ class Plan:
     quantize: str | None
     train: TrainArgs
     eval: EvalArgs
-    base: dict[str, str] | None = None
-    """Name and fingerprint of the base, known once it is loaded."""
+    max_seconds: float
+    sample_ids: list[int]
+    """The prompt of sample generations."""
 
 
 class Problems(list[str]):
@@ -137,6 +174,7 @@ def make_plan(
     quantize: str | None,
     processes: int,
     overwrite: bool,
+    resume: bool = False,
 ) -> Plan:
     """Check all arguments together and work out the rest.
 
@@ -145,33 +183,46 @@ def make_plan(
     """
     problems = Problems()
     data = problems.attempt(read_data_config, io.train_data_dir) or {}
-    train_set = problems.attempt(load_split, Path(io.train_data_dir) / "train.pt") if data else []
-    val_set = problems.attempt(load_split, Path(io.val_data_dir or io.train_data_dir) / "test.pt") if data else []
-    base_dir, config = None, None
+    train_file, val_file = Path(io.train_data_dir) / TRAIN_FILE, Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
+    train_set = problems.attempt(load_split, train_file) if data else []
+    val_set = problems.attempt(load_split, val_file) if data else []
+    base_dir, config, state = None, None, None
     if io.checkpoint_dir or data:
         base_dir = problems.attempt(check_checkpoint_dir, io.checkpoint_dir or data["checkpoint_dir"])
     if base_dir:
         config = problems.attempt(load_config, base_dir)
+        state = problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: nothing is read but what is asked for
     problems.attempt(weights_dtype, precision, mixed=True)
     problems.attempt(check_quantize, quantize, precision, full=job.adapter is None)
     name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{io.jobnum or timestamp()}"
-    run_dir = problems.attempt(prepare_out_dir, io.out_dir or Path(io.log_dir) / name, overwrite)
+    run_dir = Path(io.out_dir or Path(io.log_dir) / name)
+    problems.attempt(check_run_dir, run_dir, io, overwrite=overwrite, resume=resume)
     n_samples = train.epochs * (train.epoch_size or len(train_set or []))
     n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
     if train.max_steps is not None:
         n_steps = min(n_steps, train.max_steps)
     n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
     problems += check_train_args(train, n_steps=n_steps if train_set else None, n_warmup=n_warmup, processes=processes)
+    problems += check_reporting(io, eval)
+    max_seconds = problems.attempt(parse_duration, train.max_time)
+    sample_ids: list[int] = []
     if config and train_set and val_set:
         problems.attempt(check_fit, base_dir, config, data=data, samples=train_set + val_set)
+        sample_ids = problems.attempt(sample_prompt, eval, base_dir, style=data["prompt_style"], samples=val_set)
+        if len(sample_ids or []) >= config.block_size:
+            problems.append(f"--eval.sample_prompt has {len(sample_ids)} tokens; the context is {config.block_size}")
     if config and job.adapter is not None:
         problems.attempt(check_adapter, job, config, quantize)
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
+    base = {"name": base_dir.name, "fingerprint": fingerprint(state)} | ({"quantize": quantize} if quantize else {})
+    hashes = {TRAIN_FILE: file_sha256(train_file), TEST_FILE: file_sha256(val_file)}
     return Plan(
         base_dir=base_dir,
+        base=base,
         run_dir=run_dir,
         data=data,
+        facts={"base model": base["fingerprint"], **hashes},
         train_set=train_set,
         val_set=val_set,
         n_samples=n_samples,
@@ -182,12 +233,67 @@ def make_plan(
         quantize=quantize,
         train=train,
         eval=eval,
+        max_seconds=max_seconds,
+        sample_ids=sample_ids,
     )
 
 
 def timestamp() -> str:
     """Now, for the name of a folder."""
     return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def check_run_dir(folder: Path, io: IOArgs, *, overwrite: bool, resume: bool) -> None:
+    """Raise where the run folder holds something that neither --resume nor --overwrite allows to go on or to go."""
+    if resume and overwrite:
+        raise ValueError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
+    if resume and not io.out_dir and not io.jobnum:
+        raise ValueError("--resume true needs to know the run folder: give --io.out_dir DIR")
+    prepare_out_dir(folder, overwrite or resume)
+    if checkpoint_folders(folder) and not overwrite and not resume:
+        raise FileExistsError(
+            f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
+        )
+
+
+def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:
+    """Every setting of logs, validation and samples that cannot work."""
+    problems = []
+    for package in ("tensorboard", "wandb"):
+        # Without an origin it is some folder of that name: wandb leaves one where it runs.
+        if getattr(io, package) and getattr(find_spec(package), "origin", None) is None:
+            problems.append(f"--io.{package} true needs a package that is not installed: pip install {package}")
+    for name in ("interval", "sample_interval", "sample_tokens"):
+        value = getattr(eval, name)
+        if value is not None and value <= 0:
+            problems.append(f"--eval.{name} must be positive, got {value}")
+    return problems
+
+
+def parse_duration(text: str | None) -> float:
+    """Seconds of a number of minutes or of h:m:s; infinity for None."""
+    if text is None:
+        return math.inf
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    seconds = {1: (60,), 3: (3600, 60, 1)}.get(len(parts), ())
+    total = sum(part * unit for part, unit in zip(parts, seconds, strict=False))
+    if not 0 < total < math.inf:
+        raise ValueError(f"--train.max_time {text}: expected minutes, as 90, or hours, minutes and seconds, as 1:30:00")
+    return total
+
+
+def sample_prompt(eval: EvalArgs, base_dir: Path, *, style: str, samples: list[Sample]) -> list[int]:
+    """The ids that sample generations answer: of --eval.sample_prompt, or of a held-out sample up to its response."""
+    if eval.sample_prompt is not None:
+        return encode_prompt(Tokenizer(base_dir), style, instruction=eval.sample_prompt)
+    for sample in samples:
+        ids, response = sample["input_ids"].tolist(), sample["response"].tolist()
+        if any(response[1:]):
+            return ids[: response.index(True)] or ids[:1]
+    return samples[0]["input_ids"].tolist()[:1]
 
 
 def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: list[Sample]) -> None:
@@ -226,15 +332,22 @@ def check_train_args(train: TrainArgs, *, n_steps: int | None, n_warmup: int, pr
         "epoch_size",
         "max_steps",
         "save_interval",
+        "keep_checkpoints",
+        "max_grad_norm",
+        "patience",
     ):
         value = getattr(train, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             problems.append(f"--train.{name} must be positive, got {value}")
-    if not problems and train.global_batch_size % (train.micro_batch_size * processes):
+    if not problems and train.global_batch_size % (train.micro_batch_size * max(1, processes)):
         problems.append(
             f"--train.global_batch_size {train.global_batch_size} is not a multiple of --train.micro_batch_size "
             f"{train.micro_batch_size} times {processes} process(es)"
         )
+    if train.skip_nonfinite < 0:
+        problems.append(f"--train.skip_nonfinite must be 0 or more, got {train.skip_nonfinite}")
+    if processes <= 0:
+        problems.append(f"--devices times --num_nodes must be positive, got {processes}")
     if n_steps is not None and not 0 <= n_warmup < max(1, n_steps):
         problems.append(
             f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; "

@@ -1,35 +1,53 @@
-"""What a run leaves for people: metrics.csv while it goes, summary.json and loss.png when it ends."""
+"""What a run shows and leaves for people: progress and metrics.csv while it goes, summary.json and loss.png at the end.
+
+metrics.csv is always written; TensorBoard and Weights & Biases get the same numbers where they are asked for.
+"""
 
 import csv
+import io
 import os
 import resource
 import sys
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from lightning.fabric.loggers import Logger
+from tqdm import tqdm
 
 from lit_gpt.checkpoint import atomic_write, write_json
+from lit_gpt.resume import SUMMARY
 
 COLUMNS = (
-    "step", "samples", "tokens", "loss", "learning_rate", "seconds", "val_loss", "val_response_loss",
+    "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
 )  # fmt: skip
+METRICS, LOSS_CURVE = "metrics.csv", "loss.png"
+PLAIN_EVERY = 10
 
 
 class Metrics:
     """Appends rows to metrics.csv, each flushed: what was measured survives whatever comes next.
 
+    Args:
+        path: of the file; what it held is gone.
+        text: what it is to hold already, of an earlier ``Metrics``.
+
     Attributes:
         rows: those written so far, empty values left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, float]] = []
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
+    def __init__(self, path: Path, text: str = "") -> None:
+        self.rows: list[dict[str, float]] = [
+            {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))
+        ]
+        with atomic_write(path) as temporary:
+            temporary.write_text(text or ",".join(COLUMNS) + "\n", encoding="utf-8")
+        self._path = path
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 
     def write(self, **values: float) -> None:
         """Add a row; columns that are not given stay empty."""
@@ -37,9 +55,107 @@ class Metrics:
         self._writer.writerow({name: f"{value:.6g}" for name, value in values.items()})
         self._file.flush()
 
+    def text(self) -> str:
+        """The file's content."""
+        return self._path.read_text(encoding="utf-8")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class Reporter:
+    """Tells one run's numbers to the screen, to metrics.csv and to the loggers that were asked for.
+
+    Args:
+        run_dir: where the files go.
+        settings: of the run; under "io" it says which loggers.
+        n_steps: length of the run.
+        state: of an earlier reporter, to go on from; ``step`` is where that was.
+        step: steps done.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        settings: dict[str, Any],
+        n_steps: int,
+        state: dict[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
+        self.n_steps = n_steps
+        self.run_id = state["run_id"] if state else uuid.uuid4().hex[:8]
+        self.metrics = Metrics(run_dir / METRICS, state["metrics"] if state else "")
+        self.loggers = open_loggers(run_dir, settings["io"], run_id=self.run_id, step=step)
+        for logger in self.loggers:
+            logger.log_hyperparams(settings)
+        # A bar would fill a file with carriage returns: plain lines there.
+        self.bar = tqdm(total=n_steps, initial=step, unit="step") if sys.stderr.isatty() else None
+
+    def state(self) -> dict[str, str]:
+        """What another reporter needs to go on from here."""
+        return {"run_id": self.run_id, "metrics": self.metrics.text()}
+
+    def record(self, **values: float) -> None:
+        """A step's or a validation's row of metrics.csv, by its columns; shown as well."""
+        self.metrics.write(**values)
+        step = int(values["step"])
+        for logger in self.loggers:
+            logger.log_metrics({name: value for name, value in values.items() if name != "step"}, step=step)
+        if "val_loss" in values:
+            text = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
+            self.say(f"step {step}/{self.n_steps}  {text}")
+            return
+        speed = values["tokens"] / max(values["seconds"], 1e-9)
+        text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif step == 1 or step % PLAIN_EVERY == 0:
+            left = values["seconds"] / step * (self.n_steps - step)
+            print(f"step {step}/{self.n_steps}  {text}  {left:.0f} s left", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line on the screen, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar, the file and the loggers."""
+        if self.bar is not None:
+            self.bar.close()
+        self.metrics.close()
+        for logger in self.loggers:
+            logger.finalize("success")
+
+
+def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step: int) -> list[Logger]:
+    """The loggers that were asked for; after a resume they go on behind ``step``.
+
+    Raises:
+        ValueError: Weights & Biases does not let us in.
+    """
+    loggers: list[Logger] = []
+    if wanted["tensorboard"]:
+        from lightning.fabric.loggers import TensorBoardLogger  # here: optional
+
+        purge_step = step + 1 if step else None  # hides what was logged after the checkpoint
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge_step))
+    if wanted["wandb"]:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+
+        try:
+            loggers.append(WandbLogger(name=run_dir.name, save_dir=run_dir, id=run_id, resume="allow"))
+            _ = loggers[-1].experiment  # connects now
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"Weights & Biases: {error}; run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
+            ) from error
+    return loggers
 
 
 def peak_memory_bytes() -> int:
@@ -51,18 +167,19 @@ def peak_memory_bytes() -> int:
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
-    """Write summary.json and the loss curves, and print the lines that matter."""
-    write_json(run_dir / "summary.json", summary)
-    draw_losses(run_dir / "loss.png", metrics.rows, title=str(summary["method"]))
+    """Draw the loss curves, write summary.json, the last file of a run, and print the lines that matter."""
+    draw_losses(run_dir / LOSS_CURVE, metrics.rows, title=str(summary["method"]))
+    write_json(run_dir / SUMMARY, summary)
     for name, label in curves(metrics.rows).items():
         print(f"{label + ' loss':<32} {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}")
     print(f"{'trained':<32} {summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk")
     print(
         f"{'time':<32} {summary['seconds']:.0f} s for {summary['steps']} steps, "
-        f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding"
+        f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding, "
+        f"{summary['overhead']:.1%} outside forward and backward"
     )
     print(f"{'peak memory':<32} {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
-    print(f"{'loss curve':<32} {run_dir / 'loss.png'}")
+    print(f"{'loss curve':<32} {run_dir / LOSS_CURVE}")
 
 
 def curves(rows: list[dict[str, float]]) -> dict[str, str]:

@@ -5,45 +5,66 @@
     lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
     hparams.yaml                    every setting of the run
     metrics.csv, loss.png           losses by step
-    summary.json                    what the closing lines say
-    checkpoints/step-N/             the adapter every --train.save_interval steps
+    summary.json                    what the closing lines say; the last file of a run, so a finished one has it
+    checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
 
 Notable choices:
 - The loss is summed over the target tokens of the whole optimizer step and divided once, so that micro-batches of any
   size give the same gradient; they are formed by length, which wastes little on padding.
 - The order of the samples depends on the seed alone: successive seeded permutations of the data.
 - Validation is the whole held-out set, in order, over all target tokens and over the response's alone.
+- A run that was stopped, or killed at any instant, goes on to the very bits that it would have had.
+
+Exit codes: 0 when the run is done or --train.max_time is over, 143 and 130 after SIGTERM and SIGINT (a checkpoint is
+written first), 1 for what cannot go on.
 """
 
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_gpt.adapter import adapters_off, mark_only_adapter_as_trainable
-from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter, save_adapter
-from lit_gpt.checkpoint import (
-    WEIGHTS,
-    atomic_write,
-    copy_side_files,
-    fingerprint,
-    load_model,
-    load_state,
-    save_prompt_style,
-    save_state,
-    staged_dir,
-)
+from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter
+from lit_gpt.checkpoint import atomic_write, load_model, load_state, save_state
 from lit_gpt.data import Sample, collate
+from lit_gpt.generate import generate
 from lit_gpt.model import GPT, IGNORE_INDEX
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
-from lit_gpt.report import Metrics, peak_memory_bytes, write_summary
+from lit_gpt.report import Reporter, peak_memory_bytes, write_summary
+from lit_gpt.result import load_result, next_command, save_result
+from lit_gpt.resume import (
+    STATE,
+    SUMMARY,
+    StopSignal,
+    check_same_run,
+    checkpoint_folder,
+    clear_run,
+    damage,
+    environment,
+    explain_faults,
+    last_checkpoint,
+    locked,
+    new_checkpoint,
+    newest_checkpoint,
+    random_state,
+    remove_leftovers,
+    restore_random_state,
+)
+from lit_gpt.tokenizer import Tokenizer
 
 
 def finetune(
@@ -57,6 +78,8 @@ def finetune(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
+    deterministic: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Train one adapter (or the whole model) and leave a run folder.
@@ -71,13 +94,16 @@ def finetune(
         devices: processes on this machine.
         num_nodes: machines.
         seed: fixes the start of the adapter, the order of the data and dropout.
-        overwrite: write into a run folder that already holds a finished run.
+        deterministic: on a GPU, the same bits for the same seed, by slower kernels; a CPU gives them anyway.
+        resume: go on from the newest good checkpoint of the run folder, or start where there is none.
+        overwrite: write into a run folder that already holds a run, and start anew.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
             written then.
+        SystemExit: 128 plus the signal's number, after a signal and the checkpoint that it asked for.
     """
-    processes = devices * num_nodes
+    started, processes = time.perf_counter(), devices * num_nodes
     plan = make_plan(
         job,
         io=io,
@@ -87,39 +113,87 @@ def finetune(
         quantize=quantize,
         processes=processes,
         overwrite=overwrite,
+        resume=resume,
     )
-    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true")
+    if resume and (plan.run_dir / SUMMARY).is_file():
+        print(f"{plan.run_dir} holds a finished run: nothing to do")
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU need
+    torch.use_deterministic_algorithms(deterministic)
+    settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), init_from=job.init_from)
+    settings |= dict(io=vars(io), train=vars(train), eval=vars(eval), precision=precision, devices=devices)
+    settings |= dict(num_nodes=num_nodes, seed=seed, deterministic=deterministic, quantize=quantize)
+    try:
+        fabric = Fabric(
+            devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true"
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from error
     fabric.launch()
-    fabric.seed_everything(seed, verbose=False)
-    model = build_model(job, plan, fabric.device)
-    announce(job, plan, model, fabric=fabric)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=train.learning_rate, weight_decay=plan.weight_decay
-    )
-    wrapped, optimizer = fabric.setup(model, optimizer)
-    rehearse(fabric, wrapped, plan.train_set, size=train.micro_batch_size)
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), io=vars(io), train=vars(train))
-    settings |= dict(eval=vars(eval), precision=precision, quantize=quantize, devices=devices, num_nodes=num_nodes)
-    settings |= dict(seed=seed)
-    if fabric.is_global_zero:
-        with atomic_write(plan.run_dir / "hparams.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    run = Run(fabric, wrapped, optimizer=optimizer, job=job, plan=plan, seed=seed)
-    run.train_all()
-    run.finish()
+    longest = max(len(sample["input_ids"]) for sample in plan.train_set)
+    tried = f"micro-batches of {train.micro_batch_size} samples of up to {longest} tokens, {precision}, {fabric.device}"
+    with open_run(fabric, plan, settings, resume=resume) as checkpoint, explain_faults(plan.run_dir, tried=tried):
+        fabric.seed_everything(seed, verbose=False)
+        model = build_model(job, plan, fabric.device)
+        announce(job, plan, model, fabric=fabric)
+        optimizer = torch.optim.AdamW(
+            (p for p in model.parameters() if p.requires_grad), lr=train.learning_rate, weight_decay=plan.weight_decay
+        )
+        wrapped, optimizer = fabric.setup(model, optimizer)
+        rehearse(fabric, wrapped, plan.train_set, size=train.micro_batch_size)
+        run = Run(
+            fabric,
+            wrapped,
+            optimizer=optimizer,
+            job=job,
+            plan=plan,
+            settings=settings,
+            deadline=started + plan.max_seconds,
+        )
+        run.begin(checkpoint)
+        if run.train_all():
+            run.finish()
+
+
+@contextmanager
+def open_run(fabric: Fabric, plan: Plan, settings: dict[str, Any], *, resume: bool) -> Iterator[Path | None]:
+    """Inside, the run folder is ours; yields the checkpoint to go on from, None for a start.
+
+    The first process looks, the others hear of it.
+    """
+    with ExitStack() as stack:
+        checkpoint, problem = None, ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(locked(plan.run_dir))
+                checkpoint = find_checkpoint(plan, settings) if resume else None
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        checkpoint, problem = fabric.broadcast((checkpoint, problem))
+        if problem and not fabric.is_global_zero:
+            raise SystemExit(1)  # once is enough to say it
+        if problem:
+            raise ValueError(problem)
+        yield checkpoint
+
+
+def find_checkpoint(plan: Plan, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, None where there is none; raises where that would change the result."""
+    remove_leftovers(plan.run_dir)
+    checkpoint = newest_checkpoint(plan.run_dir)
+    if checkpoint:
+        check_same_run(checkpoint, settings, plan.facts)
+    return checkpoint
 
 
 def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
-    """The base with its adapter, only what trains requiring gradients; notes the base's fingerprint in the plan.
+    """The base with its adapter, only what trains requiring gradients.
 
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
-    plan.base = {"name": plan.base_dir.name, "fingerprint": fingerprint(load_state(plan.base_dir / WEIGHTS))}
     if plan.quantize is None:
         model = load_model(plan.base_dir, plan.precision, mixed=True)
     else:
-        plan.base["quantize"] = plan.quantize
         model = load_quantized_model(plan.base_dir, plan.precision, plan.quantize, device=device)
     if job.adapter is None:
         model.requires_grad_(True)
@@ -209,51 +283,188 @@ def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, siz
     return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()  # nan where every response was cut away
 
 
+@dataclass
+class Position:
+    """Where a run stands; a checkpoint holds all of it."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    """Real ones, padding aside."""
+    targets: int = 0
+    padded: int = 0
+    """Tokens that this process has computed, padding among them."""
+    seconds: float = 0.0
+    """Of training: everything but validations and samples."""
+    computing: float = 0.0
+    """Of these, in forward and backward passes."""
+    skipped: int = 0
+    """Steps left out because their loss or gradient was not finite."""
+    before: tuple[float, float] = (math.nan, math.nan)
+    """Validation losses, over all targets and over responses, before training."""
+    after: tuple[float, float] = (math.nan, math.nan)
+    """The last ones."""
+    best: tuple[float, float] = (math.nan, math.nan)
+    """Those of the best step, under --train.patience."""
+    best_step: int = 0
+    worse: int = 0
+    """Validations in a row since then."""
+
+
 class Run:
-    """A training run: its position, its counters, and what it writes."""
+    """A training run: where it stands, and what moves it on."""
 
     def __init__(
-        self, fabric: Fabric, model: nn.Module, *, optimizer: torch.optim.Optimizer, job: Job, plan: Plan, seed: int
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        job: Job,
+        plan: Plan,
+        settings: dict[str, Any],
+        deadline: float,
     ) -> None:
         self.fabric, self.model, self.optimizer, self.job, self.plan = fabric, model, optimizer, job, plan
-        self.args = plan.train
-        self.order = sample_order(len(plan.train_set), plan.n_samples, seed=seed)
-        self.metrics = Metrics(plan.run_dir / "metrics.csv") if fabric.is_global_zero else None
-        self.samples = self.tokens = self.targets = self.padded = 0
-        self.train_seconds = 0.0
-        self.before = self.after = (math.nan, math.nan)  # validation losses: all targets, responses
+        self.settings, self.deadline, self.args = settings, deadline, plan.train
+        self.order = sample_order(len(plan.train_set), plan.n_samples, seed=settings["seed"])
+        self.at = Position()
+        self.reporter: Reporter | None = None  # of the first process
+        self.tokenizer = Tokenizer(plan.base_dir) if plan.eval.sample_interval else None
 
-    def train_all(self) -> None:
-        """Validate the model that training starts from (the base, not ETHER's first reflection), train, validate."""
-        with adapters_off(self.model) if self.job.init_from is None else nullcontext():
-            self.before = self.after = self.validate(0)
-        for step in range(1, self.plan.n_steps + 1):
-            started = time.perf_counter()
-            loss, rate = self.train_step(step)
-            self.train_seconds += time.perf_counter() - started
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss of step {step} is {loss} at a learning rate of {rate:.3g}; lower the rate")
-            self.log(step, loss=loss, learning_rate=rate)
-            if step % self.plan.eval.interval == 0 or step == self.plan.n_steps:
-                self.after = self.validate(step)
-            if self.args.save_interval and step % self.args.save_interval == 0:
-                self.save(self.plan.run_dir / "checkpoints" / f"step-{step:06d}")
+    # -------------------------------------------------------------------------------------------- from start to end
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
+        state = load_state(checkpoint / STATE) if checkpoint else None
+        if state:
+            load_result(self.model.module, checkpoint, job=self.job)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
+            self.at = Position(**state["position"])
+            restore_random_state(state["random"][self.fabric.global_rank])
+            self.fabric.print(f"going on from {checkpoint}")
+        else:
+            # From here on processes draw differently: each has a dropout of its own.
+            self.fabric.seed_everything(self.settings["seed"] + self.fabric.global_rank, verbose=False)
+        if not self.fabric.is_global_zero:
+            return
+        run_dir = self.plan.run_dir
+        if not state:
+            clear_run(run_dir)
+        with atomic_write(run_dir / "hparams.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
+        self.reporter = Reporter(
+            run_dir, settings=self.settings, n_steps=self.plan.n_steps, step=self.at.step,
+            state=state and state["reporter"],
+        )  # fmt: skip
 
-    def train_step(self, step: int) -> tuple[float, float]:
-        """One optimizer step; returns its mean loss and its learning rate."""
-        rate = learning_rate(
-            step - 1, peak=self.args.learning_rate, n_warmup=self.plan.n_warmup, n_steps=self.plan.n_steps
+    def train_all(self) -> bool:
+        """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
+
+        Returns:
+            Whether the run is complete; false where it was stopped and is to be resumed.
+        """
+        at = self.at
+        with StopSignal() as stop:
+            if at.step == 0:
+                with adapters_off(self.model) if self.job.init_from is None else nullcontext():
+                    at.before = at.after = self.validate()
+            while at.step < self.plan.n_steps and (self.args.patience is None or at.worse < self.args.patience):
+                at.step += 1
+                with self.clock("seconds"):
+                    values = self.train_step()
+                with self.clock("seconds"):
+                    self.record(**values)
+                improved = False
+                if at.step % self.plan.eval.interval == 0 or at.step == self.plan.n_steps:
+                    at.after = self.validate()
+                    improved = self.args.patience is not None and self.compare_with_best()
+                if self.tokenizer and at.step % self.plan.eval.sample_interval == 0:
+                    self.show_sample(self.tokenizer)
+                reason = self.reason_to_leave(stop)
+                if (
+                    reason is not None
+                    or improved
+                    or (self.args.save_interval and at.step % self.args.save_interval == 0)
+                ):
+                    with self.clock("seconds"):
+                        self.save_checkpoint()
+                if reason is not None and at.step < self.plan.n_steps:
+                    self.leave(reason)
+                    return False
+        return True
+
+    def finish(self) -> None:
+        """Save the result and say what came of it."""
+        if self.args.patience is not None:
+            self.take_best()
+        if self.reporter is None:
+            return
+        self.reporter.close()
+        at = self.at
+        summary = dict(
+            method=self.job.method,
+            learning_rate=self.args.learning_rate,
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            adapter_bytes=save_result(self.model.module, self.plan.run_dir, job=self.job, plan=self.plan),
+            val_loss_before=at.before[0],
+            val_loss_after=at.after[0],
+            val_response_loss_before=at.before[1],
+            val_response_loss_after=at.after[1],
+            steps=at.step,
+            skipped_steps=at.skipped,
+            samples=at.samples,
+            tokens=at.tokens,
+            target_tokens=at.targets,
+            padding=1 - at.tokens / self.fabric.world_size / max(1, at.padded),
+            seconds=at.seconds,
+            overhead=1 - at.computing / max(at.seconds, 1e-9),
+            tokens_per_second=at.tokens / max(at.seconds, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(),
+            precision=self.plan.precision,
         )
+        write_summary(self.plan.run_dir, summary, self.reporter.metrics)
+        print(f"next: {next_command(self.job, self.plan)}")
+
+    # ------------------------------------------------------------------------------------------------- one step
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns its mean loss, learning rate and gradient norm (before it is clipped)."""
+        at, plan, size = self.at, self.plan, self.args.global_batch_size
+        rate = learning_rate(at.step - 1, peak=self.args.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        size = self.args.global_batch_size
-        batch = [self.plan.train_set[i] for i in self.order[(step - 1) * size : step * size]]
+        rows = self.order[(at.step - 1) * size : at.step * size]
+        batch = [plan.train_set[i] for i in rows]
+        total = self.forward_backward(batch)
+        with self.clock("computing"):
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.args.max_grad_norm or math.inf, error_if_nonfinite=False
+            )
+            total = self.fabric.all_reduce(total, reduce_op="sum")
+            loss, grad_norm = torch.stack([total.float(), norm.float()]).tolist()  # waits for the device
+        values = dict(loss=loss, learning_rate=rate, grad_norm=grad_norm)
+        # fp16's loss scale is found by overflowing: its scaler leaves such a step out and lowers the scale.
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        overflow = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
+        usable = (math.isfinite(loss) and math.isfinite(grad_norm)) or overflow
+        if not usable:
+            self.skip(values, rows)
+        if usable or scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        at.samples += len(batch)
+        at.tokens += sum(len(sample["input_ids"]) for sample in batch)
+        at.targets += n_targets(batch)
+        return values
+
+    def forward_backward(self, batch: Sequence[Sample]) -> torch.Tensor:
+        """Leave the gradient of a step's mean loss; returns this process's share of that loss."""
         mine = batch[self.fabric.global_rank :: self.fabric.world_size]
         micros = list(micro_batches(mine, self.args.micro_batch_size))
         total, in_all = torch.zeros((), device=self.fabric.device), n_targets(batch)
         for index, micro in enumerate(micros):
             idx, targets = collate(micro, self.fabric.device)
-            with self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
+            with self.clock("computing"), self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
                 loss = self.model(idx, targets=targets)
                 if self.args.loss_average == "token":
                     share = loss / in_all
@@ -262,95 +473,124 @@ class Run:
                 # Data-parallel processes average their gradients; ours are shares of one sum.
                 self.fabric.backward(share * self.fabric.world_size)
             total += share.detach()
-            self.padded += idx.numel()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.count(batch, in_all)
-        return self.fabric.all_reduce(total, reduce_op="sum").item(), rate
+            self.at.padded += idx.numel()
+        return total
 
-    def count(self, batch: Sequence[Sample], n_targets: int) -> None:
-        """Keep the books: samples, real tokens, targets."""
-        self.samples += len(batch)
-        self.tokens += sum(len(sample["input_ids"]) for sample in batch)
-        self.targets += n_targets
+    def skip(self, values: dict[str, float], rows: Sequence[int]) -> None:
+        """Count a step that cannot be used; raise where there were enough of them."""
+        self.at.skipped += 1
+        text = (
+            f"step {self.at.step} has a loss of {values['loss']:.4g} and a gradient of norm {values['grad_norm']:.4g}, "
+            f"at a learning rate of {values['learning_rate']:.3g}, on rows {', '.join(map(str, rows))} of train.pt"
+        )
+        if self.at.skipped > self.args.skip_nonfinite:
+            raise ValueError(
+                f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
+                f"{self.at.skipped}; {last_checkpoint(self.plan.run_dir)}"
+            )
+        self.say(f"{text}: left out ({self.at.skipped} of {self.args.skip_nonfinite} such steps)")
 
-    def validate(self, step: int) -> tuple[float, float]:
-        """Validate and log; returns the losses over all targets and over responses."""
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add what passes inside to ``seconds`` or ``computing``."""
+        started = time.perf_counter()
+        yield
+        setattr(self.at, name, getattr(self.at, name) + time.perf_counter() - started)
+
+    # ---------------------------------------------------------------------------------------- between the steps
+    def validate(self) -> tuple[float, float]:
+        """Validate and report; returns the losses over all targets and over responses."""
         losses = validate(self.fabric, self.model, self.plan.val_set, size=self.args.micro_batch_size)
-        self.log(step, val_loss=losses[0], val_response_loss=losses[1])
+        self.record(val_loss=losses[0], val_response_loss=losses[1])
         return losses
 
-    def log(self, step: int, **values: float) -> None:
-        """Write a row of metrics.csv and a line on the screen."""
-        if self.metrics is None:
-            return
-        seconds = self.train_seconds
-        self.metrics.write(step=step, samples=self.samples, tokens=self.tokens, seconds=seconds, **values)
-        if "val_loss" in values:
-            text = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
-        elif step == 1 or step % 10 == 0:
-            speed = self.tokens / max(seconds, 1e-9)
-            left = seconds / step * (self.plan.n_steps - step)
-            text = (
-                f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s  {left:.0f} s left"
-            )
-        else:
-            return
-        print(f"step {step}/{self.plan.n_steps}  {text}", flush=True)
+    def compare_with_best(self) -> bool:
+        """Whether the last validation is the best one; by the responses, where there are any."""
+        at = self.at
+        which = 1 if math.isfinite(at.after[1]) else 0
+        if at.best_step and not at.after[which] < at.best[which]:
+            at.worse += 1
+            return False
+        at.best, at.best_step, at.worse = at.after, at.step, 0
+        return True
 
-    def save(self, folder: Path) -> int:
-        """Write the result (the adapter, or the whole model as ``final/``) into a folder; returns its bytes."""
-        if not self.fabric.is_global_zero:
-            return 0
-        model, style = self.model.module, self.plan.data["prompt_style"]
-        if self.job.adapter is not None:
-            path = folder / KINDS[self.job.kind].file_name
-            save_adapter(
-                path, model, kind=self.job.kind, config=self.job.adapter, base=self.plan.base, prompt_style=style
-            )
-            return path.stat().st_size
-        with staged_dir(folder / "final", overwrite=True) as staging:
-            copy_side_files(self.plan.base_dir, staging)
-            save_prompt_style(staging, style)
-            save_state(model.state_dict(), staging / WEIGHTS)
-        return (folder / "final" / WEIGHTS).stat().st_size
+    def take_best(self) -> None:
+        """Go back to the best step's result."""
+        folder, at = checkpoint_folder(self.plan.run_dir, self.at.best_step), self.at
+        problem = damage(folder)
+        if problem is None:
+            load_result(self.model.module, folder, job=self.job)
+            at.after = at.best
+        kept = f"step {at.best_step}, the best" if problem is None else f"step {at.step}, since {folder} is damaged"
+        ended = f"no lower response loss in {at.worse} validations: " if at.worse == self.args.patience else ""
+        self.say(f"{ended}the result is that of {kept}")
 
-    def finish(self) -> None:
-        """Save the result and say what came of it."""
-        size = self.save(self.plan.run_dir)
-        if self.metrics is None:
-            return
-        self.metrics.close()
-        seconds = self.train_seconds
-        summary = dict(
-            method=self.job.method,
-            learning_rate=self.args.learning_rate,
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            adapter_bytes=size,
-            val_loss_before=self.before[0],
-            val_loss_after=self.after[0],
-            val_response_loss_before=self.before[1],
-            val_response_loss_after=self.after[1],
-            steps=self.plan.n_steps,
-            samples=self.samples,
-            tokens=self.tokens,
-            target_tokens=self.targets,
-            padding=1 - self.tokens / self.fabric.world_size / max(1, self.padded),
-            seconds=seconds,
-            tokens_per_second=self.tokens / max(seconds, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(),
-            precision=self.plan.precision,
+    @torch.no_grad()
+    def show_sample(self, tokenizer: Tokenizer) -> None:
+        """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
+        with self.fabric.autocast():
+            ids = generate(
+                self.model.module,
+                self.plan.sample_ids,
+                max_new_tokens=self.plan.eval.sample_tokens,
+                stop_ids=tokenizer.stop_ids,
+            )
+            answer = tokenizer.decode(list(ids))
+        self.say(f"step {self.at.step} answers: {answer.strip()}")
+
+    def record(self, **values: float) -> None:
+        """A row of metrics.csv."""
+        if self.reporter:
+            at = self.at
+            self.reporter.record(step=at.step, samples=at.samples, tokens=at.tokens, seconds=at.seconds, **values)
+
+    def say(self, text: str) -> None:
+        """A line on the screen, once."""
+        if self.reporter:
+            self.reporter.say(text)
+
+    def reason_to_leave(self, stop: StopSignal) -> int | None:
+        """The signal that came, to any process; 0 where --train.max_time is over; None to go on."""
+        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+        received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
+        return received or (0 if over else None)
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step-N, from which ``begin`` goes on as if nothing had been."""
+        state = dict(
+            position=vars(self.at),
+            optimizer=self.optimizer.state_dict(),
+            precision=self.fabric.strategy.precision.state_dict(),
+            random=self.of_all_processes(random_state()),
+            settings=self.settings,
+            facts=self.plan.facts,
+            environment=environment(),
         )
-        write_summary(self.plan.run_dir, summary, self.metrics)
-        self.next_commands()
-
-    def next_commands(self) -> None:
-        """Say what to type next."""
-        if self.job.adapter is None:
-            print(f"next: python chat/base.py --checkpoint_dir {self.plan.run_dir / 'final'}")
+        if self.reporter is None:
             return
-        path = self.plan.run_dir / KINDS[self.job.kind].file_name
+        state["reporter"] = self.reporter.state()
+        keep, best = self.args.keep_checkpoints, self.at.best_step
+        with new_checkpoint(self.plan.run_dir, self.at.step, keep=keep, best=best) as folder:
+            save_result(self.model.module, folder, job=self.job, plan=self.plan)
+            save_state(state, folder / STATE)
+
+    def of_all_processes(self, value: Any) -> list[Any]:
+        """Everyone's value, by rank."""
+        values = [value] * self.fabric.world_size
+        if self.fabric.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def leave(self, received: int) -> None:
+        """Say how to go on; the first process exits with the signal's code, after the others are through."""
+        self.fabric.barrier()
+        if self.reporter is None:
+            return
+        self.reporter.close()
+        why = signal.Signals(received).name if received else f"--train.max_time {self.args.max_time} is over"
         print(
-            f"next: python scripts/merge_{self.job.kind}.py --checkpoint_dir {self.plan.base_dir} "
-            f"--{self.job.kind}_path {path}"
+            f"{why}: saved {checkpoint_folder(self.plan.run_dir, self.at.step)}; the same command with "
+            f"--io.out_dir {self.plan.run_dir} --resume true goes on from there"
         )
+        if received:
+            raise SystemExit(128 + received)

@@ -45,17 +45,21 @@ def write_base(folder: Path, tokenizer_dir: Path, **overrides) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir) -> Path:
+def write_work(work: Path, tokenizer_dir: Path) -> Path:
     """A folder with ``base`` and ``data``, prepared by the project's own function."""
-    work = tmp_path_factory.mktemp("train")
-    write_base(work / "base", bpe_dir)
+    write_base(work / "base", tokenizer_dir)
     colours = ["red", "green", "blue", "small", "large"]
     rows = [{"instruction": f"name colour {i}", "input": "", "output": f"the {colours[i % 5]} river " * (1 + i % 4)}
             for i in range(40)]  # fmt: skip
     (work / "rows.json").write_text(json.dumps(rows))
     prepare(work / "rows.json", destination_path=work / "data", checkpoint_dir=work / "base", max_seq_length=128)
     return work
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, bpe_dir) -> Path:
+    """A base and data."""
+    return write_work(tmp_path_factory.mktemp("train"), bpe_dir)
 
 
 def command(work: Path, method: str, out: Path, *more: str) -> tuple[str, list[str]]:

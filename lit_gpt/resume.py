@@ -1,0 +1,269 @@
+"""Run checkpoints: written so that any instant may be the last, found again, and continued exactly.
+
+A checkpoint is a folder, checkpoints/step-N/, with the result so far (the adapter file, or final/), state.pth (all else
+that the rest of the run depends on) and manifest.json (size and SHA-256 of each file).
+
+- It is written under a temporary name, flushed to the disk and renamed: a kill or a full disk leaves the one before.
+- What does not fit its manifest is not used: the newest checkpoint that does is, and it is said.
+- A run folder belongs to one process at a time, by a lock that the kernel drops with the process.
+"""
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lit_gpt.checkpoint import file_sha256, flush, load_state, read_json, write_json
+
+CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".lock"
+SUMMARY = "summary.json"
+"""The last file that a run writes: what has it is finished."""
+
+HARMLESS = (
+    "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
+)  # fmt: skip
+"""How the names of settings begin that a resumed run may change: they do not alter what comes out."""
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder, which is made where there is none.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:  # or its owner removed it between our opening and locking it
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ValueError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files and folders of a process that was killed while it wrote."""
+    for path in (*run_dir.glob(".*.*"), *(run_dir / CHECKPOINTS).glob(".*.*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove what a run leaves that a later --resume would go on from or take for its own."""
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    (run_dir / SUMMARY).unlink(missing_ok=True)
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((run_dir / CHECKPOINTS).glob("step-*"), key=lambda path: (len(path.name), path.name))
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+@contextmanager
+def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Iterator[Path]:
+    """Yield an empty folder that becomes checkpoints/step-N; older ones go once it is there.
+
+    Args:
+        run_dir: the run folder.
+        step: optimizer steps done.
+        keep: how many checkpoints stay, this one among them.
+        best: the step of one more that stays; 0 where there is none.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield staging
+        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        facts = {str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+        write_json(staging / MANIFEST, facts)
+        for path in (*staging.rglob("*"), staging):
+            flush(path)
+        staging.chmod(run_dir.stat().st_mode)  # mkdtemp makes folders for the owner alone
+        staging.replace(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for old in checkpoint_folders(run_dir)[:-keep]:
+        if old != checkpoint_folder(run_dir, best):
+            shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    try:
+        for name, facts in read_json(folder / MANIFEST).items():
+            if (folder / name).stat().st_size != facts["bytes"]:
+                return f"{name} has another size"
+            if file_sha256(folder / name) != facts["sha256"]:
+                return f"{name} holds other bytes"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"{MANIFEST} or what it lists cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint; None where there is none at all. Damaged ones after it are named and removed.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in reversed(checkpoint_folders(run_dir)):
+        problem = damage(folder)
+        if problem is None:
+            for bad, why in damaged.items():
+                print(f"{bad} is damaged ({why}): going on from {folder.name} instead")
+                shutil.rmtree(bad)
+            return folder
+        damaged[folder] = problem
+    if damaged:
+        reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
+        raise ValueError(f"no checkpoint of {run_dir} is whole ({reasons}); --overwrite true starts anew")
+    return None
+
+
+def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """Raise where going on from a checkpoint would not give what the run was to give.
+
+    Args:
+        folder: the checkpoint.
+        settings: this run's, as in hparams.yaml.
+        facts: hashes of what the run reads, by name.
+
+    Raises:
+        ValueError: names each setting and fact that has changed, with both values.
+    """
+    state = load_state(folder / STATE)
+    now, then = flatten(settings) | dict(facts), flatten(state["settings"]) | state["facts"]
+    changed = [
+        f"{name} was {then.get(name)}, is {now.get(name)}"
+        for name in dict.fromkeys([*then, *now])
+        if not name.startswith(HARMLESS) and then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} cannot be continued exactly: {'; '.join(changed)}. Set them back, or start another run"
+        )
+    here = environment()
+    for name, value in state["environment"].items():
+        if value != here[name]:
+            print(f"{name} was {value} and is {here[name]} now: the last digits may differ from an unbroken run's")
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as flags have them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------- what is saved
+def environment() -> dict[str, str]:
+    """What the last digits of a result depend on beside its settings."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads()), "device": device}
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from, in this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set the generators of this process to a ``random_state``."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# -------------------------------------------------------------------------------------------- signals and faults
+@contextmanager
+def explain_faults(run_dir: Path, *, tried: str) -> Iterator[None]:
+    """Turn a lack of memory or of disk, and the end of another process, into one line that says what to do.
+
+    Args:
+        run_dir: the run folder.
+        tried: what needs the memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+            raise ValueError(
+                f"out of memory with {tried}: lower --train.micro_batch_size (the result stays the same), or prepare "
+                f"the data with a smaller --max_seq_length; {last_checkpoint(run_dir)} ({text[:120]})"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
+        if dist.is_initialized() and ("peer" in text or isinstance(error, dist.DistError)):
+            raise ValueError(
+                f"another process of this run has ended, see its message; {last_checkpoint(run_dir)} ({text[:120]})"
+            ) from error
+        raise
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """What can be gone on from, in words."""
+    folders = checkpoint_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
+
+
+class StopSignal:
+    """Inside, the first SIGTERM or SIGINT is noted in ``received``; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        # os.write: print is not safe inside a signal handler that may have interrupted a print.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving at the end of this step; once more ends at once, without saving\n".encode())
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,258 @@
+"""Runs that are killed, stopped, starved and tampered with: the scripts' own setup, in processes of their own."""
+
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import command, refusal, script, train, write_base, write_work
+
+from lit_gpt.adapter_files import load_adapter
+from lit_gpt.checkpoint import load_model
+from lit_gpt.cli import run
+from lit_gpt.data import load_split, save_split
+from lit_gpt.resume import checkpoint_folders, damage, flatten, locked
+
+ADAPTER = "lit_model_ether_finetuned.pth"
+DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
+
+
+LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
+LONG += ["--eval.interval", "7"]
+PROCESSES = multiprocessing.get_context("forkserver")  # a fresh process in a moment: the imports are done in the server
+PROCESSES.set_forkserver_preload(["lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
+
+
+class Training:
+    """A run in a process of its own; what it says goes to a file."""
+
+    def __init__(self, work, out: Path, *more: str, method: str = "etherplusHH") -> None:
+        self.log = out.with_suffix(".log")
+        self.process = PROCESSES.Process(target=in_process, args=(*command(work, method, out, *more), self.log))
+        self.process.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.is_alive()
+
+    def end(self, number: int | None = None) -> tuple[int, str]:
+        """Send a signal, if any, and wait; returns the exit code and all that was said."""
+        if number and self.alive:
+            os.kill(self.process.pid, number)
+        self.process.join()
+        return self.process.exitcode, self.log.read_text()
+
+
+def in_process(name: str, arguments: list[str], log: Path) -> None:
+    """What the process does."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    run(script(name), arguments)
+
+
+def rows_without_time(out: Path) -> list[dict]:
+    """metrics.csv without its timing column."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((out / "metrics.csv").open())]
+
+
+def same_result(one: Path, other: Path) -> bool:
+    """Adapter and metrics are the same, bit for bit."""
+    a, b = (load_adapter(folder / ADAPTER, "ether").state for folder in (one, other))
+    return all(torch.equal(a[n], b[n]) for n in a) and rows_without_time(one) == rows_without_time(other)
+
+
+def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int]:
+    """Kill -9 at random moments of the training, go on, and so on; returns the kills, and those inside a save."""
+    rng, hits, in_save = random.Random(seed), 0, 0
+    metrics = out / "metrics.csv"
+    for _ in range(n_kills):
+        before = metrics.stat().st_ino if metrics.exists() else 0
+        training = Training(work, out, *more, "--resume", "true")
+        while training.alive and (not metrics.exists() or metrics.stat().st_ino == before):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        hits += training.alive
+        training.end(signal.SIGKILL)
+        in_save += any((out / "checkpoints").glob(".step-*"))
+    code, text = Training(work, out, *more, "--resume", "true").end()
+    assert code == 0, text
+    return hits, in_save
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, bpe_dir) -> Path:
+    """A base and data."""
+    return write_work(tmp_path_factory.mktemp("resume"), bpe_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(work, tmp_path_factory) -> Path:
+    """A run that nothing interrupts: 60 steps, checkpoints every 4, validations every 7, dropout on."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(work, "etherplusHH", out, *LONG)
+    return out
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(work, whole, tmp_path):
+    hits, _ = kill_until_done(work, tmp_path / "run", *LONG, n_kills=4, seed=0)
+    assert hits >= 2
+    assert same_result(tmp_path / "run", whole)
+    assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, number, code):
+    out = tmp_path / "run"
+    training = Training(work, out, *LONG, "--train.save_interval", "1000")
+    while not (out / "metrics.csv").exists():
+        time.sleep(0.01)
+    ended, text = training.end(number)
+    assert ended == code, text
+    assert f"{signal.Signals(number).name}: saved {out}/checkpoints/step-0" in text and "--resume true" in text
+    assert len(checkpoint_folders(out)) == 1
+    train(work, "etherplusHH", out, *LONG, "--resume", "true")
+    assert same_result(out, whole)
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, capsys):
+    """A flipped byte and a file cut short cost the steps since the checkpoint before, and nothing else."""
+    out = tmp_path / "run"
+    stopped_at(work, out, 13)
+    *_, good, cut, flipped = checkpoint_folders(out)
+    data = bytearray((flipped / ADAPTER).read_bytes())
+    data[len(data) // 2] ^= 1
+    (flipped / ADAPTER).write_bytes(data)
+    os.truncate(cut / "state.pth", 100)
+    assert "other bytes" in damage(flipped) and "another size" in damage(cut) and damage(good) is None
+    capsys.readouterr()
+    train(work, "etherplusHH", out, *LONG, "--resume", "true")
+    told = capsys.readouterr().out
+    assert f"{flipped} is damaged ({ADAPTER} holds other bytes): going on from {good.name}" in told
+    assert same_result(out, whole)
+
+
+def stopped_at(work, out: Path, n_checkpoints: int) -> None:
+    """Let LONG run up to so many checkpoints, all kept, then stop it."""
+    training = Training(work, out, *LONG, "--train.keep_checkpoints", "99")
+    while training.alive and len(checkpoint_folders(out)) < n_checkpoints:
+        time.sleep(0.005)
+    training.end(signal.SIGKILL)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_started(work, tmp_path, capsys):
+    train(work, "ether", tmp_path / "run", "--train.save_interval", "3")
+    (tmp_path / "run" / "summary.json").unlink()
+    for folder in checkpoint_folders(tmp_path / "run"):
+        (folder / "manifest.json").unlink()
+    name, arguments = command(work, "ether", tmp_path / "run", "--resume", "true")
+    assert "is whole (step-000006: manifest.json or what it lists" in refusal(capsys, name, arguments)
+
+
+def test_a_resumed_run_refuses_what_would_change_its_result(work, tmp_path, capsys):
+    out = tmp_path / "run"
+    unfinished(work, out)
+    more = ["--train.learning_rate", "0.5", "--seed", "7", "--ether_nb", "4", "--io.jobnum", "x", "--resume", "true"]
+    name, arguments = command(work, "ether", out, *more)
+    line = refusal(capsys, name, arguments)
+    assert "adapter.nb was 2, is 4; train.learning_rate was 0.01, is 0.5; seed was 1337, is 7. Set them" in line
+    assert "jobnum" not in line
+    train(work, "ether", out, "--train.save_interval", "2", "--eval.sample_interval", "3", "--resume", "true")
+
+
+def unfinished(work, out: Path) -> None:
+    """A run of six steps with a checkpoint after the third, as if killed there."""
+    train(work, "ether", out, "--train.save_interval", "3")
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+
+
+def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsys, bpe_dir):
+    out, data = tmp_path / "run", tmp_path / "data"
+    unfinished(work, out)
+    data.mkdir()
+    for file in (work / "data").iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    same = ["--io.train_data_dir", str(data), "--resume", "true"]
+    save_split(load_split(work / "data" / "train.pt")[1:], data / "train.pt")
+    name, arguments = command(work, "ether", out, *same)
+    assert "train.pt was" in refusal(capsys, name, arguments)
+    other = write_base(tmp_path / "other", bpe_dir, n_embd=64)
+    name, arguments = command(work, "ether", out, "--io.checkpoint_dir", str(other), "--resume", "true")
+    assert "base model was" in refusal(capsys, name, arguments)
+
+
+def test_a_run_is_neither_restarted_nor_overwritten_by_accident(work, tmp_path, capsys):
+    out = tmp_path / "run"
+    unfinished(work, out)
+    (out / ADAPTER).unlink()
+    name, arguments = command(work, "ether", out)
+    assert "holds checkpoints of a run: --resume true goes on with it" in refusal(capsys, name, arguments)
+    assert "give one of them" in refusal(capsys, name, [*arguments, "--resume", "true", "--overwrite", "true"])
+    without = [a for a in arguments if a not in ("--io.out_dir", str(out))]
+    assert "--io.out_dir DIR" in refusal(capsys, name, [*without, "--resume", "true"])
+    train(work, "ether", out, "--resume", "true")
+    before = (out / ADAPTER).stat().st_mtime_ns
+    run(script(name), [*arguments, "--resume", "true"])
+    assert "holds a finished run: nothing to do" in capsys.readouterr().out
+    assert (out / ADAPTER).stat().st_mtime_ns == before
+    train(work, "ether", out, "--overwrite", "true")
+    assert not checkpoint_folders(out)
+
+
+def test_one_run_folder_is_for_one_process(work, tmp_path, capsys):
+    name, arguments = command(work, "ether", tmp_path / "run")
+    with locked(tmp_path / "run"):
+        assert f"is in use by process {os.getpid()} on" in refusal(capsys, name, arguments)
+    run(script(name), arguments)
+
+
+def test_full_finetuning_resumes_to_the_same_weights(work, tmp_path):
+    flags = ["--train.learning_rate", "1e-3", "--train.save_interval", "3", "--precision", "bf16-true"]
+    train(work, "full", tmp_path / "run", *flags)
+    once = load_model(tmp_path / "run" / "final").state_dict()
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in ("checkpoints/step-000006", "final"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(work, "full", tmp_path / "run", *flags, "--resume", "true")
+    again = load_model(tmp_path / "run" / "final").state_dict()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="mounting needs root")
+def test_a_full_disk_leaves_the_checkpoint_before(work, whole, tmp_path):
+    """A small disk fills up during a save: one line, nothing half-written, and the run goes on with room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        more = [*LONG, "--train.keep_checkpoints", "99"]
+        code, text = Training(work, tmp_path / "run", *more, "--io.out_dir", str(disk / "run")).end()
+        assert code == 1 and "Traceback" not in text
+        assert f"cannot write {disk / 'run'}" in text.splitlines()[-1]
+        folders = checkpoint_folders(disk / "run")
+        assert str(folders[-1]) in text and all(damage(folder) is None for folder in folders)
+        assert not list((disk / "run" / "checkpoints").glob(".*"))
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        code, text = Training(
+            work, tmp_path / "run", *more, "--io.out_dir", str(disk / "run"), "--resume", "true"
+        ).end()
+        assert code == 0 and f"going on from {folders[-1]}" in text
+        assert same_result(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_settings_have_the_names_of_their_flags():
+    assert flatten({"seed": 1, "train": {"epochs": 2}, "adapter": None}) == {
+        "seed": 1, "train.epochs": 2, "adapter": None
+    }  # fmt: skip
