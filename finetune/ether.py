@@ -48,7 +48,8 @@ def setup(
             ether, whose R is never near I.
         flip_side: Move the one-sided transform of a non-square Linear to its smaller side.
         ether_block_layout: diagonal (the paper's), or published (what the original code does for n > 1).
-        init_from: An adapter file to continue from, ours or the original code's; its settings must be the flags'.
+        init_from: An adapter file to continue from, ours or the original code's; its settings are used,
+            and a flag that says otherwise is refused.
     """
     config = EtherConfig(
         Htype=Htype,

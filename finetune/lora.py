@@ -42,7 +42,7 @@ def setup(
         lora_projection: Adapt the attention's output projections.
         lora_mlp: Adapt the MLPs.
         lora_head: Adapt the language model's head.
-        init_from: An adapter file to continue from; its settings must be the flags'.
+        init_from: An adapter file to continue from; its settings are used, and a flag that says otherwise is refused.
     """
     config = LoraConfig(
         r=lora_r,

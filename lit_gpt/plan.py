@@ -6,7 +6,7 @@ help. ``make_plan`` checks all of them together and works out the rest.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,6 +83,8 @@ class TrainArgs:
     """Scale a step's gradient down to this norm where it is longer."""
     skip_nonfinite: int = 0
     """Leave out up to so many steps whose loss or gradient is not finite; one more ends the run."""
+    monitor: bool = False
+    """Write monitor.csv at validations: |R - I| and angles of the blocks, and how far the weights would move."""
     save_interval: int | None = None
     """Write a checkpoint, from which --resume true goes on, every so many steps."""
     keep_checkpoints: int = 2
@@ -211,6 +213,8 @@ def make_plan(
         sample_ids = problems.attempt(sample_prompt, eval, base_dir, style=data["prompt_style"], samples=val_set)
         if len(sample_ids or []) >= config.block_size:
             problems.append(f"--eval.sample_prompt has {len(sample_ids)} tokens; the context is {config.block_size}")
+    if train.monitor and job.adapter is None:
+        problems.append("--train.monitor watches an adapter; full finetuning has none")
     if config and job.adapter is not None:
         problems.attempt(check_adapter, job, config, quantize)
     if problems:
@@ -308,6 +312,28 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
         raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 
 
+def settle_adapter(job: Job) -> Job:
+    """The job with the settings of its ``init_from`` file, which no flag has to repeat; dropout is the flags'.
+
+    Raises:
+        ValueError, FileNotFoundError: a flag that was set says otherwise, or there is no such adapter.
+    """
+    if not job.init_from:
+        return job
+    found = load_adapter(job.init_from, job.kind).config
+    default, chosen = vars(type(found)()), vars(job.adapter)
+    dropouts = {name: value for name, value in chosen.items() if name.endswith("dropout")}
+    for name, value in vars(found).items():
+        if name not in dropouts and chosen[name] not in (default[name], value):
+            raise ValueError(
+                f"{job.init_from} was trained with {name} = {value}, a flag says {chosen[name]}; leave the flag out: "
+                "the file's own settings are used"
+            )
+    adapter = replace(found, **dropouts)
+    method = getattr(adapter, "Htype", job.method)
+    return replace(job, adapter=adapter, method=method, weight_decay=default_weight_decay(method))
+
+
 def check_adapter(job: Job, config: Config, quantize: str | None) -> None:
     """Raise where the targets or the blocks do not suit the model; on the meta device, before any weight is read."""
     with torch.device("meta"):
@@ -315,10 +341,6 @@ def check_adapter(job: Job, config: Config, quantize: str | None) -> None:
         if quantize in SCHEMES:
             quantize_model(model, quantize, model.state_dict(), dtype=torch.float32, device="meta")
         KINDS[job.kind].add(model, job.adapter)
-    if job.init_from:
-        found = load_adapter(job.init_from, job.kind).config
-        if found != job.adapter:
-            raise ValueError(f"{job.init_from} is {found}; the flags ask for {job.adapter}")
 
 
 def check_train_args(train: TrainArgs, *, n_steps: int | None, n_warmup: int, processes: int) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,41 +18,46 @@ import torch
 from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
+from lit_gpt import monitor
 from lit_gpt.checkpoint import atomic_write, write_json
 from lit_gpt.resume import SUMMARY
 
 COLUMNS = (
     "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
 )  # fmt: skip
-METRICS, LOSS_CURVE = "metrics.csv", "loss.png"
+METRICS, MONITOR, LOSS_CURVE = "metrics.csv", "monitor.csv", "loss.png"
+NAMES = ("part", "side")
+"""Columns of words, of monitor.csv."""
 PLAIN_EVERY = 10
 
 
 class Metrics:
-    """Appends rows to metrics.csv, each flushed: what was measured survives whatever comes next.
+    """Appends rows to a CSV file, each flushed: what was measured survives whatever comes next.
 
     Args:
         path: of the file; what it held is gone.
         text: what it is to hold already, of an earlier ``Metrics``.
+        columns: its first line.
 
     Attributes:
         rows: those written so far, empty values left out.
     """
 
-    def __init__(self, path: Path, text: str = "") -> None:
-        self.rows: list[dict[str, float]] = [
-            {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))
+    def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
+        self.rows: list[dict[str, Any]] = [
+            {name: value if name in NAMES else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(io.StringIO(text))
         ]
         with atomic_write(path) as temporary:
-            temporary.write_text(text or ",".join(COLUMNS) + "\n", encoding="utf-8")
+            temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
         self._path = path
         self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
-    def write(self, **values: float) -> None:
+    def write(self, **values: Any) -> None:
         """Add a row; columns that are not given stay empty."""
         self.rows.append(values)
-        self._writer.writerow({name: f"{value:.6g}" for name, value in values.items()})
+        self._writer.writerow({name: value if name in NAMES else f"{value:.6g}" for name, value in values.items()})
         self._file.flush()
 
     def text(self) -> str:
@@ -87,6 +92,9 @@ class Reporter:
         self.n_steps = n_steps
         self.run_id = state["run_id"] if state else uuid.uuid4().hex[:8]
         self.metrics = Metrics(run_dir / METRICS, state["metrics"] if state else "")
+        self.monitor: Metrics | None = None
+        if settings["train"]["monitor"]:
+            self.monitor = Metrics(run_dir / MONITOR, state["monitor"] if state else "", monitor.COLUMNS)
         self.loggers = open_loggers(run_dir, settings["io"], run_id=self.run_id, step=step)
         for logger in self.loggers:
             logger.log_hyperparams(settings)
@@ -95,7 +103,8 @@ class Reporter:
 
     def state(self) -> dict[str, str]:
         """What another reporter needs to go on from here."""
-        return {"run_id": self.run_id, "metrics": self.metrics.text()}
+        texts = {"metrics": self.metrics.text(), "monitor": self.monitor.text() if self.monitor else ""}
+        return {"run_id": self.run_id, **texts}
 
     def record(self, **values: float) -> None:
         """A step's or a validation's row of metrics.csv, by its columns; shown as well."""
@@ -116,6 +125,13 @@ class Reporter:
             left = values["seconds"] / step * (self.n_steps - step)
             print(f"step {step}/{self.n_steps}  {text}  {left:.0f} s left", flush=True)
 
+    def record_monitor(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What ``monitor.measure`` gave at a step."""
+        assert self.monitor is not None
+        for row in rows:
+            self.monitor.write(step=step, **row)
+        self.say(f"step {step}/{self.n_steps}  {monitor.summarise(rows)}")
+
     def say(self, text: str) -> None:
         """A line on the screen, above the bar where there is one."""
         if self.bar is not None:
@@ -128,6 +144,8 @@ class Reporter:
         if self.bar is not None:
             self.bar.close()
         self.metrics.close()
+        if self.monitor:
+            self.monitor.close()
         for logger in self.loggers:
             logger.finalize("success")
 

@@ -5,6 +5,7 @@
     lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
     hparams.yaml                    every setting of the run
     metrics.csv, loss.png           losses by step
+    monitor.csv                     with --train.monitor true, what lit_gpt/monitor.py measures at validations
     summary.json                    what the closing lines say; the last file of a run, so a finished one has it
     checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
 
@@ -25,7 +26,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from lit_gpt.checkpoint import atomic_write, load_model, load_state, save_state
 from lit_gpt.data import Sample, collate
 from lit_gpt.generate import generate
 from lit_gpt.model import GPT, IGNORE_INDEX
-from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
+from lit_gpt.monitor import measure, starting_point
+from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import Reporter, peak_memory_bytes, write_summary
 from lit_gpt.result import load_result, next_command, save_result
@@ -104,6 +106,7 @@ def finetune(
         SystemExit: 128 plus the signal's number, after a signal and the checkpoint that it asked for.
     """
     started, processes = time.perf_counter(), devices * num_nodes
+    job = settle_adapter(job)
     plan = make_plan(
         job,
         io=io,
@@ -200,7 +203,7 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
     elif job.init_from:
         adapter = load_adapter(job.init_from, job.kind)
         check_base(adapter, plan.base_dir, source=job.init_from)
-        attach_adapter(model, adapter, source=job.init_from)
+        attach_adapter(model, replace(adapter, config=job.adapter), source=job.init_from)
         mark_only_adapter_as_trainable(model)
     else:
         KINDS[job.kind].add(model, job.adapter)
@@ -330,12 +333,14 @@ class Run:
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=settings["seed"])
         self.at = Position()
         self.reporter: Reporter | None = None  # of the first process
+        self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from
         self.tokenizer = Tokenizer(plan.base_dir) if plan.eval.sample_interval else None
 
     # -------------------------------------------------------------------------------------------- from start to end
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
         state = load_state(checkpoint / STATE) if checkpoint else None
+        self.start = state["start"] if state else starting_point(self.model.module)
         if state:
             load_result(self.model.module, checkpoint, job=self.job)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -502,6 +507,8 @@ class Run:
         """Validate and report; returns the losses over all targets and over responses."""
         losses = validate(self.fabric, self.model, self.plan.val_set, size=self.args.micro_batch_size)
         self.record(val_loss=losses[0], val_response_loss=losses[1])
+        if self.args.monitor and self.reporter:
+            self.reporter.record_monitor(self.at.step, list(measure(self.model.module, self.start)))
         return losses
 
     def compare_with_best(self) -> bool:
@@ -559,6 +566,7 @@ class Run:
         """Write checkpoints/step-N, from which ``begin`` goes on as if nothing had been."""
         state = dict(
             position=vars(self.at),
+            start=self.start,
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
             random=self.of_all_processes(random_state()),

@@ -4,8 +4,8 @@ import csv
 import multiprocessing
 import os
 import random
-import signal
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
