@@ -11,7 +11,6 @@ Notable choices:
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import struct
 import sys
@@ -22,11 +21,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode  # where torch's documentation takes it from
 
 from lit_gpt.config import Config
 from lit_gpt.model import GPT
@@ -105,7 +103,7 @@ def load_state(path: Path | str) -> dict[str, Any]:
     zipped = zipfile.is_zipfile(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
         raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
     if not isinstance(state, dict):
@@ -186,7 +184,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # "No space left on device" does not say which
+        if error.errno and not error.filename:  # "No space left on device" does not say which
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -227,28 +226,32 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     names: dict[int, str] = {}
     for name, tensor in template.items():
         names.setdefault(id(tensor), name)
-    with FakeTensorMode():
-        blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
+    # Never touched, so there is no memory behind them.
+    blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
     with atomic_write(path) as temporary:
         check_space(temporary, sum(blank.nbytes for blank in blanks.values()))
-        with torch.serialization.skip_data(materialize_fake_tensors=True):  # all of the file but the tensors' bytes
+        with torch.serialization.skip_data():  # all of the file but the tensors' bytes
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for index, name in enumerate(names.values()):
-                tensor, blank = make(name), template[name]
-                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
-                data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-                record = records[f"data/{index}"]  # torch numbers storages as it meets them
-                assert record.file_size == data.nbytes, name
-                file.seek(record.header_offset + 26)  # of a header's 30 bytes, the last four are two lengths
-                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-                file.write(data)
-                record.CRC = zlib.crc32(data)
-                if data.nbytes:  # the same checksum again, behind the data and a signature
-                    file.seek(4, os.SEEK_CUR)
-                    file.write(struct.pack("<I", record.CRC))
+            for index, name in enumerate(names.values()):  # as torch numbers storages: by their first appearance
+                tensor = make(name)
+                assert (tensor.shape, tensor.dtype) == (template[name].shape, template[name].dtype), name
+                _fill_record(file, records[f"data/{index}"], tensor)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
+
+
+def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> None:
+    """Write a tensor's bytes where an archive has left room for them, and their checksum behind and into ``record``."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    assert record.file_size == data.nbytes
+    file.seek(record.header_offset + 26)  # the last four of a header's 30 bytes are the lengths of what follows it
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    file.write(data)
+    record.CRC = zlib.crc32(data)
+    if data.nbytes:
+        file.seek(4, os.SEEK_CUR)  # a signature
+        file.write(struct.pack("<I", record.CRC))
 
 
 def check_space(path: Path, needed: int) -> None:

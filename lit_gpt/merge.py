@@ -74,7 +74,7 @@ def merge_adapter(
     Raises:
         ValueError, OSError: one line that says what to do; nothing is left then.
     """
-    dtype = weights_dtype(precision)
+    weights_dtype(precision)  # refuses an unknown one
     if verify_data_dir and not verify:
         raise ValueError("--verify_data_dir is of no use without --verify true")
     adapter = load_adapter(path, kind)
@@ -84,16 +84,20 @@ def merge_adapter(
         model, base = open_base(checkpoint_dir)
         attach_adapter(model, adapter, source=path)
         rows, origin = held_out_rows(path, verify_data_dir, checkpoint_dir=checkpoint_dir) if verify else ([], "")
-        merge = Merge(model, base, dtype)
+        merge = Merge(model, base, precision)
         copy_side_files(checkpoint_dir, staging)
         write_json(staging / CONFIG, merge.config.to_dict())
         if adapter.prompt_style:
             save_prompt_style(staging, adapter.prompt_style)
         stream_state(merge.template(), merge.tensor, staging / WEIGHTS)
-        print(merge.report(precision))
+        print(merge.report())
         if rows:
-            merged, state = open_base(staging)
-            print(f"{origin}: {compare(stream_weights(model, base), stream_weights(merged, state), rows)}")
+            merged = stream_weights(*open_base(staging))
+            gap, relative, divergence = compare_logits(stream_weights(model, base), merged, rows)
+            print(
+                f"verified on {origin}: logits differ by at most {gap:.1e} ({relative:.1e} relative), KL of the merged "
+                f"from the unmerged model {divergence:.1e} nats a token"
+            )
     print(f"merged model: {out_dir}\ntalk to it: python chat/base.py --checkpoint_dir {out_dir}")
 
 
@@ -115,13 +119,14 @@ class Merge:
     Args:
         model: on the meta device, with its adapter.
         base: its weights as they are in the file.
-        dtype: of the merged weights.
+        precision: of the merged weights.
     """
 
-    def __init__(self, model: GPT, base: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.base, self.dtype = base, dtype
+    def __init__(self, model: GPT, base: Mapping[str, Tensor], precision: str) -> None:
+        self.base, self.precision, self.dtype = base, precision, weights_dtype(precision)
+        own = adapter_parameters(model)
         self.layers = {f"{name}.weight": layer for name, layer in adapter_layers(model)}
-        self.names = [name for name in model.state_dict() if name not in adapter_parameters(model)]
+        self.names = [name for name in model.state_dict() if name not in own]
         tied = model.config.tie_embeddings and HEAD not in self.layers  # an adapted head leaves the embedding alone
         self.config = replace(model.config, tie_embeddings=tied)
         self.changes: list[float] = []
@@ -143,8 +148,8 @@ class Merge:
         if not is_finite(tensor):
             raise ValueError(f"{name} of the base model holds NaN or infinity; convert it again")
         merged = tensor.to(self.dtype) if layer is None else self.merged(layer, tensor, name)
-        if not is_finite(merged):
-            raise ValueError(f"{name} holds values beyond what {self.dtype} can; choose another --precision")
+        if merged is not tensor and not is_finite(merged):
+            raise ValueError(f"{name} has values too large for --precision {self.precision}; bf16-true can hold them")
         return merged
 
     def merged(self, layer: AdapterLayer, weight: Tensor, name: str) -> Tensor:
@@ -153,27 +158,29 @@ class Merge:
         weight = deinterleave_qkv(weight, layer.config) if fused else weight
         merged = torch.empty(weight.shape, dtype=self.dtype)
         for part in layer.parts:
-            rows = weight[part.rows]
-            if part.adapted:
-                before, rows = rows.float(), layer.merged_rows(part, rows.float())
-                if not is_finite(rows):
-                    raise ValueError(
-                        f"merging {name} gives weights that are not finite: the adapter holds a zero vector, NaN or "
-                        "infinity"
-                    )
-                size = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
-                self.changes.append(((rows - before).norm() / size).item())
-                self.roundings.append(((rows.to(self.dtype).float() - rows).norm() / size).item())
-            merged[part.rows] = rows
+            kept = merged[part.rows]
+            if not part.adapted:
+                kept.copy_(weight[part.rows])
+                continue
+            before = weight[part.rows].to(torch.float32, copy=True)
+            after = layer.merged_rows(part, before)
+            if not is_finite(after):
+                raise ValueError(
+                    f"merging {name} gives NaN or infinity: the adapter holds a zero vector, or its run diverged"
+                )
+            kept.copy_(after)
+            size = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            self.changes.append((before.sub_(after).norm() / size).item())
+            self.roundings.append((after.sub_(kept).norm() / size).item())
         return interleave_qkv(merged, layer.config) if fused else merged
 
-    def report(self, precision: str) -> str:
+    def report(self) -> str:
         """How far the weights moved, and how far the cast moved them."""
         low, middle, high = min(self.changes), median(self.changes), max(self.changes)
         text = f"merged {len(self.changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
         if self.dtype == torch.float32:
             return text
-        return f"{text}; rounding to {precision} moved them by {median(self.roundings):.1e} (median)"
+        return f"{text}; rounding to {self.precision} moved them by {median(self.roundings):.1e} (median)"
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -196,12 +203,12 @@ def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Pa
         data_dir = Path(io["val_data_dir"] or io["train_data_dir"])
         data_dir = data_dir if data_dir.is_dir() else None
     if data_dir is None:
-        return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "verified on a sentence, for want of data"
+        return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
     samples = load_split(data_dir / TEST_FILE)[:VERIFY_ROWS]
     config, data = load_config(checkpoint_dir), read_data_config(data_dir)
     check_fit(Path(checkpoint_dir), config, data=data, samples=samples)
     rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in samples]
-    return rows, f"verified on {len(rows)} rows of {data_dir / TEST_FILE}"
+    return rows, f"{len(rows)} rows of {data_dir / TEST_FILE}"
 
 
 def stream_weights(model: GPT, state: Mapping[str, Tensor]) -> GPT:
@@ -231,19 +238,22 @@ def _drop(blanks: Mapping[str, nn.Parameter], module: nn.Module, args: Any, outp
 
 
 @torch.no_grad()
-def compare(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> str:
-    """The largest difference of the two models' logits and the mean KL divergence, in words.
+def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[float, float, float]:
+    """How far the second model's logits are from the first's.
 
     Args:
         unmerged: the reference.
         merged: the model that is compared with it.
         rows: of token ids.
 
+    Returns:
+        The largest difference; the same relative to the largest logit; the mean KL divergence per token, in nats.
+
     Raises:
         ValueError: logits are not finite.
     """
     idx = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T)
-    hidden = unmerged.hidden(idx), merged.hidden(idx)  # each weight is read once for all rows
+    hidden = unmerged.hidden(idx), merged.hidden(idx)  # all rows at once: each weight is read once
     gap = scale = divergence = 0.0
     for index, row in enumerate(rows):
         p, q = (
@@ -251,11 +261,8 @@ def compare(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> str:
             for model, states in zip((unmerged, merged), hidden, strict=True)
         )
         if not (is_finite(p) and is_finite(q)):
-            raise ValueError("verification gives logits that are not finite; nothing was written")
+            raise ValueError("verification gives logits that are not finite; the merged model was not kept")
         gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()
-    return (
-        f"logits differ by at most {gap:.1e} ({gap / scale:.1e} relative), "
-        f"KL of the merged from the unmerged model {divergence / sum(map(len, rows)):.1e} nats a token"
-    )
+    return gap, gap / scale, divergence / sum(map(len, rows))
