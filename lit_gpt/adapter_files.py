@@ -1,4 +1,4 @@
-"""Adapter files: save, load, put on a base model, merge.
+"""Adapter files: save, load, put on a base model.
 
 An adapter file carries itself, ``{"model": {...}, "config": {...}}``: its tensors, and in plain types what they are
 (method, blocks, targets), which base they belong to and which prompt style they were trained with. A file without a
@@ -11,31 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
-from lit_gpt.checkpoint import (
-    CONFIG,
-    WEIGHTS,
-    copy_side_files,
-    fingerprint,
-    load_model,
-    load_prompt_style,
-    load_state,
-    save_prompt_style,
-    save_state,
-    staged_dir,
-    weights_dtype,
-    write_json,
-)
-from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.adapter import adapter_parameters
+from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_prompt_style, load_state, save_state
+from lit_gpt.ether import METHODS, EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
-from lit_gpt.quantize import describe_merge, load_quantized_model
-from lit_gpt.tokenizer import Tokenizer
-
-# Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
-PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
+from lit_gpt.quantize import load_quantized_model
 
 
 @dataclass(frozen=True)
@@ -146,7 +129,10 @@ def _is_flipped(state: Mapping[str, Tensor], method: str) -> bool:
 
 
 def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
-    """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit."""
+    """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit.
+
+    On a model on the meta device the adapter's tensors alone are real, on the CPU.
+    """
     KINDS[adapter.kind].add(model, adapter.config)
     expected = adapter_parameters(model)
     problems = list(expected.keys() ^ adapter.state.keys())
@@ -155,11 +141,18 @@ def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> N
         raise ValueError(
             f"{source} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first"
         )
+    has_vectors = isinstance(adapter.config, EtherConfig) and not METHODS[adapter.config.Htype].matrices
     with torch.no_grad():
         for name, parameter in expected.items():
             tensor = adapter.state[name]
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{source}: {name} is not finite; the run that wrote it diverged")
+            if has_vectors and not tensor.any(dim=-1).all():
+                raise ValueError(f"{source}: {name} holds a zero vector, which has no direction; the file is damaged")
+            if parameter.is_meta:
+                layer, _, own = name.rpartition(".")
+                parameter = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                setattr(model.get_submodule(layer), own, parameter)
             parameter.copy_(tensor)
 
 
@@ -212,58 +205,3 @@ def adapted_prompt_style(
     """The prompt style of an adapter, or of the folder where there is no adapter or it does not say."""
     found = open_adapter(ether_path, lora_path)
     return (found and found[0].prompt_style) or load_prompt_style(checkpoint_dir)
-
-
-def merge_adapter(
-    kind: str,
-    path: Path | str,
-    *,
-    checkpoint_dir: Path,
-    out_dir: Path | None = None,
-    precision: str = "bf16-true",
-    overwrite: bool = False,
-) -> None:
-    """Write a base-shaped folder with the adapter merged: computed in fp32, cast once.
-
-    Args:
-        kind: of the adapter, a key of ``KINDS``.
-        path: the adapter file.
-        checkpoint_dir: the base model's folder.
-        out_dir: the folder to write; merged/ beside the adapter file by default.
-        precision: of the written weights: 32-true, bf16-true or 16-true.
-        overwrite: write into a folder that already holds a model.
-    """
-    dtype = weights_dtype(precision)
-    adapter = load_adapter(path, kind)
-    out_dir = Path(out_dir or Path(path).parent / "merged")
-    with staged_dir(out_dir, overwrite) as staging:
-        check_base(adapter, checkpoint_dir, source=path)
-        if "quantize" in adapter.base:
-            print(describe_merge(adapter.base["quantize"], checkpoint_dir))
-        model = load_model(checkpoint_dir, "32-true")
-        attach_adapter(model, adapter, source=path)
-        probe = torch.tensor([Tokenizer(checkpoint_dir).encode(PROBE)[: model.config.block_size]])
-        before = _logits(model, probe)
-        merge_adapter_weights(model)
-        gap = _relative(_logits(model, probe), before)
-        print(f"merged in fp32: logits of a probe differ from the unmerged model's by {gap:.1e} relative")
-        own = adapter_parameters(model)
-        model.to(dtype)
-        copy_side_files(checkpoint_dir, staging)
-        write_json(staging / CONFIG, model.config.to_dict())
-        if adapter.prompt_style:
-            save_prompt_style(staging, adapter.prompt_style)
-        save_state({name: t for name, t in model.state_dict().items() if name not in own}, staging / WEIGHTS)
-        if dtype != torch.float32:  # the products stay fp32: this is what rounding the weights does, alone
-            gap = _relative(_logits(model.float(), probe), before)
-            print(f"weights cast to {precision}: logits differ by {gap:.1e}")
-    print(f"merged model: {out_dir}\ntalk to it: python chat/base.py --checkpoint_dir {out_dir}")
-
-
-@torch.no_grad()
-def _logits(model: GPT, idx: Tensor) -> Tensor:
-    return model(idx).float()
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()

@@ -3,6 +3,7 @@
 Notable choices:
 - Every file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
+- A file larger than memory can be written too, one tensor at a time (``stream_state``).
 - A base-shaped folder holds ``lit_model.pth``, ``lit_config.json`` and a tokenizer; what a merge or a full finetuning
   writes has the same shape, so that every script takes either.
 """
@@ -11,14 +12,17 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
+import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -90,20 +94,23 @@ def load_config(checkpoint_dir: Path | str) -> Config:
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
-    """Load a ``.pth`` file memory-mapped, tensors and plain types only.
+    """Load a ``.pth`` file memory-mapped, tensors and plain types only; torch's old format is read whole.
 
     Raises:
         FileNotFoundError, ValueError: one line that names the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
+    zipped = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
         raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, a dict of tensors was expected; make it again")
+    if not zipped:
+        warnings.warn(f"{path} is in torch's old format, which can't be memory-mapped: it was read whole", stacklevel=2)
     return state
 
 
@@ -177,6 +184,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
         temporary.replace(path)
         flush(path.parent)  # the new name, too
+    except OSError as error:
+        if error.errno and not error.filename:  # "No space left on device" does not say which
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -212,11 +223,70 @@ def save_state(state: Mapping[str, Any], path: Path | str) -> None:
         OSError: they could not be written, most often for want of space.
     """
     with atomic_write(path) as temporary:
-        try:
-            torch.save(dict(state), temporary)
-        except RuntimeError as error:  # PyTorch's writer does not say what the system said
-            free = shutil.disk_usage(temporary.parent).free
-            raise OSError(errno.EIO, f"writing failed with {free:,} bytes free on the disk", str(path)) from error
+        _torch_save(dict(state), temporary)
+
+
+def _torch_save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # PyTorch's writer does not say what the system said
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            errno.EIO, f"writing failed with {free:,} bytes free on the disk (full, or the size of files limited?)"
+        ) from error
+
+
+def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], path: Path | str) -> None:
+    """Write the file that ``save_state`` would write, holding one tensor at a time.
+
+    Args:
+        template: what to write, as tensors on the meta device: names, shapes, dtypes. One under two names (tied
+            weights) is stored once.
+        make: gives the tensor of a name; called in the template's order, with the first of a tensor's names.
+        path: the file.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in template.items():
+        names.setdefault(id(tensor), name)
+    # Never touched, so there is no memory behind them.
+    blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
+    with atomic_write(path) as temporary:
+        check_space(temporary, sum(blank.nbytes for blank in blanks.values()))
+        with torch.serialization.skip_data():  # all of the file but the tensors' bytes
+            _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
+        with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
+            records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+            for index, name in enumerate(names.values()):  # as torch numbers storages: by their first appearance
+                tensor = make(name)
+                assert (tensor.shape, tensor.dtype) == (template[name].shape, template[name].dtype), name
+                _fill_record(file, records[f"data/{index}"], tensor)
+            archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
+
+
+def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> None:
+    """Write a tensor's bytes where an archive has left room for them, and their checksum behind and into ``record``."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    assert record.file_size == data.nbytes
+    file.seek(record.header_offset + 26)  # the last four of a header's 30 bytes are the lengths of what follows it
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    file.write(data)
+    record.CRC = zlib.crc32(data)
+    if data.nbytes:
+        file.seek(4, os.SEEK_CUR)  # a signature
+        file.write(struct.pack("<I", record.CRC))
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise unless the disk of ``path`` has room for ``needed`` bytes."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise OSError(
+            f"{path.parent} is on a disk with {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
+            "make room there or choose a folder on another disk"
+        )
 
 
 def write_json(path: Path | str, content: Any) -> None:

@@ -8,8 +8,6 @@ layout, are held in memory. Converting again gives the same files.
 """
 
 import sys
-import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -98,14 +96,7 @@ def read_weights(path: Path) -> State:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is corrupt or truncated ({error}); download it again") from error
-    if zipfile.is_zipfile(path):
-        return load_state(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # the old format can't be memory-mapped
-    except Exception as error:  # torch raises whatever its reader stumbles on: EOFError, UnpicklingError, KeyError, ...
-        raise ValueError(f"{path} is corrupt or truncated ({type(error).__name__}); download it again") from error
-    warnings.warn(f"{path.name} is in torch's old format, which can't be memory-mapped: it is read whole", stacklevel=2)
-    return state
+    return load_state(path)
 
 
 def cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:

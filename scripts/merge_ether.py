@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.adapter_files import merge_adapter
 from lit_gpt.cli import run
+from lit_gpt.merge import merge_adapter
 
 
 def setup(*, ether_path: Path, **options) -> None:

@@ -19,11 +19,12 @@ from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
 from eval.lm_eval_harness import evaluate, setup
 from lit_gpt.adapter import adapter_parameters
-from lit_gpt.adapter_files import KINDS, merge_adapter, save_adapter
+from lit_gpt.adapter_files import KINDS, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state
 from lit_gpt.cli import run
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
+from lit_gpt.merge import merge_adapter
 from lit_gpt.tokenizer import Tokenizer
 
 CONTEXT = 128

@@ -38,7 +38,7 @@ def write_base(folder: Path, tokenizer_dir: Path, **overrides) -> Path:
     """A tiny random grouped-query model with tied embeddings, in a base-shaped folder."""
     torch.manual_seed(3)
     sizes = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, block_size=128)
-    model = GPT(Config(name="tiny", vocab_size=400, tie_embeddings=True, **{**sizes, **overrides}))
+    model = GPT(Config(name="tiny", vocab_size=400, **{**sizes, "tie_embeddings": True, **overrides}))
     shutil.copytree(tokenizer_dir, folder)
     save_state(model.state_dict(), folder / "lit_model.pth")
     write_json(folder / "lit_config.json", model.config.to_dict())

@@ -1,0 +1,271 @@
+"""Merging: an adapter goes into its base's weights, one tensor at a time.
+
+Notable choices:
+- The base stays memory-mapped and the result is written as it is made: memory holds a few fp32 copies of the largest
+  adapted Linear, whatever the model's size. What else the process seems to hold is the kernel's cache of the two files,
+  which it takes back by itself.
+- Computed in fp32 and cast once; how far the weights moved and what the cast cost is counted on the way.
+- ``--verify`` compares the logits of the two models, which run in fp32 with the weights of one module at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lit_gpt.adapter import AdapterLayer, adapter_layers, adapter_parameters
+from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter
+from lit_gpt.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    check_checkpoint_dir,
+    copy_side_files,
+    fill_model,
+    load_config,
+    load_state,
+    save_prompt_style,
+    staged_dir,
+    stream_state,
+    weights_dtype,
+    write_json,
+)
+from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
+from lit_gpt.plan import check_fit
+from lit_gpt.quantize import describe_merge
+from lit_gpt.tokenizer import Tokenizer
+
+State = dict[str, Tensor]
+
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+# Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
+PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
+VERIFY_ROWS, VERIFY_TOKENS = 4, 256
+
+
+def merge_adapter(
+    kind: str,
+    path: Path | str,
+    *,
+    checkpoint_dir: Path,
+    out_dir: Path | None = None,
+    precision: str = "bf16-true",
+    verify: bool = False,
+    verify_data_dir: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a base-shaped folder with the adapter merged.
+
+    Args:
+        kind: of the adapter, a key of ``adapter_files.KINDS``.
+        path: the adapter file.
+        checkpoint_dir: the base model's folder.
+        out_dir: the folder to write; merged/ beside the adapter file by default.
+        precision: of the written weights: 32-true, bf16-true or 16-true.
+        verify: compare the logits of the merged and the unmerged model on a few rows, both computed in fp32.
+        verify_data_dir: prepared data whose test.pt gives these rows; by default that of the adapter's run.
+        overwrite: write into a folder that already holds a model.
+
+    Raises:
+        ValueError, OSError: one line that says what to do; nothing is left then.
+    """
+    weights_dtype(precision)  # refuses an unknown one
+    if verify_data_dir and not verify:
+        raise ValueError("--verify_data_dir is of no use without --verify true")
+    adapter = load_adapter(path, kind)
+    out_dir = Path(out_dir or Path(path).parent / "merged")
+    with staged_dir(out_dir, overwrite) as staging:
+        check_base(adapter, check_checkpoint_dir(checkpoint_dir), source=path)
+        if "quantize" in adapter.base:
+            print(describe_merge(adapter.base["quantize"], checkpoint_dir))
+        model, base = open_base(checkpoint_dir)
+        attach_adapter(model, adapter, source=path)
+        rows, origin = held_out_rows(path, verify_data_dir, checkpoint_dir=checkpoint_dir) if verify else ([], "")
+        merge = Merge(model, base, precision)
+        copy_side_files(checkpoint_dir, staging)
+        write_json(staging / CONFIG, merge.config.to_dict())
+        if adapter.prompt_style:
+            save_prompt_style(staging, adapter.prompt_style)
+        stream_state(merge.template(), merge.tensor, staging / WEIGHTS)
+        print(merge.report())
+        if rows:
+            merged = stream_weights(*open_base(staging))
+            gap, relative, divergence = compare_logits(stream_weights(model, base), merged, rows)
+            print(
+                f"verified on {origin}: logits differ by at most {gap:.1e} ({relative:.1e} relative), KL of the merged "
+                f"from the unmerged model {divergence:.1e} nats a token"
+            )
+    print(f"merged model: {out_dir}\ntalk to it: python chat/base.py --checkpoint_dir {out_dir}")
+
+
+def open_base(checkpoint_dir: Path | str) -> tuple[GPT, State]:
+    """The model of a folder on the meta device, fp32, and its memory-mapped weights, which fit it."""
+    config, path = load_config(checkpoint_dir), Path(checkpoint_dir) / WEIGHTS
+    state = load_state(path)
+    with torch.device("meta"):
+        model = GPT(config)
+    fill_model(model, {name: tensor.to("meta").float() for name, tensor in state.items()}, source=path)
+    if config.tie_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    return model.eval(), state
+
+
+class Merge:
+    """One merge: makes the merged tensors, and counts how far each adapted weight moved.
+
+    Args:
+        model: on the meta device, with its adapter.
+        base: its weights as they are in the file.
+        precision: of the merged weights.
+    """
+
+    def __init__(self, model: GPT, base: Mapping[str, Tensor], precision: str) -> None:
+        self.base, self.precision, self.dtype = base, precision, weights_dtype(precision)
+        own = adapter_parameters(model)
+        self.layers = {f"{name}.weight": layer for name, layer in adapter_layers(model)}
+        self.names = [name for name in model.state_dict() if name not in own]
+        tied = model.config.tie_embeddings and HEAD not in self.layers  # an adapted head leaves the embedding alone
+        self.config = replace(model.config, tie_embeddings=tied)
+        self.changes: list[float] = []
+        self.roundings: list[float] = []
+
+    def template(self) -> State:
+        """What is to be written, on the meta device."""
+        blanks = {name: torch.empty_like(self.base[name], dtype=self.dtype, device="meta") for name in self.names}
+        return blanks | ({HEAD: blanks[EMBEDDING]} if self.config.tie_embeddings else {})
+
+    @torch.no_grad()
+    def tensor(self, name: str) -> Tensor:
+        """One merged tensor, or one that is not adapted, cast.
+
+        Raises:
+            ValueError: it is not finite; says why.
+        """
+        tensor, layer = self.base[name], self.layers.get(name)
+        if not is_finite(tensor):
+            raise ValueError(f"{name} of the base model holds NaN or infinity; convert it again")
+        merged = tensor.to(self.dtype) if layer is None else self.merged(layer, tensor, name)
+        if merged is not tensor and not is_finite(merged):
+            raise ValueError(f"{name} has values too large for --precision {self.precision}; bf16-true can hold them")
+        return merged
+
+    def merged(self, layer: AdapterLayer, weight: Tensor, name: str) -> Tensor:
+        """The merged weight, from the base's (rows, in) weight; in the row order of files, as that is."""
+        fused = isinstance(layer, QKVLinear)
+        weight = deinterleave_qkv(weight, layer.config) if fused else weight
+        merged = torch.empty(weight.shape, dtype=self.dtype)
+        for part in layer.parts:
+            kept = merged[part.rows]
+            if not part.adapted:
+                kept.copy_(weight[part.rows])
+                continue
+            before = weight[part.rows].to(torch.float32, copy=True)
+            after = layer.merged_rows(part, before)
+            if not is_finite(after):
+                raise ValueError(
+                    f"merging {name} gives NaN or infinity: the adapter holds a zero vector, or its run diverged"
+                )
+            kept.copy_(after)
+            size = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            self.changes.append((before.sub_(after).norm() / size).item())
+            self.roundings.append((after.sub_(kept).norm() / size).item())
+        return interleave_qkv(merged, layer.config) if fused else merged
+
+    def report(self) -> str:
+        """How far the weights moved, and how far the cast moved them."""
+        low, middle, high = min(self.changes), median(self.changes), max(self.changes)
+        text = f"merged {len(self.changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
+        if self.dtype == torch.float32:
+            return text
+        return f"{text}; rounding to {self.precision} moved them by {median(self.roundings):.1e} (median)"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, at the speed of memory (``isfinite().all()`` takes 30 times as long)."""
+    return tensor.numel() == 0 or all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
+# ------------------------------------------------------------------------------------------------- verification
+def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Path | str) -> tuple[list[Tensor], str]:
+    """Rows of token ids, none trained on, and in words where they are from.
+
+    Args:
+        path: the adapter file, beside which its run's hparams.yaml may lie.
+        data_dir: a folder of prepared data; by default the one that the run validated with, else a sentence.
+        checkpoint_dir: the base model's folder.
+    """
+    settings = Path(path).parent / "hparams.yaml"
+    if data_dir is None and settings.is_file():
+        io = yaml.safe_load(settings.read_text(encoding="utf-8"))["io"]
+        data_dir = Path(io["val_data_dir"] or io["train_data_dir"])
+        data_dir = data_dir if data_dir.is_dir() else None
+    if data_dir is None:
+        return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
+    samples = load_split(data_dir / TEST_FILE)[:VERIFY_ROWS]
+    config, data = load_config(checkpoint_dir), read_data_config(data_dir)
+    check_fit(Path(checkpoint_dir), config, data=data, samples=samples)
+    rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in samples]
+    return rows, f"{len(rows)} rows of {data_dir / TEST_FILE}"
+
+
+def stream_weights(model: GPT, state: Mapping[str, Tensor]) -> GPT:
+    """Let a model on the meta device read the weights of each module, in fp32, when its turn comes, and drop them then.
+
+    Returns:
+        The model, with hooks; what is not on the meta device (an adapter) stays as it is.
+    """
+    for name, module in model.named_modules():
+        blanks = {own: p for own, p in module.named_parameters(recurse=False) if p.is_meta}
+        if blanks:
+            stored = {own: state[f"{name}.{own}"] for own in blanks}
+            module.register_forward_pre_hook(partial(_fill, stored))
+            module.register_forward_hook(partial(_drop, blanks))
+    return model
+
+
+def _fill(stored: State, module: nn.Module, args: Any) -> None:
+    for name, tensor in stored.items():
+        rows = deinterleave_qkv(tensor, module.config) if isinstance(module, QKVLinear) else tensor
+        setattr(module, name, nn.Parameter(rows.float(), requires_grad=False))
+
+
+def _drop(blanks: Mapping[str, nn.Parameter], module: nn.Module, args: Any, output: Any) -> None:
+    for name, blank in blanks.items():
+        setattr(module, name, blank)
+
+
+@torch.no_grad()
+def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[float, float, float]:
+    """How far the second model's logits are from the first's.
+
+    Args:
+        unmerged: the reference.
+        merged: the model that is compared with it.
+        rows: of token ids.
+
+    Returns:
+        The largest difference; the same relative to the largest logit; the mean KL divergence per token, in nats.
+
+    Raises:
+        ValueError: logits are not finite.
+    """
+    idx = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T)
+    hidden = unmerged.hidden(idx), merged.hidden(idx)  # all rows at once: each weight is read once
+    gap = scale = divergence = 0.0
+    for index, row in enumerate(rows):
+        p, q = (
+            model.lm_head(states[index, : len(row)]).double()  # (t, V)
+            for model, states in zip((unmerged, merged), hidden, strict=True)
+        )
+        if not (is_finite(p) and is_finite(q)):
+            raise ValueError("verification gives logits that are not finite; the merged model was not kept")
+        gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum().item()
+    return gap, gap / scale, divergence / sum(map(len, rows))
