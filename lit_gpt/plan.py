@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class TrainArgs:
     """How many checkpoints stay, the newest ones; and the best one's under --train.patience."""
     patience: int | None = None
     """End after this many validations in a row without a lower response loss, and keep the best step's result."""
-    max_time: str | None = None
+    max_time: str | float | None = None
     """Write a checkpoint and end after so many minutes, or h:m:s; --resume true goes on."""
 
 
@@ -264,9 +264,13 @@ def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:
     """Every setting of logs, validation and samples that cannot work."""
     problems = []
     for package in ("tensorboard", "wandb"):
-        # Without an origin it is some folder of that name: wandb leaves one where it runs.
-        if getattr(io, package) and getattr(find_spec(package), "origin", None) is None:
-            problems.append(f"--io.{package} true needs a package that is not installed: pip install {package}")
+        if getattr(io, package):
+            try:
+                reason = "a folder of that name" if import_module(package).__file__ is None else ""
+            except ImportError as error:
+                reason = str(error)
+            if reason:
+                problems.append(f"--io.{package} true cannot import {package} ({reason}): pip install {package}")
     for name in ("interval", "sample_interval", "sample_tokens"):
         value = getattr(eval, name)
         if value is not None and value <= 0:
@@ -274,12 +278,12 @@ def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:
     return problems
 
 
-def parse_duration(text: str | None) -> float:
+def parse_duration(text: str | float | None) -> float:
     """Seconds of a number of minutes or of h:m:s; infinity for None."""
     if text is None:
         return math.inf
     try:
-        parts = [float(part) for part in text.split(":")]
+        parts = [float(part) for part in str(text).split(":")]
     except ValueError:
         parts = []
     seconds = {1: (60,), 3: (3600, 60, 1)}.get(len(parts), ())

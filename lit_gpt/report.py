@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.loggers import Logger
@@ -21,6 +21,10 @@ from tqdm import tqdm
 from lit_gpt import monitor
 from lit_gpt.checkpoint import atomic_write, write_json
 from lit_gpt.resume import SUMMARY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
@@ -44,10 +48,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
-        self.rows: list[dict[str, Any]] = [
-            {name: value if name in NAMES else float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(io.StringIO(text))
-        ]
+        self.rows = parse_metrics(text)
         with atomic_write(path) as temporary:
             temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
         self._path = path
@@ -67,6 +68,28 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """The rows of such a file, empty values left out."""
+    return [
+        {name: value if name in NAMES else float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(io.StringIO(text))
+    ]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """``parse_metrics`` of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is another.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; a run folder holds one from its first validation on")
+    try:
+        return parse_metrics(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a run's {METRICS}: {error}") from error
 
 
 class Reporter:
@@ -209,11 +232,7 @@ def curves(rows: list[dict[str, float]]) -> dict[str, str]:
 
 def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None:
     """Draw training and validation losses over the steps."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # here: importing it takes as long as the rest of the package
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure()
     steps = [row["step"] for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
     axes.plot(steps, losses, label="training, each step", color="0.8", linewidth=1)
@@ -223,6 +242,34 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o")
     axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
-    figure.legend(loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def compare_runs(path: Path | str, curves: Mapping[str, list[tuple[float, float]]], *, label: str) -> None:
+    """Draw (step, value) points of several runs, by name; ``label`` says what the values are."""
+    figure, axes = new_figure()
+    colors = [f"C{i}" for i in range(10)]
+    for index, (name, points) in enumerate(curves.items()):
+        style = ("-", "--", ":")[index // len(colors) % 3]  # after ten runs the colours come again
+        marker = "o" if len(points) < 40 else None
+        axes.plot(*zip(*points, strict=True), style, color=colors[index % 10], label=name, marker=marker, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel=label)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def new_figure() -> tuple["Figure", "Axes"]:
+    """A picture with one set of axes."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure  # here: importing it takes as long as the rest of the package
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save_figure(figure: "Figure", path: Path | str) -> None:
+    """Write a picture with its legend below, in two columns where names are short enough for that."""
+    names = figure.axes[0].get_legend_handles_labels()[1]
+    figure.legend(loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1, fontsize="small")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

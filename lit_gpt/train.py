@@ -529,7 +529,7 @@ class Run:
             load_result(self.model.module, folder, job=self.job)
             at.after = at.best
         kept = f"step {at.best_step}, the best" if problem is None else f"step {at.step}, since {folder} is damaged"
-        ended = f"no lower response loss in {at.worse} validations: " if at.worse == self.args.patience else ""
+        ended = f"no lower response loss in {at.worse} validation(s): " if at.worse == self.args.patience else ""
         self.say(f"{ended}the result is that of {kept}")
 
     @torch.no_grad()

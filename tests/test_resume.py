@@ -6,13 +6,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import command, refusal, script, train, write_base, write_work
+from test_train import command, losses_of, refusal, script, train, write_base, write_work
 
 from lit_gpt.adapter_files import load_adapter
 from lit_gpt.checkpoint import load_model
@@ -33,9 +35,10 @@ PROCESSES.set_forkserver_preload(["lit_gpt.train", "lit_gpt.cli", "matplotlib.fi
 class Training:
     """A run in a process of its own; what it says goes to a file."""
 
-    def __init__(self, work, out: Path, *more: str, method: str = "etherplusHH") -> None:
-        self.log = out.with_suffix(".log")
-        self.process = PROCESSES.Process(target=in_process, args=(*command(work, method, out, *more), self.log))
+    def __init__(self, work, out: Path, *more: str, rank: int = 0, environment: dict[str, str] | None = None) -> None:
+        self.log = out.with_suffix(f".log{rank}")
+        arguments = (*command(work, "etherplusHH", out, *more), self.log, environment or {})
+        self.process = PROCESSES.Process(target=in_process, args=arguments)
         self.process.start()
 
     @property
@@ -51,12 +54,36 @@ class Training:
         return self.process.exitcode, self.log.read_text()
 
 
-def in_process(name: str, arguments: list[str], log: Path) -> None:
+def in_process(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """What the process does."""
+    os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     run(script(name), arguments)
+
+
+def two_processes(work, out: Path, *more: str) -> list[Training]:
+    """A run of two processes on the CPU, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [
+        Training(
+            work, out, "--devices", "2", *more, rank=rank, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds; a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
 
 
 def rows_without_time(out: Path) -> list[dict]:
@@ -113,8 +140,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(work, whol
 def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, number, code):
     out = tmp_path / "run"
     training = Training(work, out, *LONG, "--train.save_interval", "1000")
-    while not (out / "metrics.csv").exists():
-        time.sleep(0.01)
+    wait_for((out / "metrics.csv").exists)
     ended, text = training.end(number)
     assert ended == code, text
     assert f"{signal.Signals(number).name}: saved {out}/checkpoints/step-0" in text and "--resume true" in text
@@ -143,8 +169,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, ca
 def stopped_at(work, out: Path, n_checkpoints: int) -> None:
     """Let LONG run up to so many checkpoints, all kept, then stop it."""
     training = Training(work, out, *LONG, "--train.keep_checkpoints", "99")
-    while training.alive and len(checkpoint_folders(out)) < n_checkpoints:
-        time.sleep(0.005)
+    wait_for(lambda: len(checkpoint_folders(out)) >= n_checkpoints)
     training.end(signal.SIGKILL)
 
 
@@ -250,6 +275,38 @@ def test_a_full_disk_leaves_the_checkpoint_before(work, whole, tmp_path):
         assert same_result(disk / "run", whole)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_processes_train_as_one(work, tmp_path):
+    """Losses, gradients and validations, through the script, on gloo."""
+    more = ["--train.max_steps", "9", "--train.save_interval", "4"]
+    train(work, "etherplusHH", tmp_path / "one", *more)
+    for training in two_processes(work, tmp_path / "two", *more):
+        code, text = training.end()
+        assert code == 0, text
+    for column in ("loss", "grad_norm", "val_loss", "val_response_loss", "tokens"):
+        one, two = (losses_of(tmp_path / name, column) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5), column
+
+
+def test_a_process_that_dies_or_is_stopped_ends_the_others_and_they_go_on_together(work, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    more = [*LONG, "--train.save_interval", "10"]
+    for training in two_processes(work, whole, *more):
+        assert training.end()[0] == 0
+    for number, expected, told in (
+        (signal.SIGKILL, 1, "another process of this run has ended, see its message; the last checkpoint is"),
+        (signal.SIGTERM, 143, "SIGTERM: saved"),
+    ):
+        first, second = two_processes(work, out, *more, "--resume", "true")
+        before = len(checkpoint_folders(out))
+        wait_for(lambda before=before: len(checkpoint_folders(out)) > before)
+        second.end(number)
+        code, text = first.end()
+        assert code == expected and told in text.splitlines()[-1], text
+    for training in two_processes(work, out, *more, "--resume", "true"):
+        assert training.end()[0] == 0
+    assert same_result(out, whole)
 
 
 def test_settings_have_the_names_of_their_flags():

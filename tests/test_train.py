@@ -4,7 +4,10 @@ import csv
 import importlib.util
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state, write_json
 from lit_gpt.cli import run
-from lit_gpt.data import load_split, prepare
+from lit_gpt.data import load_split, prepare, save_split
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.train import learning_rate, micro_batches, n_targets, sample_order
 
@@ -136,15 +139,26 @@ def test_metrics_hold_every_step_and_validation(work, tmp_path):
     assert summary["samples"] == 24
 
 
+def losses_of(out: Path, column: str = "loss") -> list[float]:
+    """A column of metrics.csv, without its gaps."""
+    return [float(row[column]) for row in csv.DictReader((out / "metrics.csv").open()) if row[column]]
+
+
+def adapter_of(out: Path) -> dict[str, torch.Tensor]:
+    """The tensors that a run of an ETHER method leaves."""
+    return load_adapter(out / "lit_model_ether_finetuned.pth", "ether").state
+
+
 @pytest.mark.parametrize("method", ["etherplusHH", "oft", "lora"])
 def test_the_split_into_micro_batches_changes_nothing(work, tmp_path, method):
     """The loss is averaged over the target tokens of the step; a mean of micro-batch means would differ."""
-    losses = {}
+    whole = ["--train.global_batch_size", "8", "--train.max_steps", "4"]
+    train(work, method, tmp_path / "8", *whole, "--train.micro_batch_size", "8")
     for size in ("1", "2", "4"):
-        train(work, method, tmp_path / size, "--train.micro_batch_size", size)
-        rows = csv.DictReader((tmp_path / size / "metrics.csv").open())
-        losses[size] = [float(row["loss"]) for row in rows if row["loss"]]
-    assert losses["1"] == pytest.approx(losses["4"], rel=1e-5) and losses["2"] == pytest.approx(losses["4"], rel=1e-5)
+        train(work, method, tmp_path / size, *whole, "--train.micro_batch_size", size)
+        for column in ("loss", "grad_norm"):
+            expected = losses_of(tmp_path / "8", column)
+            assert losses_of(tmp_path / size, column) == pytest.approx(expected, rel=1e-5)
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another(work, tmp_path):
@@ -238,6 +252,12 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--io.train_data_dir", "nowhere"], "nowhere"),
         (["--train.learning_rat", "1"], "learning_rat"),
         (["--init_from", "nothing.pth"], "nothing.pth is not a file"),
+        (["--eval.interval", "0"], "--eval.interval must be positive, got 0"),
+        (["--train.learning_rate", "nan"], "Got value: nan"),
+        (["--train.max_time", "soon"], "--train.max_time soon: expected minutes, as 90, or hours, minutes and"),
+        (["--train.skip_nonfinite", "-1", "--train.patience", "0"], "patience must be positive, got 0; --train.skip"),
+        (["--eval.sample_prompt", "river " * 200], "tokens; the context is 128"),
+        (["--devices", "0"], "--devices times --num_nodes must be positive, got 0"),
         (["--ether_head", "true", "--io.checkpoint_dir", "nowhere", "--train.epochs", "0"], "; --train.epochs must be"),
     ],
 )
@@ -263,6 +283,128 @@ def test_a_finished_run_is_not_written_into(work, tmp_path, capsys):
 def test_a_diverging_run_stops_with_its_step_and_rate(work, tmp_path, capsys):
     name, arguments = command(work, "full", tmp_path / "run", "--train.learning_rate", "1e30")
     assert "lower the rate" in refusal(capsys, name, arguments)
+
+
+@pytest.fixture(scope="module")
+def poisoned(work, bpe_dir) -> tuple[list[str], int]:
+    """Flags of a base and data that give NaN on one row of train.pt alone, and the row."""
+    base = write_base(work / "poisoned", bpe_dir, tie_embeddings=False)
+    samples, row = load_split(work / "data" / "train.pt"), sample_order(38, 36, seed=1337)[9]
+    unused = max(set(range(400)) - {token for sample in samples for token in sample["input_ids"].tolist()})
+    state = {name: tensor.clone() for name, tensor in load_state(base / "lit_model.pth").items()}
+    state["transformer.wte.weight"][unused] = math.nan
+    save_state(state, base / "lit_model.pth")
+    shutil.copytree(work / "data", work / "poisoned_data")
+    samples[row]["input_ids"][0] = unused
+    save_split(samples, work / "poisoned_data" / "train.pt")
+    return ["--io.checkpoint_dir", str(base), "--io.train_data_dir", str(work / "poisoned_data")], row
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_rows_or_left_out(work, tmp_path, capsys, poisoned):
+    flags, row = poisoned
+    more = [*flags, "--train.max_steps", "9", "--train.save_interval", "1"]
+    name, arguments = command(work, "etherplusHH", tmp_path / "run", *more)
+    line = refusal(capsys, name, arguments)
+    rows = sample_order(38, 36, seed=1337)[8:12]
+    assert row in rows and "step 3 has a loss of nan and a gradient of norm nan, at a learning rate of" in line
+    assert f"on rows {', '.join(map(str, rows))} of train.pt; lower the rate" in line
+    assert "step-000002: --resume true goes on from it" in line
+    summary = train(work, "etherplusHH", tmp_path / "run", *more, "--resume", "true", "--train.skip_nonfinite", "1")
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 9
+    assert "left out (1 of 1 such steps)" in capsys.readouterr().out
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_of(tmp_path / "run").values())
+
+
+def test_clipping_bounds_the_gradient_and_none_changes_nothing(work, tmp_path):
+    for name, bound in (
+        ("none", []),
+        ("high", ["--train.max_grad_norm", "1e9"]),
+        ("low", ["--train.max_grad_norm", "1"]),
+    ):
+        train(work, "etherplusHH", tmp_path / name, *bound)
+    norms = losses_of(tmp_path / "none", "grad_norm")
+    assert min(norms) > 1 and losses_of(tmp_path / "low", "grad_norm")[0] == norms[0]
+    none, high, low = (adapter_of(tmp_path / name) for name in ("none", "high", "low"))
+    assert all(torch.equal(none[n], high[n]) for n in none) and not all(torch.equal(none[n], low[n]) for n in none)
+
+
+def test_early_stopping_keeps_the_best_step(work, tmp_path, capsys):
+    more = ["--train.patience", "1", "--eval.interval", "1", "--train.learning_rate", "0.3", "--train.max_steps", "9"]
+    summary = train(work, "full", tmp_path / "run", *more, "--train.keep_checkpoints", "1")
+    validations = losses_of(tmp_path / "run", "val_response_loss")[1:]
+    best = min(range(len(validations)), key=validations.__getitem__)
+    assert summary["steps"] == len(validations) == best + 2 < 9
+    assert summary["val_response_loss_after"] == pytest.approx(validations[best], rel=1e-5)
+    told = f"no lower response loss in 1 validation(s): the result is that of step {best + 1}, the best"
+    assert told in capsys.readouterr().out
+    kept = load_model(tmp_path / f"run/checkpoints/step-{best + 1:06d}/final").state_dict()
+    result = load_model(tmp_path / "run" / "final").state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in result.items())
+
+
+def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):
+    more = ["--train.max_steps", "9", "--ether_dropout", "0.2"]
+    train(work, "ether", tmp_path / "whole", *more)
+    name, arguments = command(work, "ether", tmp_path / "run", *more, "--train.max_time", "0:0:0.01")
+    run(script(name), arguments)
+    assert "--train.max_time 0:0:0.01 is over: saved" in capsys.readouterr().out
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")[:1]
+    train(work, "ether", tmp_path / "run", *more, "--resume", "true")
+    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_samples_and_checkpoints_leave_the_result_as_it_is(work, tmp_path, capsys):
+    dropout = ["--ether_dropout", "0.2", "--ether_block_dropout", "0.2"]
+    train(work, "etherplusHH", tmp_path / "plain", *dropout)
+    capsys.readouterr()
+    more = ["--eval.sample_interval", "1", "--eval.sample_tokens", "5", "--train.save_interval", "1"]
+    train(work, "etherplusHH", tmp_path / "shown", *dropout, *more)
+    assert len(re.findall(r"^step \d answers: ", capsys.readouterr().out, re.M)) == 6
+    train(work, "etherplusHH", tmp_path / "asked", *dropout, *more, "--eval.sample_prompt", "name colour 3")
+    plain = adapter_of(tmp_path / "plain")
+    for name in ("shown", "asked"):
+        assert all(torch.equal(plain[n], tensor) for n, tensor in adapter_of(tmp_path / name).items())
+        assert losses_of(tmp_path / "plain", "val_loss") == losses_of(tmp_path / name, "val_loss")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_out_of_memory_is_one_line(work, tmp_path):
+    """In a process of its own, whose address space ends a little above what it has when the run starts."""
+    name, arguments = command(work, "etherplusHH", tmp_path / "run", "--train.global_batch_size", "2048")
+    arguments += ["--train.micro_batch_size", "2048"]
+    data = load_split(work / "data" / "train.pt")
+    shutil.copytree(work / "data", tmp_path / "data")
+    save_split(data * 60, tmp_path / "data" / "train.pt")
+    limit = (
+        "import resource, sys; import lit_gpt.train; from test_train import *;"
+        "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); run(script(sys.argv[1]), sys.argv[2:])"
+    )
+    arguments += ["--io.train_data_dir", str(tmp_path / "data")]
+    folders = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", limit, name, *arguments], capture_output=True, text=True, env={**os.environ, **folders}
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: out of memory with micro-batches of 2048 samples of up to")
+    assert "lower --train.micro_batch_size" in last
+
+
+def test_a_logger_that_is_not_installed_is_told_before_anything_is_loaded(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    name, arguments = command(work, "ether", tmp_path / "run", "--io.wandb", "true")
+    told = "--io.wandb true cannot import wandb (No module named 'wandb'): pip install wandb"
+    assert told in refusal(capsys, name, arguments)
+
+
+def test_tensorboard_has_the_numbers_of_metrics_csv(work, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(work, "ether", tmp_path / "run", "--io.tensorboard", "true")
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path / "run"), rel=1e-5)
 
 
 def test_an_adapter_of_another_base_or_kind_is_refused(work, tmp_path, capsys, bpe_dir):

@@ -1,0 +1,54 @@
+"""Compare runs in one picture: their validation losses over the steps.
+
+    python scripts/plot_runs.py logs/RUN_A logs/RUN_B --out compare.png
+
+Works on unfinished runs too: it reads their metrics.csv.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from lit_gpt.cli import run
+from lit_gpt.report import METRICS, compare_runs, read_metrics
+
+
+def setup(*, runs: list[str], out: str = "compare.png", column: str = "val_response_loss") -> None:
+    """Draw the validation curves of several runs.
+
+    Args:
+        runs: Run folders, each with a metrics.csv; they may stand first, without the flag.
+        out: The picture to write.
+        column: What to draw, a column of metrics.csv: val_response_loss, val_loss, loss, grad_norm or learning_rate.
+    """
+    curves = {}
+    for name, folder in labels([Path(folder) for folder in runs]).items():
+        rows = read_metrics(folder / METRICS)
+        curves[name] = [(row["step"], row[column]) for row in rows if column in row]
+        if not curves[name]:
+            raise ValueError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
+    compare_runs(out, curves, label=column)
+    for name, points in sorted(curves.items(), key=lambda item: item[1][-1][1]):
+        print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
+    print(f"wrote {out}")
+
+
+def labels(folders: list[Path]) -> dict[str, Path]:
+    """Folders by name; by path where two have the same name."""
+    names = [folder.resolve().name for folder in folders]
+    return {
+        name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
+    }
+
+
+def as_flag(args: list[str]) -> list[str]:
+    """The run folders that a command line begins with, given as --runs."""
+    count = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
+    return [*(["--runs", json.dumps(args[:count])] if count else []), *args[count:]]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = as_flag(sys.argv[1:])
+    run(setup)
