@@ -17,13 +17,14 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
 
 from lit_gpt.checkpoint import file_sha256, flush, load_state, read_json, write_json
 
@@ -86,6 +87,43 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     return sorted((run_dir / CHECKPOINTS).glob("step-*"), key=lambda path: (len(path.name), path.name))
+
+
+@contextmanager
+def open_run(
+    fabric: Fabric, run_dir: Path, *, settings: Mapping[str, Any], facts: Mapping[str, str], resume: bool
+) -> Iterator[Path | None]:
+    """Inside, the run folder is this run's; yields the checkpoint to go on from, None for a start.
+
+    The first process looks, and the others hear of it.
+
+    Args:
+        fabric: launched.
+        run_dir: the run folder.
+        settings: of this run.
+        facts: hashes of what it reads.
+        resume: whether to look for a checkpoint.
+
+    Raises:
+        ValueError, OSError: the folder is in use, or its run cannot be continued exactly.
+    """
+    with ExitStack() as stack:
+        checkpoint, problem = None, ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(locked(run_dir))
+                remove_leftovers(run_dir)
+                checkpoint = newest_checkpoint(run_dir) if resume else None
+                if checkpoint:
+                    check_same_run(checkpoint, settings, facts)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        checkpoint, problem = fabric.broadcast((checkpoint, problem))
+        if problem and not fabric.is_global_zero:
+            raise SystemExit(1)  # once is enough to say it
+        if problem:
+            raise ValueError(problem)
+        yield checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -25,7 +25,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,15 @@ from lit_gpt.resume import (
     STATE,
     SUMMARY,
     StopSignal,
-    check_same_run,
     checkpoint_folder,
     clear_run,
     damage,
     environment,
     explain_faults,
     last_checkpoint,
-    locked,
     new_checkpoint,
-    newest_checkpoint,
+    open_run,
     random_state,
-    remove_leftovers,
     restore_random_state,
 )
 from lit_gpt.tokenizer import Tokenizer
@@ -121,7 +118,8 @@ def finetune(
     if resume and (plan.run_dir / SUMMARY).is_file():
         print(f"{plan.run_dir} holds a finished run: nothing to do")
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU need
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(deterministic)
     settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), init_from=job.init_from)
     settings |= dict(io=vars(io), train=vars(train), eval=vars(eval), precision=precision, devices=devices)
@@ -135,7 +133,10 @@ def finetune(
     fabric.launch()
     longest = max(len(sample["input_ids"]) for sample in plan.train_set)
     tried = f"micro-batches of {train.micro_batch_size} samples of up to {longest} tokens, {precision}, {fabric.device}"
-    with open_run(fabric, plan, settings, resume=resume) as checkpoint, explain_faults(plan.run_dir, tried=tried):
+    with (
+        open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint,
+        explain_faults(plan.run_dir, tried=tried),
+    ):
         fabric.seed_everything(seed, verbose=False)
         model = build_model(job, plan, fabric.device)
         announce(job, plan, model, fabric=fabric)
@@ -156,37 +157,6 @@ def finetune(
         run.begin(checkpoint)
         if run.train_all():
             run.finish()
-
-
-@contextmanager
-def open_run(fabric: Fabric, plan: Plan, settings: dict[str, Any], *, resume: bool) -> Iterator[Path | None]:
-    """Inside, the run folder is ours; yields the checkpoint to go on from, None for a start.
-
-    The first process looks, the others hear of it.
-    """
-    with ExitStack() as stack:
-        checkpoint, problem = None, ""
-        if fabric.is_global_zero:
-            try:
-                stack.enter_context(locked(plan.run_dir))
-                checkpoint = find_checkpoint(plan, settings) if resume else None
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        checkpoint, problem = fabric.broadcast((checkpoint, problem))
-        if problem and not fabric.is_global_zero:
-            raise SystemExit(1)  # once is enough to say it
-        if problem:
-            raise ValueError(problem)
-        yield checkpoint
-
-
-def find_checkpoint(plan: Plan, settings: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, None where there is none; raises where that would change the result."""
-    remove_leftovers(plan.run_dir)
-    checkpoint = newest_checkpoint(plan.run_dir)
-    if checkpoint:
-        check_same_run(checkpoint, settings, plan.facts)
-    return checkpoint
 
 
 def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:

@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.cli import run
 from lit_gpt.report import METRICS, compare_runs, read_metrics
 
+LABELS = {
+    "val_response_loss": "validation loss, responses (nats per token)",
+    "val_loss": "validation loss, all target tokens (nats per token)",
+    "loss": "training loss of each step (nats per token)",
+}
+
 
 def setup(*, runs: list[str], out: str = "compare.png", column: str = "val_response_loss") -> None:
     """Draw the validation curves of several runs.
@@ -29,7 +35,7 @@ def setup(*, runs: list[str], out: str = "compare.png", column: str = "val_respo
         curves[name] = [(row["step"], row[column]) for row in rows if column in row]
         if not curves[name]:
             raise ValueError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
-    compare_runs(out, curves, label=column)
+    compare_runs(out, curves, label=LABELS.get(column, column))
     for name, points in sorted(curves.items(), key=lambda item: item[1][-1][1]):
         print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
     print(f"wrote {out}")

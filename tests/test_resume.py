@@ -140,7 +140,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(work, whol
 def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, number, code):
     out = tmp_path / "run"
     training = Training(work, out, *LONG, "--train.save_interval", "1000")
-    wait_for((out / "metrics.csv").exists)
+    wait_for(lambda: (out / "metrics.csv").exists() and "\n1," in (out / "metrics.csv").read_text())
     ended, text = training.end(number)
     assert ended == code, text
     assert f"{signal.Signals(number).name}: saved {out}/checkpoints/step-0" in text and "--resume true" in text
