@@ -280,7 +280,9 @@ def test_other_refusals(tmp_path, bpe_dir, capsys):
     state = torch.load(adapter, weights_only=True)
     next(iter(state["model"].values())).zero_()
     torch.save(state, adapter)
-    assert f"{adapter.name}: the adapter holds a zero vector" in failure(adapter, capsys, out_dir=tmp_path / "other")
+    assert f"{adapter.name}: lm_head.ether_R holds a zero vector" in failure(
+        adapter, capsys, out_dir=tmp_path / "other"
+    )
     state["config"]["base"]["fingerprint"] = "another"
     torch.save(state, adapter)
     assert "belongs to another base model" in failure(adapter, capsys, out_dir=tmp_path / "other")
