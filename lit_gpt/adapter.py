@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.model import GPT, QKVLinear
+from lit_gpt.reflections import working_dtype
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 """What can be adapted; adapter configs have a boolean field of each name."""
@@ -72,7 +73,7 @@ class AdapterLayer(nn.Linear):
     def factory(self) -> dict[str, Any]:
         """Device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
         weight = self.weight if self.quantized is None else self.quantized[0].weight
-        return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        return {"device": weight.device, "dtype": working_dtype(weight.dtype)}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters, by name."""
@@ -112,7 +113,7 @@ class AdapterLayer(nn.Linear):
             return
         if self.quantized is not None:
             raise ValueError("a quantized weight cannot take an adapter; merge its file into the unquantized base")
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        wide = working_dtype(self.weight.dtype)
         rows = [
             self.merged_rows(part, self.weight[part.rows].to(wide)) if part.adapted else self.weight[part.rows]
             for part in self.parts
@@ -177,6 +178,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in adapter_layers(model)
         for own, parameter in layer.own_parameters().items()
     }
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapters' parameters on the CPU, each in a storage of its own."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(model).items()}
 
 
 def mark_only_adapter_as_trainable(model: nn.Module) -> None:

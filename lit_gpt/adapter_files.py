@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import adapter_parameters
+from lit_gpt.adapter import adapter_parameters, adapter_state
 from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_prompt_style, load_state, save_state
 from lit_gpt.ether import METHODS, EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
@@ -60,10 +60,8 @@ def save_adapter(
     path: Path | str, model: GPT, *, kind: str, config: Any, base: Mapping[str, str], prompt_style: str | None
 ) -> None:
     """Write the adapter of ``model``; arguments as the attributes of ``AdapterFile``."""
-    # On the CPU and compact: a view of a larger storage would be saved with all of it.
-    state = {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(model).items()}
     meta = {"kind": kind, kind: asdict(config), "base": dict(base), "prompt_style": prompt_style}
-    save_state({"model": state, "config": meta}, path)
+    save_state({"model": adapter_state(model), "config": meta}, path)
 
 
 def load_adapter(path: Path | str, kind: str) -> AdapterFile:

@@ -36,14 +36,12 @@ from lit_gpt.checkpoint import (
     write_json,
 )
 from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
 from lit_gpt.plan import check_fit
 from lit_gpt.quantize import describe_merge
 from lit_gpt.tokenizer import Tokenizer
 
-State = dict[str, Tensor]
-
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
 PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
 VERIFY_ROWS, VERIFY_TOKENS = 4, 256

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import AdapterLayer, Part, adapter_layers, adapter_parameters
+from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
 from lit_gpt.ether import EtherLayer
 from lit_gpt.reflections import axis_angle, cayley, working_dtype
 
@@ -25,18 +25,13 @@ COLUMNS = (
 """Of monitor.csv: |R - I|_F and an angle in degrees over the blocks of one side; the relative change of the weight."""
 
 
-def starting_point(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter's parameters, from which ETHER's turns are measured."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in adapter_parameters(model).items()}
-
-
 @torch.no_grad()
 def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
     """One row of ``COLUMNS`` (without the step) for each adapted part and side; LoRA has no sides.
 
     Args:
         model: with its adapter, unmerged.
-        start: the ``starting_point`` that angles of ETHER are measured from.
+        start: the ``adapter_state`` that training started from; ETHER's angles are measured from it.
     """
     for name, layer in adapter_layers(model):
         for part in (part for part in layer.parts if part.adapted):

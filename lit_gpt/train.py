@@ -37,13 +37,13 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lit_gpt.adapter import adapters_off, mark_only_adapter_as_trainable
+from lit_gpt.adapter import adapter_state, adapters_off, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter
 from lit_gpt.checkpoint import atomic_write, load_model, load_state, save_state
 from lit_gpt.data import Sample, collate
 from lit_gpt.generate import generate
 from lit_gpt.model import GPT, IGNORE_INDEX
-from lit_gpt.monitor import measure, starting_point
+from lit_gpt.monitor import measure
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import Reporter, peak_memory_bytes, write_summary
@@ -303,15 +303,15 @@ class Run:
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=settings["seed"])
         self.at = Position()
         self.reporter: Reporter | None = None  # of the first process
-        self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from
+        self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from, for the monitor
         self.tokenizer = Tokenizer(plan.base_dir) if plan.eval.sample_interval else None
 
     # -------------------------------------------------------------------------------------------- from start to end
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
         state = load_state(checkpoint / STATE) if checkpoint else None
-        self.start = state["start"] if state else starting_point(self.model.module)
         if state:
+            self.start = state["start"]
             load_result(self.model.module, checkpoint, job=self.job)
             self.optimizer.load_state_dict(state["optimizer"])
             self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -319,6 +319,8 @@ class Run:
             restore_random_state(state["random"][self.fabric.global_rank])
             self.fabric.print(f"going on from {checkpoint}")
         else:
+            if self.args.monitor:
+                self.start = adapter_state(self.model.module)
             # From here on processes draw differently: each has a dropout of its own.
             self.fabric.seed_everything(self.settings["seed"] + self.fabric.global_rank, verbose=False)
         if not self.fabric.is_global_zero:
