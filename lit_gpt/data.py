@@ -1,4 +1,4 @@
-"""Instruction data: rows encoded with the mask of what is learned, saved, read back and batched.
+"""Instruction data: rows encoded with the mask of what is learned, saved and read back.
 
 - A row becomes parts of text, the response's (or the assistant's turns) and the others', and each part is encoded by
   itself: no token reaches across the start of a response, so what is trained on begins with exactly the ids that the
@@ -341,29 +341,3 @@ def read_data_config(data_dir: Path | str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{data_dir} holds no {DATA_CONFIG}; {HOW_TO_PREPARE}")
     return read_json(path)
-
-
-def collate(
-    samples: Sequence[Sample], device: torch.device | str | None = None, *, response_only: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Make a batch, padded on the right to its longest sample.
-
-    Args:
-        samples: B of them.
-        device: where the batch is to be.
-        response_only: target the response's tokens, whatever the labels say.
-
-    Returns:
-        The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
-        `idx[:, t]`. Both (B, T) int64, T the longest sample's length.
-    """
-    B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
-    idx = torch.zeros(B, T, dtype=torch.int64)
-    targets = torch.full((B, T), IGNORE_INDEX, dtype=torch.int64)
-    for b, sample in enumerate(samples):
-        ids, labels = sample["input_ids"], sample["labels"]
-        if response_only:
-            labels = ids.masked_fill(~sample["response"], IGNORE_INDEX)
-        idx[b, : len(ids)] = ids
-        targets[b, : len(ids) - 1] = labels[1:]
-    return idx.to(device), targets.to(device)

@@ -12,13 +12,16 @@ Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head s
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.config import Config
+from lit_gpt.loss import chunked_cross_entropy
 
 IGNORE_INDEX = -100
 """A target with this value has no loss."""
@@ -29,11 +32,16 @@ class GPT(nn.Module):
 
     Args:
         config: its sizes. Weights start at PyTorch's defaults; ``checkpoint.load_model`` fills in pretrained ones.
+
+    Attributes:
+        activation_checkpointing: keep no more than each block's input for the backward pass, which computes the rest
+            again.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         self.transformer = nn.ModuleDict(
             dict(
@@ -50,38 +58,51 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def forward(
-        self, idx: Tensor, *, input_pos: int | None = None, targets: Tensor | None = None, reduction: str = "sum"
+        self,
+        idx: Tensor,
+        *,
+        input_pos: int | None = None,
+        lengths: Sequence[int] | None = None,
+        targets: Tensor | None = None,
+        reduction: str = "sum",
     ) -> Tensor:
         """Logits, or the loss where targets are given.
 
         Args:
             idx: (B, T) token ids.
             input_pos: position of ``idx``'s first token; given, keys and values go through the cache.
+            lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
+                from 0 and attends to itself alone.
             targets: (B, T), the id that each position should predict, or ``IGNORE_INDEX``.
             reduction: ``sum``, or ``none`` for one loss for each target, in row order.
 
         Returns:
             (B, T, V) logits; with targets their cross entropy, in fp32. The head runs on positions with a target
-            alone: padding and prompts cost no vocabulary-sized logits.
+            alone, some at a time: the logits of a long sequence are never all in memory.
         """
-        x = self.hidden(idx, input_pos=input_pos)
+        x = self.hidden(idx, input_pos=input_pos, lengths=lengths)
         if targets is None:
             return self.lm_head(x)
         wanted = targets != IGNORE_INDEX
-        logits = self.lm_head(x[wanted])  # (number of targets, V)
-        return F.cross_entropy(logits.float(), targets[wanted], reduction=reduction)
+        return chunked_cross_entropy(self.lm_head, x[wanted], targets[wanted], reduction=reduction)
 
-    def hidden(self, idx: Tensor, *, input_pos: int | None = None) -> Tensor:
-        """(B, T) ids to the (B, T, d) states that the head reads; ``input_pos`` as in ``forward``."""
-        T = idx.size(1)
-        start = input_pos or 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the model's context of {self.config.block_size}")
+    def hidden(self, idx: Tensor, *, input_pos: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, T) ids to the (B, T, d) states that the head reads; the rest as in ``forward``."""
+        T, start = idx.size(1), input_pos or 0
+        longest = max(lengths) if lengths else T
+        if start + longest > self.config.block_size:
+            raise ValueError(f"{start + longest} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, d)
-        rope = rope_angles(self.config, torch.arange(start, start + T, device=idx.device), x.dtype)
-        mask = self.attention_mask(start, T, idx.device)
+        positions = torch.arange(start, start + longest, device=idx.device)
+        mask = self.attention_mask(start, longest, idx.device)
+        if lengths:
+            positions = torch.cat([positions[:length] for length in lengths])  # (T,)
+        rope = rope_angles(self.config, positions, x.dtype)
         for block in self.transformer.h:
-            x = block(x, rope, mask, input_pos)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, input_pos, lengths, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, input_pos, lengths)
         return self.transformer.ln_f(x)
 
     def attention_mask(self, start: int, T: int, device: torch.device) -> Tensor | None:
@@ -128,11 +149,16 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp_class](config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: int | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        input_pos: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         normed = self.norm_1(x)
-        attended = self.attn(normed, rope, mask, input_pos)
+        attended = self.attn(normed, rope, mask, input_pos, lengths)
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
         x = x + attended
@@ -150,7 +176,12 @@ class CausalSelfAttention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: int | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        input_pos: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         B, T, _ = x.shape
@@ -165,11 +196,25 @@ class CausalSelfAttention(nn.Module):
             k, v = self.kv_cache.update(k, v, start=input_pos)  # (B, G, start + T, S)
         if T == 1:  # the query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = attend(q, k, v, mask) if lengths is None else attend_within(q, k, v, mask, lengths)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of (B, H, T, S) queries to (B, G, T', S) keys and values: causal where there is no mask."""
+    is_causal = mask is None and q.size(2) > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+@torch.compiler.disable  # a graph for each combination of lengths would be compiled anew in nearly every step
+def attend_within(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """Attention inside each of the samples that are packed along T: no work for pairs from different ones."""
+    samples = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
+    masks = (mask if mask is None else mask[:length, :length] for length in lengths)
+    return torch.cat([attend(*sample, own) for sample, own in zip(samples, masks, strict=True)], dim=2)
 
 
 class QKVLinear(nn.Linear):

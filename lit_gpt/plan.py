@@ -27,6 +27,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, load_split, read_data_config
+from lit_gpt.devices import STRATEGIES
 from lit_gpt.ether import METHODS
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
@@ -79,6 +80,13 @@ class TrainArgs:
     """AdamW's; by default 0 for ETHER and ETHER+, 0.01 for the others."""
     loss_average: str = "token"
     """token: over the target tokens of a step; sequence: the mean of micro-batch means, as published."""
+    packing: bool = False
+    """Put samples into rows without padding, each attending to itself alone, of as many tokens as micro_batch_size of
+    the longest; changes speed, not the result."""
+    group_by_length: bool = False
+    """Sort samples by length among fifty steps at a time; changes the order of the samples, and so the result."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the model's blocks alone for the backward pass, which computes the rest again."""
     max_grad_norm: float | None = None
     """Scale a step's gradient down to this norm where it is longer."""
     skip_nonfinite: int = 0
@@ -175,6 +183,7 @@ def make_plan(
     precision: str,
     quantize: str | None,
     processes: int,
+    strategy: str,
     overwrite: bool,
     resume: bool = False,
 ) -> Plan:
@@ -206,6 +215,7 @@ def make_plan(
     n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
     problems += check_train_args(train, n_steps=n_steps if train_set else None, n_warmup=n_warmup, processes=processes)
     problems += check_reporting(io, eval)
+    problems += check_strategy(job, strategy, quantize=quantize, monitor=train.monitor)
     max_seconds = problems.attempt(parse_duration, train.max_time)
     sample_ids: list[int] = []
     if config and train_set and val_set:
@@ -275,6 +285,23 @@ def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:
         value = getattr(eval, name)
         if value is not None and value <= 0:
             problems.append(f"--eval.{name} must be positive, got {value}")
+    return problems
+
+
+def check_strategy(job: Job, strategy: str, *, quantize: str | None, monitor: bool) -> list[str]:
+    """Every reason why several processes cannot share the work so."""
+    if strategy not in STRATEGIES:
+        return [f"--strategy {strategy} is unknown; choices: {', '.join(STRATEGIES)}"]
+    problems = []
+    if strategy == "fsdp":
+        if job.adapter is None:
+            problems.append("--strategy fsdp shards a frozen base; full finetuning has none: take ddp")
+        if quantize:
+            problems.append(
+                f"--strategy fsdp cannot shard a quantized base: drop --quantize {quantize}, or take ddp"
+            )
+        if monitor:
+            problems.append("--train.monitor needs whole weights, which --strategy fsdp has nowhere")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The one training loop, for ETHER, OFT, LoRA and full finetuning.
+"""Finetuning with ETHER, OFT, LoRA or all weights: one function behind all front ends.
 
 ``finetune`` checks everything, loads the base, puts the adapter on, trains, and leaves a run folder:
 
@@ -9,61 +9,30 @@
     summary.json                    what the closing lines say; the last file of a run, so a finished one has it
     checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
 
-Notable choices:
-- The loss is summed over the target tokens of the whole optimizer step and divided once, so that micro-batches of any
-  size give the same gradient; they are formed by length, which wastes little on padding.
-- The order of the samples depends on the seed alone: successive seeded permutations of the data.
-- Validation is the whole held-out set, in order, over all target tokens and over the response's alone.
-- A run that was stopped, or killed at any instant, goes on to the very bits that it would have had.
+``run.py`` is the loop; here is what is built before it.
 
 Exit codes: 0 when the run is done or --train.max_time is over, 143 and 130 after SIGTERM and SIGINT (a checkpoint is
 written first), 1 for what cannot go on.
 """
 
-import math
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-import yaml
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
-from lit_gpt.adapter import adapter_state, adapters_off, mark_only_adapter_as_trainable
+from lit_gpt.adapter import mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter
-from lit_gpt.checkpoint import atomic_write, load_model, load_state, save_state
-from lit_gpt.data import Sample, collate
-from lit_gpt.generate import generate
-from lit_gpt.model import GPT, IGNORE_INDEX
-from lit_gpt.monitor import measure
+from lit_gpt.batches import Batching, length
+from lit_gpt.checkpoint import load_model
+from lit_gpt.devices import build_fabric, is_sharded
+from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
-from lit_gpt.report import Reporter, peak_memory_bytes, write_summary
-from lit_gpt.result import load_result, next_command, save_result
-from lit_gpt.resume import (
-    STATE,
-    SUMMARY,
-    StopSignal,
-    checkpoint_folder,
-    clear_run,
-    damage,
-    environment,
-    explain_faults,
-    last_checkpoint,
-    new_checkpoint,
-    open_run,
-    random_state,
-    restore_random_state,
-)
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.resume import SUMMARY, explain_faults, open_run
+from lit_gpt.run import Run
 
 
 def finetune(
@@ -76,6 +45,8 @@ def finetune(
     quantize: str | None = None,
     devices: int = 1,
     num_nodes: int = 1,
+    strategy: str = "auto",
+    compile: bool = False,
     seed: int = 1337,
     deterministic: bool = False,
     resume: bool = False,
@@ -92,6 +63,8 @@ def finetune(
         quantize: keep the base's weights in fewer bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
         devices: processes on this machine.
         num_nodes: machines.
+        strategy: ddp, a copy of the model in each process; fsdp, the frozen base sharded over them; auto is ddp.
+        compile: compile the model's blocks; worth its minute in long runs on a GPU.
         seed: fixes the start of the adapter, the order of the data and dropout.
         deterministic: on a GPU, the same bits for the same seed, by slower kernels; a CPU gives them anyway.
         resume: go on from the newest good checkpoint of the run folder, or start where there is none.
@@ -112,6 +85,7 @@ def finetune(
         precision=precision,
         quantize=quantize,
         processes=processes,
+        strategy=strategy,
         overwrite=overwrite,
         resume=resume,
     )
@@ -123,32 +97,36 @@ def finetune(
     torch.use_deterministic_algorithms(deterministic)
     settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), init_from=job.init_from)
     settings |= dict(io=vars(io), train=vars(train), eval=vars(eval), precision=precision, devices=devices)
-    settings |= dict(num_nodes=num_nodes, seed=seed, deterministic=deterministic, quantize=quantize)
-    try:
-        fabric = Fabric(
-            devices=devices, num_nodes=num_nodes, precision=precision if "mixed" in precision else "32-true"
-        )
-    except MisconfigurationException as error:
-        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from error
+    settings |= dict(num_nodes=num_nodes, strategy=strategy, compile=compile, seed=seed, deterministic=deterministic)
+    settings |= dict(quantize=quantize)
+    fabric = build_fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
-    longest = max(len(sample["input_ids"]) for sample in plan.train_set)
-    tried = f"micro-batches of {train.micro_batch_size} samples of up to {longest} tokens, {precision}, {fabric.device}"
+    size, longest = train.micro_batch_size, max(map(length, plan.train_set))
+    batching = Batching(
+        size, size * longest if train.packing else None, rank=fabric.global_rank, n_processes=fabric.world_size
+    )
+    tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
     with (
         open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint,
         explain_faults(plan.run_dir, tried=tried),
     ):
         fabric.seed_everything(seed, verbose=False)
-        model = build_model(job, plan, fabric.device)
+        # Sharding moves a block at a time to a device that may be too small for all of them.
+        model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
         announce(job, plan, model, fabric=fabric)
-        optimizer = torch.optim.AdamW(
-            (p for p in model.parameters() if p.requires_grad), lr=train.learning_rate, weight_decay=plan.weight_decay
-        )
-        wrapped, optimizer = fabric.setup(model, optimizer)
-        rehearse(fabric, wrapped, plan.train_set, size=train.micro_batch_size)
+        wrapped = fabric.setup_module(model)
+        if compile:
+            compile_blocks(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=plan.weight_decay)
+        optimizer = fabric.setup_optimizers(optimizer)
+        largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
+        rehearse(fabric, wrapped, batching.collate(largest, fabric.device))
         run = Run(
             fabric,
             wrapped,
             optimizer=optimizer,
+            batching=batching,
             job=job,
             plan=plan,
             settings=settings,
@@ -178,6 +156,7 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
     else:
         KINDS[job.kind].add(model, job.adapter)
         mark_only_adapter_as_trainable(model)
+    model.activation_checkpointing = plan.train.activation_checkpointing
     return model.to(device)
 
 
@@ -197,380 +176,17 @@ def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
         fabric.print("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
 
 
-def rehearse(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, size: int) -> None:
+def compile_blocks(model: GPT) -> None:
+    """Compile each block, for batches of any length: as they are alike, the work is that of one."""
+    for block in model.transformer.h:
+        block.compile(dynamic=True)
+
+
+def rehearse(fabric: Fabric, model: nn.Module, batch: tuple[Tensor, Tensor, list[int] | None]) -> None:
     """One discarded forward and backward on the largest batch there can be: a lack of memory shows at once."""
-    largest = sorted(samples, key=lambda sample: len(sample["input_ids"]))[-size:]
-    idx, targets = collate(largest, fabric.device)
+    idx, targets, lengths = batch
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         model.train()
-        fabric.backward(model(idx, targets=targets))
+        fabric.backward(model(idx, lengths=lengths, targets=targets))
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def learning_rate(step: int, *, peak: float, n_warmup: int, n_steps: int) -> float:
-    """Linear warm-up to ``peak``, then a cosine to zero. ``step`` counts from 0; no step is wasted at a rate of 0."""
-    if step < n_warmup:
-        return peak * (step + 1) / n_warmup
-    progress = (step - n_warmup) / (n_steps - n_warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def sample_order(n_data: int, n_samples: int, *, seed: int) -> list[int]:
-    """Indices of the samples in training order: permutations of the data, one after another, cut at ``n_samples``."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < n_samples:
-        order += torch.randperm(n_data, generator=generator).tolist()
-    return order[:n_samples]
-
-
-def micro_batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Cut a step's samples into micro-batches of similar length."""
-    ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def n_targets(samples: Sequence[Sample]) -> int:
-    """Tokens with a loss; a sample's first token is never predicted."""
-    return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
-
-
-@torch.no_grad()
-def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], *, size: int) -> tuple[float, float]:
-    """Mean loss over all target tokens of the samples, and over the tokens of their responses alone."""
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # loss and count, of all targets and of the responses'
-    for batch in micro_batches(samples, size):
-        idx, targets = collate(batch, fabric.device)
-        _, responses = collate(batch, fabric.device, response_only=True)
-        both = torch.where(targets == IGNORE_INDEX, responses, targets)
-        losses = model(idx, targets=both, reduction="none").double().cpu()  # one for each target in ``both``
-        wanted = both != IGNORE_INDEX
-        for slot, part in ((0, targets), (2, responses)):
-            chosen = (part[wanted] != IGNORE_INDEX).cpu()
-            sums[slot] += losses[chosen].sum()
-            sums[slot + 1] += chosen.sum()
-    model.train()
-    return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()  # nan where every response was cut away
-
-
-@dataclass
-class Position:
-    """Where a run stands; a checkpoint holds all of it."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    """Real ones, padding aside."""
-    targets: int = 0
-    padded: int = 0
-    """Tokens that this process has computed, padding among them."""
-    seconds: float = 0.0
-    """Of training: everything but validations and samples."""
-    computing: float = 0.0
-    """Of these, in forward and backward passes."""
-    skipped: int = 0
-    """Steps left out because their loss or gradient was not finite."""
-    before: tuple[float, float] = (math.nan, math.nan)
-    """Validation losses, over all targets and over responses, before training."""
-    after: tuple[float, float] = (math.nan, math.nan)
-    """The last ones."""
-    best: tuple[float, float] = (math.nan, math.nan)
-    """Those of the best step, under --train.patience."""
-    best_step: int = 0
-    worse: int = 0
-    """Validations in a row since then."""
-
-
-class Run:
-    """A training run: where it stands, and what moves it on."""
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        model: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer,
-        job: Job,
-        plan: Plan,
-        settings: dict[str, Any],
-        deadline: float,
-    ) -> None:
-        self.fabric, self.model, self.optimizer, self.job, self.plan = fabric, model, optimizer, job, plan
-        self.settings, self.deadline, self.args = settings, deadline, plan.train
-        self.order = sample_order(len(plan.train_set), plan.n_samples, seed=settings["seed"])
-        self.at = Position()
-        self.reporter: Reporter | None = None  # of the first process
-        self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from, for the monitor
-        self.tokenizer = Tokenizer(plan.base_dir) if plan.eval.sample_interval else None
-
-    # -------------------------------------------------------------------------------------------- from start to end
-    def begin(self, checkpoint: Path | None) -> None:
-        """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
-        state = load_state(checkpoint / STATE) if checkpoint else None
-        if state:
-            self.start = state["start"]
-            load_result(self.model.module, checkpoint, job=self.job)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.fabric.strategy.precision.load_state_dict(state["precision"])
-            self.at = Position(**state["position"])
-            restore_random_state(state["random"][self.fabric.global_rank])
-            self.fabric.print(f"going on from {checkpoint}")
-        else:
-            if self.args.monitor:
-                self.start = adapter_state(self.model.module)
-            # From here on processes draw differently: each has a dropout of its own.
-            self.fabric.seed_everything(self.settings["seed"] + self.fabric.global_rank, verbose=False)
-        if not self.fabric.is_global_zero:
-            return
-        run_dir = self.plan.run_dir
-        if not state:
-            clear_run(run_dir)
-        with atomic_write(run_dir / "hparams.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
-        self.reporter = Reporter(
-            run_dir, settings=self.settings, n_steps=self.plan.n_steps, step=self.at.step,
-            state=state and state["reporter"],
-        )  # fmt: skip
-
-    def train_all(self) -> bool:
-        """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
-
-        Returns:
-            Whether the run is complete; false where it was stopped and is to be resumed.
-        """
-        at = self.at
-        with StopSignal() as stop:
-            if at.step == 0:
-                with adapters_off(self.model) if self.job.init_from is None else nullcontext():
-                    at.before = at.after = self.validate()
-            while at.step < self.plan.n_steps and (self.args.patience is None or at.worse < self.args.patience):
-                at.step += 1
-                with self.clock("seconds"):
-                    values = self.train_step()
-                with self.clock("seconds"):
-                    self.record(**values)
-                improved = False
-                if at.step % self.plan.eval.interval == 0 or at.step == self.plan.n_steps:
-                    at.after = self.validate()
-                    improved = self.args.patience is not None and self.compare_with_best()
-                if self.tokenizer and at.step % self.plan.eval.sample_interval == 0:
-                    self.show_sample(self.tokenizer)
-                reason = self.reason_to_leave(stop)
-                if (
-                    reason is not None
-                    or improved
-                    or (self.args.save_interval and at.step % self.args.save_interval == 0)
-                ):
-                    with self.clock("seconds"):
-                        self.save_checkpoint()
-                if reason is not None and at.step < self.plan.n_steps:
-                    self.leave(reason)
-                    return False
-        return True
-
-    def finish(self) -> None:
-        """Save the result and say what came of it."""
-        if self.args.patience is not None:
-            self.take_best()
-        if self.reporter is None:
-            return
-        self.reporter.close()
-        at = self.at
-        summary = dict(
-            method=self.job.method,
-            learning_rate=self.args.learning_rate,
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            adapter_bytes=save_result(self.model.module, self.plan.run_dir, job=self.job, plan=self.plan),
-            val_loss_before=at.before[0],
-            val_loss_after=at.after[0],
-            val_response_loss_before=at.before[1],
-            val_response_loss_after=at.after[1],
-            steps=at.step,
-            skipped_steps=at.skipped,
-            samples=at.samples,
-            tokens=at.tokens,
-            target_tokens=at.targets,
-            padding=1 - at.tokens / self.fabric.world_size / max(1, at.padded),
-            seconds=at.seconds,
-            overhead=1 - at.computing / max(at.seconds, 1e-9),
-            tokens_per_second=at.tokens / max(at.seconds, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(),
-            precision=self.plan.precision,
-        )
-        write_summary(self.plan.run_dir, summary, self.reporter.metrics)
-        print(f"next: {next_command(self.job, self.plan)}")
-
-    # ------------------------------------------------------------------------------------------------- one step
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns its mean loss, learning rate and gradient norm (before it is clipped)."""
-        at, plan, size = self.at, self.plan, self.args.global_batch_size
-        rate = learning_rate(at.step - 1, peak=self.args.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        rows = self.order[(at.step - 1) * size : at.step * size]
-        batch = [plan.train_set[i] for i in rows]
-        total = self.forward_backward(batch)
-        with self.clock("computing"):
-            norm = self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.args.max_grad_norm or math.inf, error_if_nonfinite=False
-            )
-            total = self.fabric.all_reduce(total, reduce_op="sum")
-            loss, grad_norm = torch.stack([total.float(), norm.float()]).tolist()  # waits for the device
-        values = dict(loss=loss, learning_rate=rate, grad_norm=grad_norm)
-        # fp16's loss scale is found by overflowing: its scaler leaves such a step out and lowers the scale.
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        overflow = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
-        usable = (math.isfinite(loss) and math.isfinite(grad_norm)) or overflow
-        if not usable:
-            self.skip(values, rows)
-        if usable or scaler is not None:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        at.samples += len(batch)
-        at.tokens += sum(len(sample["input_ids"]) for sample in batch)
-        at.targets += n_targets(batch)
-        return values
-
-    def forward_backward(self, batch: Sequence[Sample]) -> torch.Tensor:
-        """Leave the gradient of a step's mean loss; returns this process's share of that loss."""
-        mine = batch[self.fabric.global_rank :: self.fabric.world_size]
-        micros = list(micro_batches(mine, self.args.micro_batch_size))
-        total, in_all = torch.zeros((), device=self.fabric.device), n_targets(batch)
-        for index, micro in enumerate(micros):
-            idx, targets = collate(micro, self.fabric.device)
-            with self.clock("computing"), self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
-                loss = self.model(idx, targets=targets)
-                if self.args.loss_average == "token":
-                    share = loss / in_all
-                else:
-                    share = loss / n_targets(micro) / (len(micros) * self.fabric.world_size)
-                # Data-parallel processes average their gradients; ours are shares of one sum.
-                self.fabric.backward(share * self.fabric.world_size)
-            total += share.detach()
-            self.at.padded += idx.numel()
-        return total
-
-    def skip(self, values: dict[str, float], rows: Sequence[int]) -> None:
-        """Count a step that cannot be used; raise where there were enough of them."""
-        self.at.skipped += 1
-        text = (
-            f"step {self.at.step} has a loss of {values['loss']:.4g} and a gradient of norm {values['grad_norm']:.4g}, "
-            f"at a learning rate of {values['learning_rate']:.3g}, on rows {', '.join(map(str, rows))} of train.pt"
-        )
-        if self.at.skipped > self.args.skip_nonfinite:
-            raise ValueError(
-                f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
-                f"{self.at.skipped}; {last_checkpoint(self.plan.run_dir)}"
-            )
-        self.say(f"{text}: left out ({self.at.skipped} of {self.args.skip_nonfinite} such steps)")
-
-    @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Add what passes inside to ``seconds`` or ``computing``."""
-        started = time.perf_counter()
-        yield
-        setattr(self.at, name, getattr(self.at, name) + time.perf_counter() - started)
-
-    # ---------------------------------------------------------------------------------------- between the steps
-    def validate(self) -> tuple[float, float]:
-        """Validate and report; returns the losses over all targets and over responses."""
-        losses = validate(self.fabric, self.model, self.plan.val_set, size=self.args.micro_batch_size)
-        self.record(val_loss=losses[0], val_response_loss=losses[1])
-        if self.args.monitor and self.reporter:
-            self.reporter.record_monitor(self.at.step, list(measure(self.model.module, self.start)))
-        return losses
-
-    def compare_with_best(self) -> bool:
-        """Whether the last validation is the best one; by the responses, where there are any."""
-        at = self.at
-        which = 1 if math.isfinite(at.after[1]) else 0
-        if at.best_step and not at.after[which] < at.best[which]:
-            at.worse += 1
-            return False
-        at.best, at.best_step, at.worse = at.after, at.step, 0
-        return True
-
-    def take_best(self) -> None:
-        """Go back to the best step's result."""
-        folder, at = checkpoint_folder(self.plan.run_dir, self.at.best_step), self.at
-        problem = damage(folder)
-        if problem is None:
-            load_result(self.model.module, folder, job=self.job)
-            at.after = at.best
-        kept = f"step {at.best_step}, the best" if problem is None else f"step {at.step}, since {folder} is damaged"
-        ended = f"no lower response loss in {at.worse} validation(s): " if at.worse == self.args.patience else ""
-        self.say(f"{ended}the result is that of {kept}")
-
-    @torch.no_grad()
-    def show_sample(self, tokenizer: Tokenizer) -> None:
-        """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
-        with self.fabric.autocast():
-            ids = generate(
-                self.model.module,
-                self.plan.sample_ids,
-                max_new_tokens=self.plan.eval.sample_tokens,
-                stop_ids=tokenizer.stop_ids,
-            )
-            answer = tokenizer.decode(list(ids))
-        self.say(f"step {self.at.step} answers: {answer.strip()}")
-
-    def record(self, **values: float) -> None:
-        """A row of metrics.csv."""
-        if self.reporter:
-            at = self.at
-            self.reporter.record(step=at.step, samples=at.samples, tokens=at.tokens, seconds=at.seconds, **values)
-
-    def say(self, text: str) -> None:
-        """A line on the screen, once."""
-        if self.reporter:
-            self.reporter.say(text)
-
-    def reason_to_leave(self, stop: StopSignal) -> int | None:
-        """The signal that came, to any process; 0 where --train.max_time is over; None to go on."""
-        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
-        received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
-        return received or (0 if over else None)
-
-    def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N, from which ``begin`` goes on as if nothing had been."""
-        state = dict(
-            position=vars(self.at),
-            start=self.start,
-            optimizer=self.optimizer.state_dict(),
-            precision=self.fabric.strategy.precision.state_dict(),
-            random=self.of_all_processes(random_state()),
-            settings=self.settings,
-            facts=self.plan.facts,
-            environment=environment(),
-        )
-        if self.reporter is None:
-            return
-        state["reporter"] = self.reporter.state()
-        keep, best = self.args.keep_checkpoints, self.at.best_step
-        with new_checkpoint(self.plan.run_dir, self.at.step, keep=keep, best=best) as folder:
-            save_result(self.model.module, folder, job=self.job, plan=self.plan)
-            save_state(state, folder / STATE)
-
-    def of_all_processes(self, value: Any) -> list[Any]:
-        """Everyone's value, by rank."""
-        values = [value] * self.fabric.world_size
-        if self.fabric.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def leave(self, received: int) -> None:
-        """Say how to go on; the first process exits with the signal's code, after the others are through."""
-        self.fabric.barrier()
-        if self.reporter is None:
-            return
-        self.reporter.close()
-        why = signal.Signals(received).name if received else f"--train.max_time {self.args.max_time} is over"
-        print(
-            f"{why}: saved {checkpoint_folder(self.plan.run_dir, self.at.step)}; the same command with "
-            f"--io.out_dir {self.plan.run_dir} --resume true goes on from there"
-        )
-        if received:
-            raise SystemExit(128 + received)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from lit_gpt.data import Sample, collate
-from lit_gpt.train import learning_rate, sample_order
+from lit_gpt.batches import collate, sample_order
+from lit_gpt.data import Sample
+from lit_gpt.run import learning_rate
 
 
 def peft_losses(

@@ -17,9 +17,10 @@ import torch
 from chat.base import Conversation, answer, encode, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter_files import save_adapter
+from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state, write_json
 from lit_gpt.cli import run
-from lit_gpt.data import collate, encode_rows
+from lit_gpt.data import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, adapters_off, mark_only_adapter_as_trainable, merge_adapter_weights
 from lit_gpt.adapter_files import load_adapted_model
+from lit_gpt.batches import collate
 from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import run
-from lit_gpt.data import collate, load_split
+from lit_gpt.data import load_split
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.monitor import weight_change

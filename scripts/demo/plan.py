@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 
 import torch
 
+from lit_gpt.batches import collate
 from lit_gpt.checkpoint import atomic_write, choose_device, load_model
 from lit_gpt.cli import run
-from lit_gpt.data import collate, load_split, read_data_config
+from lit_gpt.data import load_split, read_data_config
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 
 TRAINING_SECONDS = 240  # of ten minutes; the rest is for the answers, the evaluations, the validations and the merge

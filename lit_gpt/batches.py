@@ -1,0 +1,164 @@
+"""How samples become forward passes: their order, the cut into micro-batches, and tensors, padded or packed.
+
+- The order depends on the seed alone: successive seeded permutations of the data.
+- Micro-batches hold samples of similar length, or, packed, as many as fit a number of tokens: neither changes a
+  gradient, since the loss is summed over the whole optimizer step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_gpt.data import Sample
+from lit_gpt.model import IGNORE_INDEX
+
+WINDOW = 50
+"""Optimizer steps among which ``group_by_length`` sorts."""
+IDLE = [{"input_ids": torch.zeros(2), "labels": torch.full((2,), IGNORE_INDEX), "response": torch.zeros(2).bool()}]
+"""A pass without a target, hence without a gradient: of processes that wait for others."""
+
+
+def sample_order(n_data: int, n_samples: int, *, seed: int) -> list[int]:
+    """Indices of the samples in training order: permutations of the data, one after another, cut at ``n_samples``."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < n_samples:
+        order += torch.randperm(n_data, generator=generator).tolist()
+    return order[:n_samples]
+
+
+def group_by_length(order: Sequence[int], lengths: Sequence[int], *, size: int, seed: int) -> list[int]:
+    """Make the samples of an optimizer step alike in length: less padding, at the price of less mixed steps.
+
+    Args:
+        order: indices in training order.
+        lengths: of the samples, by index.
+        size: samples of an optimizer step.
+        seed: of the order of the steps.
+
+    Returns:
+        The same indices, sorted by length among ``WINDOW`` steps at a time, whose steps then come in random order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    grouped: list[int] = []
+    for start in range(0, len(order), WINDOW * size):
+        window = sorted(order[start : start + WINDOW * size], key=lambda index: lengths[index])
+        steps = [window[i : i + size] for i in range(0, len(window), size)]
+        *whole, last = range(len(steps))  # the last step of all may be short: it stays the last
+        for i in [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()] + [last]:
+            grouped += steps[i]
+    return grouped
+
+
+def length(sample: Sample) -> int:
+    """Its tokens."""
+    return len(sample["input_ids"])
+
+
+def n_targets(samples: Sequence[Sample]) -> int:
+    """Tokens with a loss; a sample's first token is never predicted."""
+    return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
+
+
+def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Cut samples into micro-batches of similar length."""
+    ordered = sorted(samples, key=length)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def packs(samples: Sequence[Sample], n_tokens: int) -> list[list[Sample]]:
+    """Cut samples into packs of at most ``n_tokens`` together: each goes where it first fits, the longest first."""
+    found: list[list[Sample]] = []
+    for sample in sorted(samples, key=length, reverse=True):
+        room = (pack for pack in found if sum(map(length, pack)) + length(sample) <= n_tokens)
+        pack = next(room, None)
+        if pack is None:
+            found.append([sample])
+        else:
+            pack.append(sample)
+    return found
+
+
+def collate(
+    samples: Sequence[Sample],
+    device: torch.device | str | None = None,
+    *,
+    packed: bool = False,
+    response_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Make a batch, padded on the right to its longest sample, or one row of all samples one after another.
+
+    Args:
+        samples: B of them.
+        device: where the batch is to be.
+        packed: put them into one row; the model needs their ``lengths`` then.
+        response_only: target the response's tokens, whatever the labels say.
+
+    Returns:
+        The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
+        `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths.
+    """
+    ids = [sample["input_ids"].long() for sample in samples]
+    none = torch.tensor([IGNORE_INDEX])
+    labels = (
+        torch.where(sample["response"], own, IGNORE_INDEX) if response_only else sample["labels"].long()
+        for sample, own in zip(samples, ids, strict=True)
+    )
+    targets = [torch.cat((own[1:], none)) for own in labels]
+    if packed:
+        return torch.cat(ids)[None].to(device), torch.cat(targets)[None].to(device)
+    idx = pad_sequence(ids, batch_first=True)
+    return idx.to(device), pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples are cut into forward passes.
+
+    Attributes:
+        size: samples of a micro-batch.
+        n_tokens: packed, the most tokens of a pass; None for padded micro-batches.
+        rank: which process this is,
+        n_processes: of so many that share the samples.
+    """
+
+    size: int
+    n_tokens: int | None = None
+    rank: int = 0
+    n_processes: int = 1
+
+    def cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The passes of all these samples."""
+        return micro_batches(samples, self.size) if self.n_tokens is None else packs(samples, self.n_tokens)
+
+    def share(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:
+        """This process's passes, as many as any process has (some may be ``IDLE``), and how many all have together.
+
+        Processes wait for each other in every pass of a sharded model, and in the last one of a copied model.
+        """
+        cuts = [self.cut(samples[rank :: self.n_processes]) for rank in range(self.n_processes)]
+        mine = cuts[self.rank]
+        return mine + [IDLE] * (max(map(len, cuts)) - len(mine)), sum(map(len, cuts))
+
+    def largest(self, samples: Sequence[Sample], n_samples: int) -> list[Sample]:
+        """A pass that is as large as any can be, of at most ``n_samples``."""
+        ordered = sorted(samples, key=length, reverse=True)
+        if self.n_tokens is None:
+            return ordered[: self.size]
+        chosen, room = [], self.n_tokens
+        for sample in ordered:
+            if length(sample) <= room and len(chosen) < n_samples:
+                chosen.append(sample)
+                room -= length(sample)
+        return chosen
+
+    def collate(
+        self, samples: Sequence[Sample], device: torch.device | str | None = None, *, response_only: bool = False
+    ) -> tuple[Tensor, Tensor, list[int] | None]:
+        """Ids, targets and, packed, the lengths that the model is to be told."""
+        packed = self.n_tokens is not None
+        idx, targets = collate(samples, device, packed=packed, response_only=response_only)
+        return idx, targets, [length(sample) for sample in samples] if packed else None
