@@ -297,9 +297,7 @@ def check_strategy(job: Job, strategy: str, *, quantize: str | None, monitor: bo
         if job.adapter is None:
             problems.append("--strategy fsdp shards a frozen base; full finetuning has none: take ddp")
         if quantize:
-            problems.append(
-                f"--strategy fsdp cannot shard a quantized base: drop --quantize {quantize}, or take ddp"
-            )
+            problems.append(f"--strategy fsdp cannot shard a quantized base: drop --quantize {quantize}, or take ddp")
         if monitor:
             problems.append("--train.monitor needs whole weights, which --strategy fsdp has nowhere")
     return problems
