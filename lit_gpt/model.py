@@ -95,14 +95,15 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, d)
         positions = torch.arange(start, start + longest, device=idx.device)
         mask = self.attention_mask(start, longest, idx.device)
-        if lengths:
-            positions = torch.cat([positions[:length] for length in lengths])  # (T,)
+        packing = Packing(lengths) if lengths else None
+        if packing:
+            positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
         rope = rope_angles(self.config, positions, x.dtype)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, input_pos, lengths, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, input_pos, packing, use_reentrant=False)
             else:
-                x = block(x, rope, mask, input_pos, lengths)
+                x = block(x, rope, mask, input_pos, packing)
         return self.transformer.ln_f(x)
 
     def attention_mask(self, start: int, T: int, device: torch.device) -> Tensor | None:
@@ -154,11 +155,11 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         input_pos: int | None = None,
-        lengths: Sequence[int] | None = None,
+        packing: "Packing | None" = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         normed = self.norm_1(x)
-        attended = self.attn(normed, rope, mask, input_pos, lengths)
+        attended = self.attn(normed, rope, mask, input_pos, packing)
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
         x = x + attended
@@ -181,7 +182,7 @@ class CausalSelfAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         input_pos: int | None = None,
-        lengths: Sequence[int] | None = None,
+        packing: "Packing | None" = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         B, T, _ = x.shape
@@ -196,7 +197,7 @@ class CausalSelfAttention(nn.Module):
             k, v = self.kv_cache.update(k, v, start=input_pos)  # (B, G, start + T, S)
         if T == 1:  # the query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
-        y = attend(q, k, v, mask) if lengths is None else attend_within(q, k, v, mask, lengths)
+        y = attend(q, k, v, mask) if packing is None else packing.attend(q, k, v, mask)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
@@ -209,12 +210,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-@torch.compiler.disable  # a graph for each combination of lengths would be compiled anew in nearly every step
-def attend_within(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Sequence[int]) -> Tensor:
-    """Attention inside each of the samples that are packed along T: no work for pairs from different ones."""
-    samples = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
-    masks = (mask if mask is None else mask[:length, :length] for length in lengths)
-    return torch.cat([attend(*sample, own) for sample, own in zip(samples, masks, strict=True)], dim=2)
+class Packing:
+    """Samples of these lengths, one after another along T.
+
+    An object, not a list: ``torch.compile`` would compile anew for lists of other lengths.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+    @torch.compiler.disable  # for the same reason
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """``attend`` inside each sample: no work is spent on pairs of positions from different ones."""
+        parts = zip(*(tensor.split(self.lengths, dim=2) for tensor in (q, k, v)), strict=True)
+        masks = (None if mask is None else mask[:length, :length] for length in self.lengths)
+        return torch.cat([attend(*part, own) for part, own in zip(parts, masks, strict=True)], dim=2)
 
 
 class QKVLinear(nn.Linear):

@@ -178,6 +178,7 @@ def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
 
 def compile_blocks(model: GPT) -> None:
     """Compile each block, for batches of any length: as they are alike, the work is that of one."""
+    torch._dynamo.config.recompile_limit = 64  # graphs with and without gradients, adapters, a mask, a single row
     for block in model.transformer.h:
         block.compile(dynamic=True)
 
