@@ -5,13 +5,16 @@ others' parts as its forward and backward pass come by. The adapter is small and
 has all of it, and its gradients are averaged once a step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 
@@ -42,6 +45,19 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for module in (*model.transformer.h, model):
         fully_shard(module, mesh=mesh["data_parallel"], ignored_params=replicated)
     return model
+
+
+@contextmanager
+def whole_ends(model: nn.Module) -> Iterator[None]:
+    """Inside, embedding and head can be used outside of ``forward``, which collects their shards otherwise."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def is_sharded(fabric: Fabric) -> bool:

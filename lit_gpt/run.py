@@ -25,7 +25,7 @@ from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.batches import Batching, group_by_length, length, n_targets, sample_order
 from lit_gpt.checkpoint import atomic_write, load_state, save_state
 from lit_gpt.data import Sample
-from lit_gpt.devices import average_gradients, is_sharded
+from lit_gpt.devices import average_gradients, is_sharded, whole_ends
 from lit_gpt.generate import generate
 from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.monitor import measure
@@ -334,7 +334,7 @@ class Run:
     def show_sample(self, tokenizer: Tokenizer) -> None:
         """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
         # A token at a time suits no graph that was compiled for training.
-        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"):
+        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), whole_ends(self.model.module):
             ids = generate(
                 self.model.module,
                 self.plan.sample_ids,

@@ -1,0 +1,247 @@
+"""What makes training cheaper changes no result: packing, the chunked loss, checkpointing, compiling, sharding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_resume import two_processes
+from test_train import losses_of, refusal, train, write_work
+from torch import nn
+
+from lit_gpt import GPT, Config
+from lit_gpt import loss as loss_module
+from lit_gpt.adapter import mark_only_adapter_as_trainable
+from lit_gpt.batches import IDLE, Batching, group_by_length, length, micro_batches, n_targets, packs, sample_order
+from lit_gpt.data import Sample
+from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.loss import chunked_cross_entropy
+from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.train import compile_blocks
+
+PADDED, PACKED = Batching(4), Batching(4, n_tokens=80)
+ARCHITECTURES = {
+    "gqa": {},
+    "window": {"sliding_window": 7},
+    "mixture": {"mlp_class": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
+    "parallel": {"parallel_residual": True, "mlp_class": "GptNeoxMLP", "norm_class": "LayerNorm", "qkv_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, bpe_dir):
+    """A base and data."""
+    return write_work(tmp_path_factory.mktemp("speed"), bpe_dir)
+
+
+def samples_of(*lengths: int) -> list[Sample]:
+    """Made-up samples, whose first third has no target."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    made = []
+    for n in lengths:
+        ids = torch.randint(400, (n,), generator=generator, dtype=torch.int32)
+        response = torch.arange(n) >= n // 3
+        made.append({"input_ids": ids, "labels": ids.masked_fill(~response, IGNORE_INDEX), "response": response})
+    return made
+
+
+def build(**overrides) -> GPT:
+    """A tiny model with ETHER+ on every Linear, its head included."""
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, block_size=128)
+    model = GPT(Config(name="tiny", vocab_size=400, **(sizes | overrides)))
+    targets = dict.fromkeys(("query", "key", "value", "projection", "mlp", "head"), True)
+    add_ether(model, EtherConfig(Htype="etherplusHH", nb=2, **targets))
+    mark_only_adapter_as_trainable(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    return model
+
+
+def step(model: GPT, samples: list[Sample], batching: Batching) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a pass."""
+    model.zero_grad()
+    idx, targets, lengths = batching.collate(samples)
+    loss = model(idx, lengths=lengths, targets=targets)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_step(one, other) -> None:
+    """Loss and gradients agree to 1e-5, each relative to the largest of its tensor."""
+    assert other[0] == pytest.approx(one[0], rel=1e-5)
+    for name, gradient in one[1].items():
+        assert (other[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+# ------------------------------------------------------------------------------------------------------- packing
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_and_padded_samples_have_the_same_loss_a_token_and_the_same_gradients(architecture):
+    model, samples = build(**ARCHITECTURES[architecture]), samples_of(5, 20, 11, 13)
+    each = []
+    for batching in (PADDED, PACKED):
+        idx, targets, lengths = batching.collate(samples)
+        with torch.no_grad():
+            each.append(model(idx, lengths=lengths, targets=targets, reduction="none"))
+    assert each[0].shape == (n_targets(samples),)
+    torch.testing.assert_close(each[1], each[0], rtol=1e-5, atol=0)
+    assert_same_step(step(model, samples, PADDED), step(model, samples, PACKED))
+
+
+def test_a_packed_sample_does_not_see_its_neighbours():
+    model, (a, b, other) = build(), samples_of(9, 14, 9)
+    logits = []
+    for first in (a, other):
+        idx, _, lengths = PACKED.collate([first, b])
+        with torch.no_grad():
+            logits.append(model(idx, lengths=lengths)[0, 9:])
+    assert torch.equal(*logits)
+
+
+def test_packs_hold_each_sample_once_within_their_tokens():
+    samples = samples_of(*range(3, 30))
+    found = packs(samples, 60)
+    assert sorted(length(sample) for pack in found for sample in pack) == list(range(3, 30))
+    assert max(sum(map(length, pack)) for pack in found) <= 60
+    assert len(found) <= 1.25 * sum(range(3, 30)) / 60
+
+
+@pytest.mark.parametrize("n_tokens", [None, 40])
+def test_processes_make_equally_many_passes_and_share_every_sample(n_tokens):
+    samples = samples_of(5, 30, 8, 9, 10)
+    shares = [Batching(2, n_tokens, rank, 3).share(samples) for rank in range(3)]
+    assert len({len(mine) for mine, _ in shares}) == 1
+    real = [micro for mine, _ in shares for micro in mine if micro is not IDLE]
+    assert {total for _, total in shares} == {len(real)}
+    assert sorted(length(sample) for micro in real for sample in micro) == [5, 8, 9, 10, 30]
+
+
+def test_an_idle_pass_has_neither_loss_nor_gradient():
+    value, gradients = step(build(), IDLE, PADDED)
+    assert value == 0 and not any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_rehearsed_pass_is_the_largest_there_can_be():
+    samples = samples_of(30, 30, 12, 8, 8, 8)
+    for batching in (PADDED, PACKED):
+        largest = batching.collate(batching.largest(samples, len(samples)))[0]
+        assert all(batching.collate(micro)[0].numel() <= largest.numel() for micro in batching.cut(samples))
+
+
+def test_packing_trains_as_padding_does(work, tmp_path):
+    more = ["--train.global_batch_size", "8", "--train.max_steps", "4"]
+    padded, packed = (
+        train(work, "etherplusHH", tmp_path / name, *more, "--train.packing", name) for name in ("false", "true")
+    )
+    for column in ("loss", "grad_norm", "val_loss", "val_response_loss"):
+        assert losses_of(tmp_path / "true", column) == pytest.approx(losses_of(tmp_path / "false", column), rel=1e-5)
+    assert packed["padding"] == 0 < padded["padding"]
+
+
+# ------------------------------------------------------------------------------------------------ length grouping
+def test_grouping_by_length_keeps_the_samples_and_wastes_less():
+    lengths = [length(sample) for sample in samples_of(*range(3, 103))]
+    order = sample_order(100, 250, seed=3)
+    grouped = group_by_length(order, lengths, size=8, seed=3)
+    assert sorted(grouped) == sorted(order) and grouped != sorted(order)
+    assert grouped == group_by_length(order, lengths, size=8, seed=3)
+
+    def waste(indices):
+        steps = [[lengths[i] for i in indices[start : start + 8]] for start in range(0, len(indices), 8)]
+        return sum(max(each) * len(each) - sum(each) for each in steps)
+
+    assert waste(grouped) < waste(order) / 4
+
+
+def test_a_run_can_be_grouped_by_length(work, tmp_path):
+    plain, grouped = (
+        train(work, "ether", tmp_path / name, "--train.group_by_length", name) for name in ("false", "true")
+    )
+    assert grouped["samples"] == plain["samples"] and grouped["padding"] < plain["padding"]
+
+
+# ---------------------------------------------------------------------------------------------------- the loss
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_chunked_loss_is_the_plain_one(monkeypatch, rows, trained):
+    monkeypatch.setattr(loss_module, "CHUNK_ENTRIES", rows * 50)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50).requires_grad_(trained)
+    x, targets = torch.randn(23, 16, requires_grad=True), torch.randint(50, (23,))
+    wanted = [x, *head.parameters()] if trained else [x]
+    plain = F.cross_entropy(head(x), targets, reduction="sum")
+    ours = chunked_cross_entropy(head, x, targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
+    for mine, its in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * plain, wanted), strict=True):
+        assert (mine - its).abs().max() <= 1e-5 * its.abs().max()
+    with torch.no_grad():
+        each = chunked_cross_entropy(head, x, targets, reduction="none")
+        torch.testing.assert_close(each, F.cross_entropy(head(x), targets, reduction="none"))
+
+
+def test_never_more_logits_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ENTRIES", 8 * 400)
+    model, seen = build(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    value, _ = step(model, samples_of(40, 40), PADDED)
+    assert max(seen) == 8 and sum(seen) == n_targets(samples_of(40, 40)) and value > 0
+
+
+# ------------------------------------------------------------------------------------- checkpointing and compiling
+def test_checkpointing_keeps_less_and_computes_the_same():
+    samples, kept, steps = samples_of(20, 31), [], []
+    for checkpointing in (False, True):
+        model, sizes = build(), []
+        model.activation_checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            steps.append(step(model, samples, PACKED))
+        kept.append(sum(sizes))
+    assert_same_step(*steps)
+    assert kept[1] < kept[0] / 2
+
+
+def test_checkpointing_draws_dropout_once(work, tmp_path):
+    more = ["--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
+    for name in ("false", "true"):
+        train(work, "etherplusHH", tmp_path / name, *more, "--train.activation_checkpointing", name)
+    assert losses_of(tmp_path / "true") == pytest.approx(losses_of(tmp_path / "false"), rel=1e-5)
+
+
+def test_compiled_blocks_compute_the_same_for_any_lengths():
+    model = build()
+    expected = [step(model, samples_of(*lengths), PACKED) for lengths in ((9, 14), (5, 6, 7, 8))]
+    compile_blocks(model)
+    torch._dynamo.reset()
+    found = [step(model, samples_of(9, 14), PACKED)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found.append(step(model, samples_of(5, 6, 7, 8), PACKED))
+    for one, other in zip(expected, found, strict=True):
+        assert_same_step(one, other)
+
+
+# ----------------------------------------------------------------------------------------------------- sharding
+def test_a_sharded_base_trains_as_a_whole_one(work, tmp_path):
+    """FSDP2 in two processes on gloo, through the script: packing, a sample, a checkpoint and a short last step."""
+    more = ["--train.max_steps", "10", "--train.save_interval", "4", "--train.packing", "true"]
+    more += ["--eval.sample_interval", "5", "--eval.sample_tokens", "4", "--train.activation_checkpointing", "true"]
+    train(work, "etherplusHH", tmp_path / "one", *more)
+    for training in two_processes(work, tmp_path / "two", *more, "--strategy", "fsdp"):
+        code, text = training.end()
+        assert code == 0, text
+    for column in ("loss", "grad_norm", "val_loss", "val_response_loss", "tokens"):
+        one, two = (losses_of(tmp_path / name, column) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5), column
+
+
+def test_what_cannot_be_sharded_is_refused(work, tmp_path, capsys):
+    base = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(tmp_path / "run"), "--strategy"]
+    assert "--strategy zero is unknown; choices: auto, ddp, fsdp" in refusal(
+        capsys, "finetune/ether.py", [*base, "zero"]
+    )
+    assert "shards a frozen base" in refusal(capsys, "finetune/full.py", [*base, "fsdp"])
+    more = ["fsdp", "--quantize", "bnb.nf4", "--train.monitor", "true"]
+    line = refusal(capsys, "finetune/ether.py", [*base, *more])
+    assert "cannot shard a quantized base" in line and "--train.monitor needs whole weights" in line
+
+
+def test_micro_batches_of_a_step_are_of_similar_length(work):
+    assert [len(micro) for micro in micro_batches(samples_of(4, 9, 5, 8, 7), 2)] == [2, 2, 1]
