@@ -40,8 +40,10 @@ def build_fabric(*, strategy: str, devices: int, num_nodes: int, precision: str)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard what is frozen."""
+    """Shard what is frozen; copy the rest to this process's device, to which sharding moves its own alone."""
     replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in replicated:
+        parameter.data = parameter.to(mesh.device_type)
     for module in (*model.transformer.h, model):
         fully_shard(module, mesh=mesh["data_parallel"], ignored_params=replicated)
     return model

@@ -64,14 +64,15 @@ def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], batchi
         idx, targets, lengths = batching.collate(batch, fabric.device)
         _, responses, _ = batching.collate(batch, fabric.device, response_only=True)
         both = torch.where(targets == IGNORE_INDEX, responses, targets)
-        losses = model(idx, lengths=lengths, targets=both, reduction="none").double().cpu()  # a target in ``both`` each
+        losses = model(idx, lengths=lengths, targets=both, reduction="none").cpu().double()  # a target in ``both`` each
         wanted = both != IGNORE_INDEX
         for slot, part in ((0, targets), (2, responses)):
             chosen = (part[wanted] != IGNORE_INDEX).cpu()
             sums[slot] += losses[chosen].sum()
             sums[slot + 1] += chosen.sum()
     model.train()
-    sums = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").cpu()
+    if fabric.world_size > 1:
+        sums = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").cpu()
     return (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()  # nan where every response was cut away
 
 

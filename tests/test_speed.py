@@ -221,8 +221,9 @@ def test_compiled_blocks_compute_the_same_for_any_lengths():
 # ----------------------------------------------------------------------------------------------------- sharding
 def test_a_sharded_base_trains_as_a_whole_one(work, tmp_path):
     """FSDP2 in two processes on gloo, through the script: packing, a sample, a checkpoint and a short last step."""
-    more = ["--train.max_steps", "10", "--train.save_interval", "4", "--train.packing", "true"]
-    more += ["--eval.sample_interval", "5", "--eval.sample_tokens", "4", "--train.activation_checkpointing", "true"]
+    more = ["--train.epoch_size", "13", "--train.max_steps", "9", "--train.save_interval", "2"]  # 13 = 3 x 4 + 1
+    more += ["--train.packing", "true"]
+    more += ["--eval.sample_interval", "2", "--eval.sample_tokens", "4", "--train.activation_checkpointing", "true"]
     train(work, "etherplusHH", tmp_path / "one", *more)
     for training in two_processes(work, tmp_path / "two", *more, "--strategy", "fsdp"):
         code, text = training.end()
