@@ -13,11 +13,9 @@ Notable choices:
   all, and memory holds the model once.
 """
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +37,8 @@ from lit_gpt.adapter import (
 from lit_gpt.config import Config
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
-from lit_gpt.model import GPT, LLaMAMoE
+from lit_gpt.memory import meta_model, spread_evenly, twin
+from lit_gpt.model import GPT
 
 FLOOR, LORA = "frozen model", "LoRA r=8"
 METHOD_NAMES = {"ether": "ETHER", "etherplus": "ETHER+ one-sided", "etherplusHH": "ETHER+ two-sided", "oft": "OFT"}
@@ -85,23 +84,6 @@ def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
     add(model, adapter)
     mark_only_adapter_as_trainable(model)
     return model
-
-
-def meta_model(config: Config, dtype: torch.dtype) -> GPT:
-    """A model without data."""
-    with torch.device("meta"):
-        return GPT(config).to(dtype)
-
-
-def twin(base: GPT, device: torch.device | str | None = None) -> GPT:
-    """A copy of the modules over the same weights; with a device, over empty ones of the same kind there."""
-
-    def weight(parameter: nn.Parameter) -> nn.Parameter:
-        if device is None:
-            return parameter
-        return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
-
-    return copy.deepcopy(base, {id(parameter): weight(parameter) for parameter in base.parameters()})
 
 
 def step_loss(model: GPT, idx: Tensor) -> Tensor:
@@ -195,23 +177,6 @@ def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length:
             step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
         weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
     return sum(size for storage, size in storages.items() if storage not in weights)
-
-
-def spread_evenly(model: GPT) -> None:
-    """Let mixtures of experts give each expert its equal share of the positions: without data there is no routing."""
-    for block in model.transformer.h:
-        if isinstance(block.mlp, LLaMAMoE):
-            block.mlp.forward = partial(even_mixture, block.mlp)
-
-
-def even_mixture(mixture: LLaMAMoE, x: Tensor) -> Tensor:
-    """A mixture whose tokens are spread evenly over its experts: (B, T, d) to (B, T, d)."""
-    k = mixture.n_expert_per_token
-    tokens = x.flatten(0, -2)  # (B * T, d)
-    weights = mixture.gate(tokens).float().topk(k, dim=-1).values.softmax(dim=-1).to(x.dtype)  # (B * T, k)
-    shares = tokens.repeat_interleave(k, dim=0).tensor_split(len(mixture.experts))
-    outputs = torch.cat([expert(share) for expert, share in zip(mixture.experts, shares, strict=True)])
-    return (outputs.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(dim=1).view_as(x)
 
 
 def measure(

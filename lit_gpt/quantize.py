@@ -40,6 +40,11 @@ FOUR_BIT = {
 }
 SCHEMES = (*FOUR_BIT, INT8)
 """What ``--quantize`` may say; -dq quantizes the scales of the blocks too."""
+# Half a byte and a scale for 64 weights: four bytes, or with -dq one, whose own scale serves 256; int8's is a row's.
+BYTES_PER_WEIGHT = {
+    scheme: 1 / 2 + (1 / 64 + 4 / (64 * 256) if how["compress_statistics"] else 4 / 64)
+    for scheme, how in FOUR_BIT.items()
+} | {INT8: 1.0}
 INT8_OUTLIERS = 6.0  # activations above this stay in half precision: the threshold of LLM.int8(), 2208.07339
 ERROR_ROWS = 256
 
@@ -199,6 +204,13 @@ def describe_size(model: nn.Module, scheme: str, precision: str) -> str:
     plain = sum(_numel(layer) for layer in _quantized_layers(model)) * weights_dtype(precision).itemsize
     now = _bytes(model)
     return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {(now - held + plain) / 1e6:.1f} MB"
+
+
+def quantization_saves(model: GPT, scheme: str) -> tuple[int, int]:
+    """Bytes that a model not yet quantized will lose, and those of the largest weight, which each product unpacks."""
+    sizes = [(linear.weight.numel(), linear.weight.element_size()) for *_, linear in quantizable(model)]
+    saved = sum(numel * (size - BYTES_PER_WEIGHT[scheme]) for numel, size in sizes)
+    return round(saved), max(numel * size for numel, size in sizes)
 
 
 def _quantized_layers(model: nn.Module) -> list[nn.Module]:

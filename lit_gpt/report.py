@@ -207,6 +207,22 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def gib(n: int) -> str:
+    """Bytes in GiB."""
+    return f"{n / 2**30:.2f}"
+
+
+def held_memory_bytes() -> int:
+    """What the process has now, counted as ``peak_memory_bytes``."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # not Linux: what it has had at most comes nearest
+        return peak_memory_bytes()
+    return int(pages) * resource.getpagesize()
+
+
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
     """Draw the loss curves, write summary.json, the last file of a run, and print the lines that matter."""
     draw_losses(run_dir / LOSS_CURVE, metrics.rows, title=str(summary["method"]))
@@ -219,7 +235,11 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
         f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding, "
         f"{summary['overhead']:.1%} outside forward and backward"
     )
-    print(f"{'peak memory':<32} {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    estimated = f" (estimated {gib(summary['estimated_memory_bytes'])})" if summary["estimated_memory_bytes"] else ""
+    print(
+        f"{'peak memory':<32} {gib(summary['peak_memory_bytes'])} GiB, "
+        f"{gib(summary['run_memory_bytes'])} of them for this run{estimated}"
+    )
     print(f"{'loss curve':<32} {run_dir / LOSS_CURVE}")
 
 

@@ -264,8 +264,9 @@ def explain_faults(run_dir: Path, *, tried: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
             raise ValueError(
-                f"out of memory with {tried}: lower --train.micro_batch_size (the result stays the same), or prepare "
-                f"the data with a smaller --max_seq_length; {last_checkpoint(run_dir)} ({text[:120]})"
+                f"out of memory with {tried}: lower --train.micro_batch_size or give --train.activation_checkpointing "
+                "true (the result stays the same), take --precision bf16-true or --quantize bnb.nf4, or prepare the "
+                f"data with a smaller --max_seq_length; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error

@@ -118,8 +118,10 @@ class Run:
         plan: Plan,
         settings: dict[str, Any],
         deadline: float,
+        held: int,
+        estimated: int | None,
     ) -> None:
-        self.batching = batching
+        self.batching, self.held, self.estimated = batching, held, estimated
         self.fabric, self.model, self.optimizer, self.job, self.plan = fabric, model, optimizer, job, plan
         self.settings, self.deadline, self.args = settings, deadline, plan.train
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=settings["seed"])
@@ -224,6 +226,8 @@ class Run:
             overhead=1 - at.computing / max(at.seconds, 1e-9),
             tokens_per_second=at.tokens / max(at.seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(),
+            run_memory_bytes=peak_memory_bytes() - self.held,
+            estimated_memory_bytes=self.estimated,
             precision=self.plan.precision,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)

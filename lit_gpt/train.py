@@ -28,9 +28,11 @@ from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapte
 from lit_gpt.batches import Batching, length
 from lit_gpt.checkpoint import load_model
 from lit_gpt.devices import build_fabric, is_sharded
+from lit_gpt.memory import estimate_memory
 from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
+from lit_gpt.report import held_memory_bytes
 from lit_gpt.resume import SUMMARY, explain_faults, open_run
 from lit_gpt.run import Run
 
@@ -105,23 +107,30 @@ def finetune(
     batching = Batching(
         size, size * longest if train.packing else None, rank=fabric.global_rank, n_processes=fabric.world_size
     )
+    largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
+    batch = batching.collate(largest, fabric.device)
     tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
+    memory = None if is_sharded(fabric) else estimate_memory(job, plan, largest, lengths=batch[2], fabric=fabric)
+    if memory:
+        tried += f", {memory} in all"
     with (
         open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint,
         explain_faults(plan.run_dir, tried=tried),
     ):
         fabric.seed_everything(seed, verbose=False)
+        held = held_memory_bytes()
         # Sharding moves a block at a time to a device that may be too small for all of them.
         model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
         announce(job, plan, model, fabric=fabric)
+        if memory:
+            fabric.print(f"memory: {memory}, estimated")
         wrapped = fabric.setup_module(model)
         if compile:
             compile_blocks(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=plan.weight_decay)
         optimizer = fabric.setup_optimizers(optimizer)
-        largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
-        rehearse(fabric, wrapped, batching.collate(largest, fabric.device))
+        rehearse(fabric, wrapped, batch)
         run = Run(
             fabric,
             wrapped,
@@ -131,6 +140,8 @@ def finetune(
             plan=plan,
             settings=settings,
             deadline=started + plan.max_seconds,
+            held=held,
+            estimated=memory and memory.total,
         )
         run.begin(checkpoint)
         if run.train_all():
