@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 import torch
 
-from eval.costs import FLOOR, LORA, choose_variants, count, measure, meta_model
+from eval.costs import FLOOR, LORA, choose_variants, count, measure
 from lit_gpt.adapter import TARGETS
 from lit_gpt.checkpoint import (
     atomic_write,
@@ -32,6 +32,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.memory import meta_model
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
 # It says "longest sample" for Phi-1.5; 1045 tokens is the one length at which our count of LoRA gives its 6.04, too.

@@ -29,6 +29,10 @@ from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
 
+HEAP_HOLES = 1.45
+"""Resident memory for each byte of a pass on a CPU: the C library leaves holes between aligned blocks that it frees.
+Measured on SmolLM2-135M: 1.3 to 1.6. (Given back at once, the bytes agree to 4 %, but each step takes 40 % longer.)"""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -84,6 +88,8 @@ def estimate_memory(job: Job, plan: Plan, batch: list[Sample], *, lengths: list[
         trained = 2 * moments
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     working = max(0, most - frozen - trained)
+    if fabric.device.type == "cpu":
+        working = round(working * HEAP_HOLES)
     if plan.quantize is None:
         return Memory(frozen, trained, working)
     saved, largest = quantization_saves(base, plan.quantize)

@@ -21,16 +21,14 @@ from eval.costs import (
     choose_variants,
     count,
     count_model,
-    even_mixture,
     layer_flops,
-    meta_model,
     step_loss,
-    twin,
 )
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
+from lit_gpt.memory import even_mixture, meta_model, twin
 from lit_gpt.model import GPT, LLaMAMoE
 
 LLAMA = Config.from_name("Llama-2-7b-hf")
