@@ -197,16 +197,15 @@ class CausalSelfAttention(nn.Module):
             k, v = self.kv_cache.update(k, v, start=input_pos)  # (B, G, start + T, S)
         if T == 1:  # the query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
-        y = attend(q, k, v, mask) if packing is None else packing.attend(q, k, v, mask)
+        y = attend(q, k, v, mask, is_causal=T > 1) if packing is None else packing.attend(q, k, v, mask)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of (B, H, T, S) queries to (B, G, T', S) keys and values: causal where there is no mask."""
-    is_causal = mask is None and q.size(2) > 1
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask takes the place of causality."""
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
+        q, k, v, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=q.size(1) != k.size(1)
     )
 
 
@@ -224,7 +223,7 @@ class Packing:
         """``attend`` inside each sample: no work is spent on pairs of positions from different ones."""
         parts = zip(*(tensor.split(self.lengths, dim=2) for tensor in (q, k, v)), strict=True)
         masks = (None if mask is None else mask[:length, :length] for length in self.lengths)
-        return torch.cat([attend(*part, own) for part, own in zip(parts, masks, strict=True)], dim=2)
+        return torch.cat([attend(*part, own, is_causal=True) for part, own in zip(parts, masks, strict=True)], dim=2)
 
 
 class QKVLinear(nn.Linear):
