@@ -7,6 +7,7 @@ code does is what is counted.
 
 import copy
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,14 +31,28 @@ from lit_gpt.batches import length, n_targets
 from lit_gpt.checkpoint import load_config, weights_dtype
 from lit_gpt.config import Config
 from lit_gpt.data import Sample
+from lit_gpt.devices import is_sharded
 from lit_gpt.loss import chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
 
+NOT_FAKE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""What an operator raises that cannot do without data."""
 HEAP_HOLES = 1.45
-"""Resident memory for each byte of a pass on a CPU: the C library leaves holes between aligned blocks that it frees.
-Measured on SmolLM2-135M: 1.3 to 1.6. (Given back at once, the bytes agree to 4 %, but each step takes 40 % longer.)"""
+"""Resident memory for each byte of a pass on a CPU, 1.3 to 1.7 on SmolLM2-135M.
+
+glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
+cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
+temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment takes 27%
+off the peak at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back to the
+system as they arise, by mallopt or malloc_trim, brings the peak to what is counted, but steps take 14 to 40% longer.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,42 +79,94 @@ class Memory:
         return f"about {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate_memory(job: Job, plan: Plan, batch: list[Sample], *, lengths: list[int] | None, fabric: Fabric) -> Memory:
-    """What a run needs on one process that holds the whole base.
+def estimate_memory(
+    job: Job, plan: Plan, batch: list[Sample], *, lengths: list[int] | None, fabric: Fabric
+) -> Memory | None:
+    """What a run needs in one process.
 
     Args:
         job: what is trained.
         plan: how.
         batch: the samples of the largest pass.
         lengths: theirs, where they are packed into one row.
-        fabric: gives device and mixed precision.
+        fabric: gives device, mixed precision and sharding.
+
+    Returns:
+        None where the model has an operator that cannot be followed without data.
     """
-    shape = (1, sum(lengths)) if lengths else (len(batch), max(map(length, batch)))
-    n_losses = n_targets(batch)
     base = meta_model(load_config(plan.base_dir), weights_dtype(plan.precision, mixed=True))
-    with FakeTensorMode(), LiveBytes() as live, torch.device(fabric.device):
-        model = fake_model(base, job, plan, fabric.device)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    shape = (1, sum(lengths)) if lengths else (len(batch), max(map(length, batch)))
+    n_losses, accumulates = n_targets(batch), len(batch) < plan.train.global_batch_size // fabric.world_size
+    try:
+        # Without a fallback: it would run such an operator on real zeros of the same size.
+        with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
+            model = fake_model(base, job, plan, fabric.device)
+            idx = torch.zeros(shape, dtype=torch.long)
+            working = working_bytes(
+                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
+            )
+    except NOT_FAKE:
+        return None
+    frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
+    if fabric.device.type == "cpu":
+        working = round(working * HEAP_HOLES)
+    if plan.quantize is not None:
+        saved, largest = quantization_saves(base, plan.quantize)
+        frozen, working = frozen - saved, working + largest
+    return Memory(frozen, 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad), working)
+
+
+def working_bytes(
+    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: Fabric
+) -> int:
+    """The peak of a step on fake tensors above weights, gradients and moments.
+
+    Args:
+        model: in training mode.
+        idx: (B, T) ids of the largest pass.
+        lengths: of the samples that are packed into its only row.
+        n_losses: how many of its positions have a target.
+        accumulates: earlier passes of the step have left their gradients.
+        fabric: gives mixed precision.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in parameters)
+    with LiveBytes(model.parameters()) as live:
+        for parameter in parameters if accumulates else ():
+            parameter.grad = torch.zeros_like(parameter)
         with fabric.autocast():
-            x = model.hidden(torch.zeros(shape, dtype=torch.long), lengths=lengths).flatten(0, 1)  # (B T, d)
+            x = model.hidden(idx, lengths=lengths).flatten(0, 1)  # (B T, d)
             # As many rows as have a target; which ones, fake tensors cannot tell.
             chosen = torch.arange(n_losses)
             loss = chunked_cross_entropy(model.lm_head, x[chosen], torch.zeros_like(chosen))
         loss.backward()
         del x, loss
-        moments = 2 * sum(p.nbytes for p in parameters)  # from the first step on
-        in_pass, live.most = live.most + moments, live.now
-        torch.optim.AdamW(parameters).step()
-        most = max(in_pass, live.most)
-        trained = 2 * moments
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    working = max(0, most - frozen - trained)
-    if fabric.device.type == "cpu":
-        working = round(working * HEAP_HOLES)
-    if plan.quantize is None:
-        return Memory(frozen, trained, working)
-    saved, largest = quantization_saves(base, plan.quantize)
-    return Memory(frozen - saved, trained, working + largest)
+        in_pass, live.most = live.most + 2 * trained, live.now  # with the moments, there from the first step on
+        torch.optim.AdamW(parameters, foreach=idx.device.type == "cuda").step()
+    return max(0, max(in_pass, live.most) - 3 * trained)
+
+
+def frozen_bytes(model: GPT, n_shards: int) -> int:
+    """Bytes of the frozen weights of a process that holds one of so many shards."""
+    total, *blocks = (
+        sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (model, *model.transformer.h)
+    )
+    if n_shards == 1:
+        return total
+    # Collected from the other shards: embedding and head for the whole pass, a block, and the next one meanwhile.
+    return total // n_shards + total - sum(blocks) + 2 * max(blocks)
+
+
+def remedies(job: Job, plan: Plan, *, fabric: Fabric) -> str:
+    """What takes less memory than this run does, in words; what changes nothing else comes first."""
+    same = ["lower --train.micro_batch_size"] if plan.train.micro_batch_size > 1 else []
+    same += [] if plan.train.activation_checkpointing else ["give --train.activation_checkpointing true"]
+    rougher = ["--precision bf16-true"] if plan.precision == "32-true" else []
+    quantizable = job.adapter is not None and "mixed" not in plan.precision and not is_sharded(fabric)
+    rougher += ["--quantize bnb.nf4"] if quantizable and plan.quantize is None else []
+    found = [" or ".join(same) + " (the result stays the same)"] if same else []
+    found += ["take " + " or ".join(rougher)] if rougher else []
+    return ", or ".join([*found, "prepare the data with a smaller --max_seq_length"])
 
 
 def fake_model(base: GPT, job: Job, plan: Plan, device: torch.device) -> GPT:
@@ -129,15 +202,21 @@ def twin(base: GPT, device: torch.device | str | None = None) -> GPT:
 class LiveBytes(TorchDispatchMode):
     """Follows the storages of the tensors that are made inside.
 
+    Args:
+        ignored: tensors that are there already, and do not count.
+
     Attributes:
         now: bytes of those that live.
         most: the largest that ``now`` has been.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.most = 0
         self._known: dict[int, weakref.ref] = {}
+        for tensor in ignored:
+            self._follow(tensor.untyped_storage())
+        self.now = self.most = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -251,12 +251,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 # -------------------------------------------------------------------------------------------- signals and faults
 @contextmanager
-def explain_faults(run_dir: Path, *, tried: str) -> Iterator[None]:
+def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None]:
     """Turn a lack of memory or of disk, and the end of another process, into one line that says what to do.
 
     Args:
         run_dir: the run folder.
         tried: what needs the memory.
+        remedies: what would need less.
     """
     try:
         yield
@@ -264,9 +265,7 @@ def explain_faults(run_dir: Path, *, tried: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
             raise ValueError(
-                f"out of memory with {tried}: lower --train.micro_batch_size or give --train.activation_checkpointing "
-                "true (the result stays the same), take --precision bf16-true or --quantize bnb.nf4, or prepare the "
-                f"data with a smaller --max_seq_length; {last_checkpoint(run_dir)} ({text[:120]})"
+                f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error

@@ -28,7 +28,7 @@ from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapte
 from lit_gpt.batches import Batching, length
 from lit_gpt.checkpoint import load_model
 from lit_gpt.devices import build_fabric, is_sharded
-from lit_gpt.memory import estimate_memory
+from lit_gpt.memory import estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
@@ -110,12 +110,12 @@ def finetune(
     largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
     batch = batching.collate(largest, fabric.device)
     tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
-    memory = None if is_sharded(fabric) else estimate_memory(job, plan, largest, lengths=batch[2], fabric=fabric)
+    memory = estimate_memory(job, plan, largest, lengths=batch[2], fabric=fabric)
     if memory:
         tried += f", {memory} in all"
     with (
         open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint,
-        explain_faults(plan.run_dir, tried=tried),
+        explain_faults(plan.run_dir, tried=tried, remedies=remedies(job, plan, fabric=fabric)),
     ):
         fabric.seed_everything(seed, verbose=False)
         held = held_memory_bytes()
@@ -123,7 +123,7 @@ def finetune(
         model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
         announce(job, plan, model, fabric=fabric)
         if memory:
-            fabric.print(f"memory: {memory}, estimated")
+            fabric.print(f"memory: {memory}, estimated{' for blocks that are not compiled' if compile else ''}")
         wrapped = fabric.setup_module(model)
         if compile:
             compile_blocks(model)

@@ -7,12 +7,26 @@ import torch
 from lightning.fabric import Fabric
 from test_speed import ARCHITECTURES
 from test_train import train, write_base, write_work
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_gpt import GPT, Config
 from lit_gpt.batches import Batching, length
 from lit_gpt.checkpoint import load_model
 from lit_gpt.ether import EtherConfig
-from lit_gpt.memory import LiveBytes, Memory, estimate_memory
-from lit_gpt.plan import EvalArgs, IOArgs, Job, TrainArgs, make_plan
+from lit_gpt.memory import (
+    HEAP_HOLES,
+    NOT_FAKE,
+    LiveBytes,
+    Memory,
+    estimate_memory,
+    frozen_bytes,
+    meta_model,
+    remedies,
+    spread_evenly,
+    twin,
+    working_bytes,
+)
+from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
 
 
@@ -22,19 +36,26 @@ def work(tmp_path_factory, bpe_dir):
     return write_work(tmp_path_factory.mktemp("memory"), bpe_dir)
 
 
-def estimate(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> Memory:
-    """Of a run of ETHER+, or of full finetuning."""
+def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> tuple[Job, Plan]:
+    """A run of ETHER+, or of full finetuning."""
     job = Job("etherplusHH", "ether", EtherConfig(Htype="etherplusHH", nb=2)) if adapter else Job("full", "full")
     io = IOArgs(str(work / "data"), checkpoint_dir=str(work / base), out_dir=str(work / "nowhere"))
     settings = dict(io=io, train=TrainArgs(**how), eval=EvalArgs(), precision=precision, quantize=quantize)
-    plan = make_plan(job, **settings, processes=1, strategy="auto", overwrite=False)
-    longest = max(map(length, plan.train_set))
-    batching = Batching(
-        plan.train.micro_batch_size, longest * plan.train.micro_batch_size if how.get("packing") else None
-    )
-    largest = batching.largest(plan.train_set, 16)
-    lengths = list(map(length, largest)) if how.get("packing") else None
-    return estimate_memory(job, plan, largest, lengths=lengths, fabric=Fabric(devices=1, accelerator="cpu"))
+    return job, make_plan(job, **settings, processes=1, strategy="auto", overwrite=False)
+
+
+def one_process() -> Fabric:
+    """Fabric on this CPU."""
+    return Fabric(devices=1, accelerator="cpu")
+
+
+def estimate(work, **what) -> Memory:
+    """Of a ``planned`` run."""
+    job, plan = planned(work, **what)
+    size, longest = plan.train.micro_batch_size, max(map(length, plan.train_set))
+    largest = Batching(size, longest * size if plan.train.packing else None).largest(plan.train_set, 16)
+    lengths = list(map(length, largest)) if plan.train.packing else None
+    return estimate_memory(job, plan, largest, lengths=lengths, fabric=one_process())
 
 
 def test_live_bytes_follow_each_storage_once_until_it_ends():
@@ -50,6 +71,10 @@ def test_live_bytes_follow_each_storage_once_until_it_ends():
         assert live.now == 4000 and live.most == 8000
         del c
         assert live.now == 0
+    held = torch.zeros(1000)
+    with LiveBytes([held]) as live:
+        held.view(10, 100).t()
+        assert live.now == live.most == 0
 
 
 def test_weights_and_what_trains_are_counted_exactly(work):
@@ -67,6 +92,52 @@ def test_the_estimate_follows_the_settings(work):
     assert estimate(work, activation_checkpointing=True).working < 0.8 * usual.working
     assert estimate(work, precision="bf16-true").working < usual.working
     assert 0.7 * usual.working < estimate(work, packing=True).working < 1.1 * usual.working
+
+
+def test_gradients_of_earlier_passes_count(work):
+    """A step of one pass has no gradients yet while its activations are there; one of several has all of them."""
+    one, several = (estimate(work, adapter=False, micro_batch_size=4, global_batch_size=size) for size in (4, 8))
+    assert (one.frozen, one.trained) == (several.frozen, several.trained)
+    assert several.working - one.working == pytest.approx(HEAP_HOLES * several.trained / 4, rel=0.2)
+
+
+def test_a_sharded_base_counts_its_share_and_what_is_collected():
+    model = GPT(Config(name="tiny", vocab_size=100, n_layer=3, n_head=2, n_embd=8)).requires_grad_(False)
+    whole, block = sum(p.nbytes for p in model.parameters()), sum(p.nbytes for p in model.transformer.h[0].parameters())
+    assert frozen_bytes(model, 1) == whole
+    assert frozen_bytes(model, 4) == whole // 4 + (whole - 3 * block) + 2 * block
+    model.transformer.ln_f.requires_grad_(True)
+    assert frozen_bytes(model, 1) == whole - sum(p.nbytes for p in model.transformer.ln_f.parameters())
+
+
+def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
+    """A mixture that is not spread evenly asks which tokens go where."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, intermediate_size=16, n_expert=4, n_expert_per_token=2)
+    base = meta_model(Config(name="tiny", vocab_size=400, mlp_class="LLaMAMoE", **sizes), torch.float32)
+    how = dict(lengths=None, n_losses=20, accumulates=False, fabric=one_process())
+    with FakeTensorMode(allow_fallback_kernels=False):
+        model, idx = twin(base, "cpu").requires_grad_(True), torch.zeros(2, 16, dtype=torch.long)
+        with pytest.raises(NOT_FAKE):
+            working_bytes(model, idx, **how)
+        spread_evenly(model)
+        assert working_bytes(model, idx, **how) > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ({}, "lower --train.micro_batch_size or give --train.activation_checkpointing true (the result stays the same)"
+         ", or take --precision bf16-true or --quantize bnb.nf4, or prepare the data with a smaller --max_seq_length"),
+        ({"micro_batch_size": 1, "activation_checkpointing": True, "precision": "bf16-true"},
+         "take --quantize bnb.nf4, or prepare the data with a smaller --max_seq_length"),
+        ({"adapter": False, "activation_checkpointing": True, "precision": "bf16-mixed"},
+         "lower --train.micro_batch_size (the result stays the same), or prepare"),
+        ({"adapter": False, "micro_batch_size": 1}, "give --train.activation_checkpointing true (the result stays the "
+         "same), or take --precision bf16-true, or prepare"),
+    ],
+)  # fmt: skip
+def test_remedies_are_those_that_a_run_has_left(work, what, told):
+    assert remedies(*planned(work, **what), fabric=one_process()).startswith(told)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
