@@ -44,12 +44,12 @@ NOT_FAKE = (
     UnsupportedOperatorException,
 )
 """What an operator raises that cannot do without data."""
-HEAP_HOLES = 1.45
-"""Resident memory for each byte of a pass on a CPU, 1.3 to 1.7 on SmolLM2-135M.
+HEAP_HOLES = 1.55
+"""Resident memory for each byte of a pass on a CPU; 1.37 to 1.76 in five runs (SmolLM2-135M, a wide vocabulary).
 
 glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
 cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
-temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment takes 27%
+temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment takes 20%
 off the peak at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back to the
 system as they arise, by mallopt or malloc_trim, brings the peak to what is counted, but steps take 14 to 40% longer.
 """

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lit_gpt import GPT, Config
 from lit_gpt.batches import Batching, length
 from lit_gpt.checkpoint import load_model
-from lit_gpt.ether import EtherConfig
+from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.memory import (
     HEAP_HOLES,
     NOT_FAKE,
@@ -99,6 +99,25 @@ def test_gradients_of_earlier_passes_count(work):
     one, several = (estimate(work, adapter=False, micro_batch_size=4, global_batch_size=size) for size in (4, 8))
     assert (one.frozen, one.trained) == (several.frozen, several.trained)
     assert several.working - one.working == pytest.approx(HEAP_HOLES * several.trained / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_step_without_data_peaks_where_one_with_data_does(adapter):
+    config = Config(name="tiny", vocab_size=400, n_layer=2, n_head=2, n_embd=16, intermediate_size=32)
+    base, how = meta_model(config, torch.float32), dict(lengths=None, n_losses=30, accumulates=True)
+
+    def peak() -> int:
+        model = twin(base, "cpu")
+        if adapter:
+            add_ether(model, EtherConfig(Htype="etherplusHH", nb=2))
+            mark_only_ether_as_trainable(model)
+        else:
+            model.requires_grad_(True)
+        return working_bytes(model.train(), torch.zeros(2, 16, dtype=torch.long), fabric=one_process(), **how)
+
+    with FakeTensorMode(allow_fallback_kernels=False):
+        without_data = peak()
+    assert without_data == peak()
 
 
 def test_a_sharded_base_counts_its_share_and_what_is_collected():
