@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import adapter_parameters, adapter_state
+from lit_gpt.adapter import adapter_parameters, adapter_state, mark_only_adapter_as_trainable
 from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_prompt_style, load_state, save_state
 from lit_gpt.ether import METHODS, EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
@@ -126,12 +126,26 @@ def _is_flipped(state: Mapping[str, Tensor], method: str) -> bool:
     return bool(down) and down == up
 
 
+def make_trainable(model: GPT, kind: str, config: Any) -> None:
+    """Put a new adapter on, which alone trains; without a config all weights train."""
+    if config is None:
+        model.requires_grad_(True)
+        return
+    KINDS[kind].add(model, config)
+    mark_only_adapter_as_trainable(model)
+
+
 def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
     """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit.
 
     On a model on the meta device the adapter's tensors alone are real, on the CPU.
     """
     KINDS[adapter.kind].add(model, adapter.config)
+    fill_adapter(model, adapter, source=source)
+
+
+def fill_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
+    """Load an adapter's tensors into a model that has such an adapter; the rest as ``attach_adapter``."""
     expected = adapter_parameters(model)
     problems = list(expected.keys() ^ adapter.state.keys())
     problems += [n for n in expected.keys() & adapter.state.keys() if expected[n].shape != adapter.state[n].shape]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_gpt.data import Sample
+from lit_gpt.data import Sample, length
 from lit_gpt.model import IGNORE_INDEX
 
 WINDOW = 50
@@ -51,11 +51,6 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], *, size: int, 
         for i in [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()] + [last]:
             grouped += steps[i]
     return grouped
-
-
-def length(sample: Sample) -> int:
-    """Its tokens."""
-    return len(sample["input_ids"])
 
 
 def n_targets(samples: Sequence[Sample]) -> int:

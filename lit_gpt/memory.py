@@ -25,12 +25,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.adapter_files import KINDS
-from lit_gpt.batches import length, n_targets
+from lit_gpt.adapter_files import make_trainable
+from lit_gpt.batches import n_targets
 from lit_gpt.checkpoint import load_config, weights_dtype
 from lit_gpt.config import Config
-from lit_gpt.data import Sample
+from lit_gpt.data import Sample, length
 from lit_gpt.devices import is_sharded
 from lit_gpt.loss import chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
@@ -45,7 +44,7 @@ NOT_FAKE = (
 )
 """What an operator raises that cannot do without data."""
 HEAP_HOLES = 1.55
-"""Resident memory for each byte of a pass on a CPU; 1.37 to 1.76 in five runs (SmolLM2-135M, a wide vocabulary).
+"""Resident memory for each byte of a pass on a CPU; mostly 1.3 to 1.8, once 1.0, once 2.0 (SmolLM2-135M).
 
 glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
 cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
@@ -79,31 +78,30 @@ class Memory:
         return f"about {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate_memory(
-    job: Job, plan: Plan, batch: list[Sample], *, lengths: list[int] | None, fabric: Fabric
-) -> Memory | None:
+def estimate_memory(job: Job, plan: Plan, batch: list[Sample], *, fabric: Fabric) -> Memory | None:
     """What a run needs in one process.
 
     Args:
         job: what is trained.
         plan: how.
         batch: the samples of the largest pass.
-        lengths: theirs, where they are packed into one row.
         fabric: gives device, mixed precision and sharding.
 
     Returns:
         None where the model has an operator that cannot be followed without data.
     """
     base = meta_model(load_config(plan.base_dir), weights_dtype(plan.precision, mixed=True))
-    shape = (1, sum(lengths)) if lengths else (len(batch), max(map(length, batch)))
+    lengths = list(map(length, batch))
+    shape = (1, sum(lengths)) if plan.train.packing else (len(batch), max(lengths))
     n_losses, accumulates = n_targets(batch), len(batch) < plan.train.global_batch_size // fabric.world_size
     try:
         # Without a fallback: it would run such an operator on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = fake_model(base, job, plan, fabric.device)
             idx = torch.zeros(shape, dtype=torch.long)
+            packed = lengths if plan.train.packing else None
             working = working_bytes(
-                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
+                model, idx, lengths=packed, n_losses=n_losses, accumulates=accumulates, fabric=fabric
             )
     except NOT_FAKE:
         return None
@@ -172,11 +170,7 @@ def remedies(job: Job, plan: Plan, *, fabric: Fabric) -> str:
 def fake_model(base: GPT, job: Job, plan: Plan, device: torch.device) -> GPT:
     """The model of a run on a base without data."""
     model = twin(base, device)
-    if job.adapter is None:
-        model.requires_grad_(True)
-    else:
-        KINDS[job.kind].add(model, job.adapter)
-        mark_only_adapter_as_trainable(model)
+    make_trainable(model, job.kind, job.adapter)
     model.activation_checkpointing = plan.train.activation_checkpointing
     spread_evenly(model)
     return model.train()

@@ -26,7 +26,7 @@ from lit_gpt.checkpoint import (
     weights_dtype,
 )
 from lit_gpt.config import Config
-from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, length, load_split, read_data_config
 from lit_gpt.devices import STRATEGIES
 from lit_gpt.ether import METHODS
 from lit_gpt.model import GPT
@@ -336,7 +336,7 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
             f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
             f"prepare it again with --checkpoint_dir {base_dir}"
         )
-    longest = max(len(sample["input_ids"]) for sample in samples)
+    longest = max(map(length, samples))
     if longest > config.block_size:
         raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 

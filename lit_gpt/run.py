@@ -22,9 +22,9 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from lit_gpt.adapter import adapter_state, adapters_off
-from lit_gpt.batches import Batching, group_by_length, length, n_targets, sample_order
+from lit_gpt.batches import Batching, group_by_length, n_targets, sample_order
 from lit_gpt.checkpoint import atomic_write, load_state, save_state
-from lit_gpt.data import Sample
+from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, is_sharded, whole_ends
 from lit_gpt.generate import generate
 from lit_gpt.model import IGNORE_INDEX
@@ -206,12 +206,13 @@ class Run:
         if self.reporter is None:
             return
         self.reporter.close()
-        at = self.at
+        at, n_bytes = self.at, save_result(self.model.module, self.plan.run_dir, job=self.job, plan=self.plan)
+        peak = peak_memory_bytes()
         summary = dict(
             method=self.job.method,
             learning_rate=self.args.learning_rate,
             trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            adapter_bytes=save_result(self.model.module, self.plan.run_dir, job=self.job, plan=self.plan),
+            adapter_bytes=n_bytes,
             val_loss_before=at.before[0],
             val_loss_after=at.after[0],
             val_response_loss_before=at.before[1],
@@ -225,8 +226,8 @@ class Run:
             seconds=at.seconds,
             overhead=1 - at.computing / max(at.seconds, 1e-9),
             tokens_per_second=at.tokens / max(at.seconds, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(),
-            run_memory_bytes=peak_memory_bytes() - self.held,
+            peak_memory_bytes=peak,
+            run_memory_bytes=peak - self.held,
             estimated_memory_bytes=self.estimated,
             precision=self.plan.precision,
         )
@@ -242,7 +243,8 @@ class Run:
             group["lr"] = rate
         rows = self.order[(at.step - 1) * size : at.step * size]
         batch = [plan.train_set[i] for i in rows]
-        total = self.forward_backward(batch)
+        targets = n_targets(batch)
+        total = self.forward_backward(batch, targets)
         with self.clock("computing"):
             norm = self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.args.max_grad_norm or math.inf, error_if_nonfinite=False
@@ -260,14 +262,14 @@ class Run:
             self.optimizer.step()
         self.optimizer.zero_grad()
         at.samples += len(batch)
-        at.tokens += sum(len(sample["input_ids"]) for sample in batch)
-        at.targets += n_targets(batch)
+        at.tokens += sum(map(length, batch))
+        at.targets += targets
         return values
 
-    def forward_backward(self, batch: Sequence[Sample]) -> torch.Tensor:
+    def forward_backward(self, batch: Sequence[Sample], targets_in_all: int) -> torch.Tensor:
         """Leave the gradient of a step's mean loss; returns this process's share of that loss."""
         micros, in_all = self.batching.share(batch)
-        total, targets_in_all = torch.zeros((), device=self.fabric.device), n_targets(batch)
+        total = torch.zeros((), device=self.fabric.device)
         for index, micro in enumerate(micros):
             idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
             with self.clock("computing"), self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):

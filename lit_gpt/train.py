@@ -17,18 +17,17 @@ written first), 1 for what cannot go on.
 
 import os
 import time
-from dataclasses import replace
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.adapter_files import KINDS, attach_adapter, check_base, load_adapter
-from lit_gpt.batches import Batching, length
+from lit_gpt.adapter_files import check_base, fill_adapter, load_adapter, make_trainable
+from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import load_model
+from lit_gpt.data import length
 from lit_gpt.devices import build_fabric, is_sharded
-from lit_gpt.memory import estimate_memory, remedies
+from lit_gpt.memory import Memory, estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
@@ -103,49 +102,52 @@ def finetune(
     settings |= dict(quantize=quantize)
     fabric = build_fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
-    size, longest = train.micro_batch_size, max(map(length, plan.train_set))
-    batching = Batching(
-        size, size * longest if train.packing else None, rank=fabric.global_rank, n_processes=fabric.world_size
-    )
-    largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
-    batch = batching.collate(largest, fabric.device)
-    tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
-    memory = estimate_memory(job, plan, largest, lengths=batch[2], fabric=fabric)
-    if memory:
-        tried += f", {memory} in all"
-    with (
-        open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint,
-        explain_faults(plan.run_dir, tried=tried, remedies=remedies(job, plan, fabric=fabric)),
-    ):
-        fabric.seed_everything(seed, verbose=False)
-        held = held_memory_bytes()
-        # Sharding moves a block at a time to a device that may be too small for all of them.
-        model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
-        announce(job, plan, model, fabric=fabric)
-        if memory:
-            fabric.print(f"memory: {memory}, estimated{' for blocks that are not compiled' if compile else ''}")
-        wrapped = fabric.setup_module(model)
-        if compile:
-            compile_blocks(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=plan.weight_decay)
-        optimizer = fabric.setup_optimizers(optimizer)
-        rehearse(fabric, wrapped, batch)
-        run = Run(
-            fabric,
-            wrapped,
-            optimizer=optimizer,
-            batching=batching,
-            job=job,
-            plan=plan,
-            settings=settings,
-            deadline=started + plan.max_seconds,
-            held=held,
-            estimated=memory and memory.total,
+    with open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint:
+        size, longest = train.micro_batch_size, max(map(length, plan.train_set))
+        batching = Batching(
+            size, size * longest if train.packing else None, rank=fabric.global_rank, n_processes=fabric.world_size
         )
-        run.begin(checkpoint)
-        if run.train_all():
-            run.finish()
+        largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
+        memory = estimate_memory(job, plan, largest, fabric=fabric)
+        tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
+        tried += f", {memory} in all" if memory else ""
+        with explain_faults(plan.run_dir, tried=tried, remedies=remedies(job, plan, fabric=fabric)):
+            fabric.seed_everything(seed, verbose=False)
+            held = held_memory_bytes()
+            model, optimizer = set_up(fabric, job, plan, memory=memory, compile=compile)
+            rehearse(fabric, model, batching.collate(largest, fabric.device))
+            run = Run(
+                fabric,
+                model,
+                optimizer=optimizer,
+                batching=batching,
+                job=job,
+                plan=plan,
+                settings=settings,
+                deadline=started + plan.max_seconds,
+                held=held,
+                estimated=memory and memory.total,
+            )
+            run.begin(checkpoint)
+            if run.train_all():
+                run.finish()
+
+
+def set_up(
+    fabric: Fabric, job: Job, plan: Plan, *, memory: Memory | None, compile: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model with its adapter, and the optimizer of what trains, as Fabric wraps them; says what they are."""
+    # Sharding moves a block at a time to a device that may be too small for all of them.
+    model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
+    announce(job, plan, model, fabric=fabric)
+    if memory:
+        fabric.print(f"memory: {memory}, estimated{' for blocks that are not compiled' if compile else ''}")
+    wrapped = fabric.setup_module(model)
+    if compile:
+        compile_blocks(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.train.learning_rate, weight_decay=plan.weight_decay)
+    return wrapped, fabric.setup_optimizers(optimizer)
 
 
 def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
@@ -157,16 +159,11 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
         model = load_model(plan.base_dir, plan.precision, mixed=True)
     else:
         model = load_quantized_model(plan.base_dir, plan.precision, plan.quantize, device=device)
-    if job.adapter is None:
-        model.requires_grad_(True)
-    elif job.init_from:
+    make_trainable(model, job.kind, job.adapter)
+    if job.init_from:
         adapter = load_adapter(job.init_from, job.kind)
         check_base(adapter, plan.base_dir, source=job.init_from)
-        attach_adapter(model, replace(adapter, config=job.adapter), source=job.init_from)
-        mark_only_adapter_as_trainable(model)
-    else:
-        KINDS[job.kind].add(model, job.adapter)
-        mark_only_adapter_as_trainable(model)
+        fill_adapter(model, adapter, source=job.init_from)
     model.activation_checkpointing = plan.train.activation_checkpointing
     return model.to(device)
 

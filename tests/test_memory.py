@@ -10,8 +10,9 @@ from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt import GPT, Config
-from lit_gpt.batches import Batching, length
+from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import load_model
+from lit_gpt.data import length
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.memory import (
     HEAP_HOLES,
@@ -54,8 +55,7 @@ def estimate(work, **what) -> Memory:
     job, plan = planned(work, **what)
     size, longest = plan.train.micro_batch_size, max(map(length, plan.train_set))
     largest = Batching(size, longest * size if plan.train.packing else None).largest(plan.train_set, 16)
-    lengths = list(map(length, largest)) if plan.train.packing else None
-    return estimate_memory(job, plan, largest, lengths=lengths, fabric=one_process())
+    return estimate_memory(job, plan, largest, fabric=one_process())
 
 
 def test_live_bytes_follow_each_storage_once_until_it_ends():

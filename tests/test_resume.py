@@ -279,14 +279,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(work, whole, tmp_path):
 
 def test_two_processes_train_as_one(work, tmp_path):
     """Losses, gradients and validations, through the script, on gloo."""
-    more = [
-        "--train.epoch_size",
-        "33",
-        "--train.max_steps",
-        "9",
-        "--train.save_interval",
-        "4",
-    ]  # one has no last sample
+    more = ["--train.epoch_size", "33", "--train.max_steps", "9"]  # one has no last sample
+    more += ["--train.save_interval", "4"]
     train(work, "etherplusHH", tmp_path / "one", *more)
     for training in two_processes(work, tmp_path / "two", *more):
         code, text = training.end()

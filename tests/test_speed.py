@@ -10,8 +10,8 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt import loss as loss_module
 from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.batches import IDLE, Batching, group_by_length, length, micro_batches, n_targets, packs, sample_order
-from lit_gpt.data import Sample
+from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, packs, sample_order
+from lit_gpt.data import Sample, length
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.loss import chunked_cross_entropy
 from lit_gpt.model import IGNORE_INDEX
