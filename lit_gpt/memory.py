@@ -44,7 +44,11 @@ NOT_FAKE = (
 )
 """What an operator raises that cannot do without data."""
 HEAP_HOLES = 1.55
-"""Resident memory for each byte of a pass on a CPU; mostly 1.3 to 1.8, once 1.0, once 2.0 (SmolLM2-135M).
+"""Resident memory for each byte of a pass on a CPU; mostly 1.3 to 1.8 after two steps (SmolLM2-135M, 1.0 to 2.0).
+
+Not in it: oneDNN keeps compiled bf16 kernels for each new length of a batch, up to 1,024. In 48 steps they and the
+holes around them more than doubled what was estimated; without them (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0) a step takes
+2.8 times as long.
 
 glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
 cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
