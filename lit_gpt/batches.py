@@ -5,15 +5,15 @@
   gradient, since the loss is summed over the whole optimizer step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lit_gpt.data import Sample, length
-from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.loss import IGNORE_INDEX
 
 WINDOW = 50
 """Optimizer steps among which ``group_by_length`` sorts."""
@@ -53,6 +53,11 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], *, size: int, 
     return grouped
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``n``."""
+    return -(-n // multiple) * multiple
+
+
 def n_targets(samples: Sequence[Sample]) -> int:
     """Tokens with a loss; a sample's first token is never predicted."""
     return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
@@ -64,16 +69,19 @@ def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def packs(samples: Sequence[Sample], n_tokens: int) -> list[list[Sample]]:
+def packs(samples: Sequence[Sample], n_tokens: int, *, pad_to_multiple_of: int = 1) -> list[list[Sample]]:
     """Cut samples into packs of at most ``n_tokens`` together: each goes where it first fits, the longest first."""
     found: list[list[Sample]] = []
+    room: list[int] = []  # in each of them
     for sample in sorted(samples, key=length, reverse=True):
-        room = (pack for pack in found if sum(map(length, pack)) + length(sample) <= n_tokens)
-        pack = next(room, None)
-        if pack is None:
-            found.append([sample])
-        else:
-            pack.append(sample)
+        needed = round_up(length(sample), pad_to_multiple_of)
+        index = next((index for index, left in enumerate(room) if needed <= left), None)
+        if index is None:
+            index = len(found)
+            found.append([])
+            room.append(n_tokens)
+        found[index].append(sample)
+        room[index] -= needed
     return found
 
 
@@ -83,30 +91,35 @@ def collate(
     *,
     packed: bool = False,
     response_only: bool = False,
+    pad_to_multiple_of: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Make a batch, padded on the right to its longest sample, or one row of all samples one after another.
+    """Make a batch, a row for each sample, padded on the right to the longest, or one row of all, one after another.
 
     Args:
         samples: B of them.
         device: where the batch is to be.
         packed: put them into one row; the model needs their ``lengths`` then.
         response_only: target the response's tokens, whatever the labels say.
+        pad_to_multiple_of: round the length of each sample up to it.
 
     Returns:
         The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
         `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths.
     """
     ids = [sample["input_ids"].long() for sample in samples]
-    none = torch.tensor([IGNORE_INDEX])
     labels = (
         torch.where(sample["response"], own, IGNORE_INDEX) if response_only else sample["labels"].long()
         for sample, own in zip(samples, ids, strict=True)
     )
-    targets = [torch.cat((own[1:], none)) for own in labels]
-    if packed:
-        return torch.cat(ids)[None].to(device), torch.cat(targets)[None].to(device)
-    idx = pad_sequence(ids, batch_first=True)
-    return idx.to(device), pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+    sizes = [round_up(len(own), pad_to_multiple_of) for own in ids]
+    if not packed:
+        sizes = [max(sizes)] * len(sizes)
+
+    def join(rows: Iterable[Tensor], value: int) -> Tensor:
+        filled = [F.pad(row, (0, size - len(row)), value=value) for row, size in zip(rows, sizes, strict=True)]
+        return (torch.cat(filled)[None] if packed else torch.stack(filled)).to(device)
+
+    return join(ids, 0), join((own[1:] for own in labels), IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -118,16 +131,24 @@ class Batching:
         n_tokens: packed, the most tokens of a pass; None for padded micro-batches.
         rank: which process this is,
         n_processes: of so many that share the samples.
+        pad_to_multiple_of: lengths are rounded up to it.
     """
 
     size: int
     n_tokens: int | None = None
     rank: int = 0
     n_processes: int = 1
+    pad_to_multiple_of: int = 1
+
+    def rounded(self, sample: Sample) -> int:
+        """How many tokens a sample takes."""
+        return round_up(length(sample), self.pad_to_multiple_of)
 
     def cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The passes of all these samples."""
-        return micro_batches(samples, self.size) if self.n_tokens is None else packs(samples, self.n_tokens)
+        if self.n_tokens is None:
+            return micro_batches(samples, self.size)
+        return packs(samples, self.n_tokens, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def share(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:
         """This process's passes, as many as any process has (some may be ``IDLE``), and how many all have together.
@@ -145,9 +166,9 @@ class Batching:
             return ordered[: self.size]
         chosen, room = [], self.n_tokens
         for sample in ordered:
-            if length(sample) <= room and len(chosen) < n_samples:
+            if self.rounded(sample) <= room and len(chosen) < n_samples:
                 chosen.append(sample)
-                room -= length(sample)
+                room -= self.rounded(sample)
         return chosen
 
     def collate(
@@ -155,5 +176,5 @@ class Batching:
     ) -> tuple[Tensor, Tensor, list[int] | None]:
         """Ids, targets and, packed, the lengths that the model is to be told."""
         packed = self.n_tokens is not None
-        idx, targets = collate(samples, device, packed=packed, response_only=response_only)
-        return idx, targets, [length(sample) for sample in samples] if packed else None
+        how = dict(packed=packed, response_only=response_only, pad_to_multiple_of=self.pad_to_multiple_of)
+        return *collate(samples, device, **how), list(map(self.rounded, samples)) if packed else None

@@ -25,7 +25,7 @@ from lit_gpt.checkpoint import (
     staged_dir,
     write_json,
 )
-from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
 from lit_gpt.rows import FIELDS, read_rows
 from lit_gpt.tokenizer import Tokenizer

@@ -26,12 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_gpt.adapter_files import make_trainable
-from lit_gpt.batches import n_targets
 from lit_gpt.checkpoint import load_config, weights_dtype
 from lit_gpt.config import Config
-from lit_gpt.data import Sample, length
 from lit_gpt.devices import is_sharded
-from lit_gpt.loss import chunked_cross_entropy
+from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
@@ -43,18 +41,14 @@ NOT_FAKE = (
     UnsupportedOperatorException,
 )
 """What an operator raises that cannot do without data."""
-HEAP_HOLES = 1.55
-"""Resident memory for each byte of a pass on a CPU; mostly 1.3 to 1.8 after two steps (SmolLM2-135M, 1.0 to 2.0).
-
-Not in it: oneDNN keeps compiled bf16 kernels for each new length of a batch, up to 1,024. In 48 steps they and the
-holes around them more than doubled what was estimated; without them (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0) a step takes
-2.8 times as long.
+HEAP_HOLES = 1.9
+"""Resident memory for each byte of a pass on a CPU: 1.6 to 2.2 in runs of 12 to 48 steps (SmolLM2-135M, glibc 2.36).
 
 glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
 cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
-temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment takes 20%
-off the peak at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back to the
-system as they arise, by mallopt or malloc_trim, brings the peak to what is counted, but steps take 14 to 40% longer.
+temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment brings it
+to 1.4 at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back to the system
+as they arise, by mallopt or malloc_trim, makes steps 14 to 40% longer.
 """
 
 
@@ -82,30 +76,31 @@ class Memory:
         return f"about {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate_memory(job: Job, plan: Plan, batch: list[Sample], *, fabric: Fabric) -> Memory | None:
+def estimate_memory(
+    job: Job, plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric
+) -> Memory | None:
     """What a run needs in one process.
 
     Args:
         job: what is trained.
         plan: how.
-        batch: the samples of the largest pass.
+        batch: ids, targets and lengths of the largest pass, as ``Batching.collate`` gives them.
         fabric: gives device, mixed precision and sharding.
 
     Returns:
         None where the model has an operator that cannot be followed without data.
     """
     base = meta_model(load_config(plan.base_dir), weights_dtype(plan.precision, mixed=True))
-    lengths = list(map(length, batch))
-    shape = (1, sum(lengths)) if plan.train.packing else (len(batch), max(lengths))
-    n_losses, accumulates = n_targets(batch), len(batch) < plan.train.global_batch_size // fabric.world_size
+    idx, targets, lengths = batch
+    n_losses = int((targets != IGNORE_INDEX).sum())
+    accumulates = len(lengths or idx) < plan.train.global_batch_size // fabric.world_size
     try:
         # Without a fallback: it would run such an operator on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = fake_model(base, job, plan, fabric.device)
-            idx = torch.zeros(shape, dtype=torch.long)
-            packed = lengths if plan.train.packing else None
+            idx = torch.zeros(idx.shape, dtype=torch.long)
             working = working_bytes(
-                model, idx, lengths=packed, n_losses=n_losses, accumulates=accumulates, fabric=fabric
+                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
             )
     except NOT_FAKE:
         return None

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.config import Config
-from lit_gpt.loss import chunked_cross_entropy
+from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 
-IGNORE_INDEX = -100
 """A target with this value has no loss."""
 
 

@@ -27,7 +27,7 @@ from lit_gpt.checkpoint import atomic_write, load_state, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, is_sharded, whole_ends
 from lit_gpt.generate import generate
-from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.monitor import measure
 from lit_gpt.plan import Job, Plan
 from lit_gpt.report import Reporter, peak_memory_bytes, write_summary

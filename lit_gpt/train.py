@@ -23,10 +23,11 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_gpt.adapter_files import check_base, fill_adapter, load_adapter, make_trainable
-from lit_gpt.batches import Batching
-from lit_gpt.checkpoint import load_model
+from lit_gpt.batches import Batching, round_up
+from lit_gpt.checkpoint import load_config, load_model
 from lit_gpt.data import length
 from lit_gpt.devices import build_fabric, is_sharded
+from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import Memory, estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
@@ -103,19 +104,19 @@ def finetune(
     fabric = build_fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     with open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint:
-        size, longest = train.micro_batch_size, max(map(length, plan.train_set))
-        batching = Batching(
-            size, size * longest if train.packing else None, rank=fabric.global_rank, n_processes=fabric.world_size
+        batching = make_batching(plan, fabric)
+        largest = batching.collate(
+            batching.largest(plan.train_set, train.global_batch_size // fabric.world_size), fabric.device
         )
-        largest = batching.largest(plan.train_set, train.global_batch_size // fabric.world_size)
         memory = estimate_memory(job, plan, largest, fabric=fabric)
+        size, longest = train.micro_batch_size, max(map(length, plan.train_set))
         tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
         tried += f", {memory} in all" if memory else ""
         with explain_faults(plan.run_dir, tried=tried, remedies=remedies(job, plan, fabric=fabric)):
             fabric.seed_everything(seed, verbose=False)
             held = held_memory_bytes()
             model, optimizer = set_up(fabric, job, plan, memory=memory, compile=compile)
-            rehearse(fabric, model, batching.collate(largest, fabric.device))
+            rehearse(fabric, model, largest)
             run = Run(
                 fabric,
                 model,
@@ -131,6 +132,21 @@ def finetune(
             run.begin(checkpoint)
             if run.train_all():
                 run.finish()
+
+
+def make_batching(plan: Plan, fabric: Fabric) -> Batching:
+    """How the samples are cut into passes."""
+    compiles_each_size = fabric.device.type == "cpu" and plan.precision != "32-true"
+    fits = load_config(plan.base_dir).block_size % MULTIPLE == 0
+    multiple = MULTIPLE if compiles_each_size and fits else 1
+    size, longest = plan.train.micro_batch_size, round_up(max(map(length, plan.train_set)), multiple)
+    return Batching(
+        size,
+        size * longest if plan.train.packing else None,
+        rank=fabric.global_rank,
+        n_processes=fabric.world_size,
+        pad_to_multiple_of=multiple,
+    )
 
 
 def set_up(

@@ -14,7 +14,7 @@ from conftest import sample_text
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import run
 from lit_gpt.data import cut, encode_rows, load_split, mark_masked, prepare, read_data_config, save_split, split
-from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
 from lit_gpt.rows import read_rows
 from lit_gpt.tokenizer import Tokenizer

@@ -10,9 +10,7 @@ from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt import GPT, Config
-from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import load_model
-from lit_gpt.data import length
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.memory import (
     HEAP_HOLES,
@@ -29,6 +27,7 @@ from lit_gpt.memory import (
 )
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
+from lit_gpt.train import make_batching
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def one_process() -> Fabric:
 def estimate(work, **what) -> Memory:
     """Of a ``planned`` run."""
     job, plan = planned(work, **what)
-    size, longest = plan.train.micro_batch_size, max(map(length, plan.train_set))
-    largest = Batching(size, longest * size if plan.train.packing else None).largest(plan.train_set, 16)
+    batching = make_batching(plan, one_process())
+    largest = batching.collate(batching.largest(plan.train_set, 16))
     return estimate_memory(job, plan, largest, fabric=one_process())
 
 

@@ -10,11 +10,10 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt import loss as loss_module
 from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, packs, sample_order
+from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, packs, round_up, sample_order
 from lit_gpt.data import Sample, length
 from lit_gpt.ether import EtherConfig, add_ether
-from lit_gpt.loss import chunked_cross_entropy
-from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.train import compile_blocks
 
 PADDED, PACKED = Batching(4), Batching(4, n_tokens=80)
@@ -97,12 +96,14 @@ def test_a_packed_sample_does_not_see_its_neighbours():
     assert torch.equal(*logits)
 
 
-def test_packs_hold_each_sample_once_within_their_tokens():
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_packs_hold_each_sample_once_within_their_tokens(multiple):
     samples = samples_of(*range(3, 30))
-    found = packs(samples, 60)
+    found = packs(samples, 64, pad_to_multiple_of=multiple)
     assert sorted(length(sample) for pack in found for sample in pack) == list(range(3, 30))
-    assert max(sum(map(length, pack)) for pack in found) <= 60
-    assert len(found) <= 1.25 * sum(range(3, 30)) / 60
+    sizes = [[round_up(length(sample), multiple) for sample in pack] for pack in found]
+    assert max(map(sum, sizes)) <= 64
+    assert len(found) <= 1.25 * sum(map(sum, sizes)) / 64
 
 
 @pytest.mark.parametrize("n_tokens", [None, 40])
@@ -135,6 +136,33 @@ def test_packing_trains_as_padding_does(work, tmp_path):
     for column in ("loss", "grad_norm", "val_loss", "val_response_loss"):
         assert losses_of(tmp_path / "true", column) == pytest.approx(losses_of(tmp_path / "false", column), rel=1e-5)
     assert packed["padding"] == 0 < padded["padding"]
+
+
+# ------------------------------------------------------------------------------------------------------- rounding
+@pytest.mark.parametrize("n_tokens", [None, 96])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounded_lengths_change_neither_loss_nor_gradients(architecture, n_tokens):
+    model, samples = build(**ARCHITECTURES[architecture]), samples_of(5, 20, 11, 16)
+    rounded = Batching(4, n_tokens, pad_to_multiple_of=16)
+    idx, targets, lengths = rounded.collate(samples)
+    assert idx.shape == targets.shape == ((4, 32) if n_tokens is None else (1, 80))
+    assert lengths == (None if n_tokens is None else [16, 32, 16, 16])
+    assert_same_step(step(model, samples, PADDED), step(model, samples, rounded))
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_in_16_bits_on_a_cpu_products_have_few_sizes(work, tmp_path, monkeypatch, packing):
+    """oneDNN keeps compiled code for each size that there ever was."""
+    rows, product = set(), F.linear
+
+    def counted(x: torch.Tensor, *rest) -> torch.Tensor:
+        rows.add(x.numel() // x.size(-1))
+        return product(x, *rest)
+
+    monkeypatch.setattr(F, "linear", counted)
+    summary = train(work, "etherplusHH", tmp_path / "run", "--precision", "bf16-true", "--train.packing", packing)
+    assert rows and all(n % 16 == 0 for n in rows)
+    assert summary["padding"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ length grouping
@@ -179,11 +207,11 @@ def test_the_chunked_loss_is_the_plain_one(monkeypatch, rows, trained):
 
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ENTRIES", 8 * 400)
+    monkeypatch.setattr(loss_module, "CHUNK_ENTRIES", 16 * 400)
     model, seen = build(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     value, _ = step(model, samples_of(40, 40), PADDED)
-    assert max(seen) == 8 and sum(seen) == n_targets(samples_of(40, 40)) and value > 0
+    assert max(seen) == 16 and sum(seen) == round_up(n_targets(samples_of(40, 40)), 16) and value > 0
 
 
 # ------------------------------------------------------------------------------------- checkpointing and compiling
