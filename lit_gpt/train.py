@@ -137,7 +137,7 @@ def finetune(
 def make_batching(plan: Plan, fabric: Fabric) -> Batching:
     """How the samples are cut into passes."""
     compiles_each_size = fabric.device.type == "cpu" and plan.precision != "32-true"
-    fits = load_config(plan.base_dir).block_size % MULTIPLE == 0
+    fits = load_config(plan.base_dir).block_size % MULTIPLE == 0  # also a sample as long as the context
     multiple = MULTIPLE if compiles_each_size and fits else 1
     size, longest = plan.train.micro_batch_size, round_up(max(map(length, plan.train_set)), multiple)
     return Batching(

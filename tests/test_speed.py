@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_resume import two_processes
-from test_train import losses_of, refusal, train, write_work
+from test_train import losses_of, refusal, train, write_base, write_work
 from torch import nn
 
 from lit_gpt import GPT, Config
@@ -163,6 +163,12 @@ def test_in_16_bits_on_a_cpu_products_have_few_sizes(work, tmp_path, monkeypatch
     summary = train(work, "etherplusHH", tmp_path / "run", "--precision", "bf16-true", "--train.packing", packing)
     assert rows and all(n % 16 == 0 for n in rows)
     assert summary["padding"] > 0
+
+
+def test_lengths_stay_where_a_rounded_one_could_pass_the_context(work, tmp_path, bpe_dir):
+    base = write_base(tmp_path / "base", bpe_dir, block_size=107)  # the longest sample
+    more = ["--io.checkpoint_dir", str(base), "--precision", "bf16-true", "--train.packing", "true"]
+    assert train(work, "etherplusHH", tmp_path / "run", *more)["padding"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ length grouping
