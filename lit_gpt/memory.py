@@ -6,6 +6,7 @@ code does is what is counted.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from lit_gpt.adapter_files import make_trainable
 from lit_gpt.checkpoint import load_config, weights_dtype
 from lit_gpt.config import Config
 from lit_gpt.devices import is_sharded
-from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
+from lit_gpt.loss import IGNORE_INDEX, MULTIPLE, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
@@ -41,15 +42,19 @@ NOT_FAKE = (
     UnsupportedOperatorException,
 )
 """What an operator raises that cannot do without data."""
-HEAP_HOLES = 1.9
-"""Resident memory for each byte of a pass on a CPU: 1.6 to 2.2 in runs of 12 to 48 steps (SmolLM2-135M, glibc 2.36).
+MAPPED = 2**25
+"""On a CPU, glibc maps blocks from this size on one by one, and gives them back when they end; smaller ones never."""
+HEAP_HOLES = 2.2
+"""Resident memory for each byte of the smaller ones: 1.9 to 2.6 in runs of 15 to 235 steps (SmolLM2-135M, glibc 2.36).
 
 glibc cuts a block that is aligned to 64 bytes out of a larger one. The small piece in front of it goes to the thread's
 cache and from there to small objects, which live until the backward pass and keep freed neighbours from merging: most
-temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment brings it
-to 1.4 at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back to the system
-as they arise, by mallopt or malloc_trim, makes steps 14 to 40% longer.
+temporaries leave a hole. GLIBC_TUNABLES=glibc.malloc.tcache_max=0:glibc.malloc.mxfast=0 in the environment takes a
+quarter off the peak at the same speed; it is read when a process starts, so nothing here can set it. Giving holes back
+to the system as they arise, by mallopt or malloc_trim, makes steps 14 to 40% longer.
 """
+COMPILED = 2**24
+"""What oneDNN keeps of each length in 16 bits: about so much, whatever the model's size (``loss.MULTIPLE``)."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,17 @@ def estimate_memory(
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = fake_model(base, job, plan, fabric.device)
             idx = torch.zeros(idx.shape, dtype=torch.long)
-            working = working_bytes(
-                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
-            )
+            how = dict(lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric)
+            if fabric.device.type == "cpu":
+                heap = working_bytes(model, idx, below=MAPPED, **how)
+                working = round(HEAP_HOLES * heap) + working_bytes(model, idx, at_least=MAPPED, **how)
+            else:
+                working = working_bytes(model, idx, **how)
     except NOT_FAKE:
         return None
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    if fabric.device.type == "cpu":
-        working = round(working * HEAP_HOLES)
+    if fabric.device.type == "cpu" and plan.precision != "32-true":
+        working += COMPILED * max(lengths or idx.shape[1:]) // MULTIPLE
     if plan.quantize is not None:
         saved, largest = quantization_saves(base, plan.quantize)
         frozen, working = frozen - saved, working + largest
@@ -114,7 +122,15 @@ def estimate_memory(
 
 
 def working_bytes(
-    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: Fabric
+    model: GPT,
+    idx: Tensor,
+    *,
+    lengths: list[int] | None,
+    n_losses: int,
+    accumulates: bool,
+    fabric: Fabric,
+    at_least: int = 0,
+    below: float = math.inf,
 ) -> int:
     """The peak of a step on fake tensors above weights, gradients and moments.
 
@@ -125,12 +141,14 @@ def working_bytes(
         n_losses: how many of its positions have a target.
         accumulates: earlier passes of the step have left their gradients.
         fabric: gives mixed precision.
+        at_least: count tensors of so many bytes or more,
+        below: and of less than so many.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    trained = sum(p.nbytes for p in parameters)
-    with LiveBytes(model.parameters()) as live:
-        for parameter in parameters if accumulates else ():
-            parameter.grad = torch.zeros_like(parameter)
+    trained = sum(p.nbytes for p in parameters if at_least <= p.nbytes < below)
+    with LiveBytes(model.parameters(), at_least=at_least, below=below) as live:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if accumulates else None
         with fabric.autocast():
             x = model.hidden(idx, lengths=lengths).flatten(0, 1)  # (B T, d)
             # As many rows as have a target; which ones, fake tensors cannot tell.
@@ -197,14 +215,17 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         ignored: tensors that are there already, and do not count.
+        at_least: count storages of so many bytes or more,
+        below: and of less than so many.
 
     Attributes:
         now: bytes of those that live.
         most: the largest that ``now`` has been.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
+    def __init__(self, ignored: Iterable[Tensor] = (), *, at_least: int = 0, below: float = math.inf) -> None:
         super().__init__()
+        self.at_least, self.below = at_least, below
         self.now = self.most = 0
         self._known: dict[int, weakref.ref] = {}
         for tensor in ignored:
@@ -220,7 +241,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or not self.at_least <= size < self.below:
             return
 
         def end(_: weakref.ref) -> None:

@@ -9,8 +9,10 @@ from test_speed import ARCHITECTURES
 from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT, Config, memory
+from lit_gpt.batches import round_up
 from lit_gpt.checkpoint import load_model
+from lit_gpt.data import length
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.memory import (
     HEAP_HOLES,
@@ -70,6 +72,9 @@ def test_live_bytes_follow_each_storage_once_until_it_ends():
         assert live.now == 4000 and live.most == 8000
         del c
         assert live.now == 0
+    with LiveBytes(at_least=4000) as large, LiveBytes(below=4000) as small:
+        pair = torch.zeros(1000), torch.zeros(10)
+        assert (large.now, small.now) == tuple(tensor.nbytes for tensor in pair)
     held = torch.zeros(1000)
     with LiveBytes([held]) as live:
         held.view(10, 100).t()
@@ -85,12 +90,26 @@ def test_weights_and_what_trains_are_counted_exactly(work):
     assert estimate(work, precision="bf16-true").frozen == 2 * n
 
 
-def test_the_estimate_follows_the_settings(work):
+def test_the_estimate_follows_the_settings(work, monkeypatch):
+    monkeypatch.setattr(memory, "COMPILED", 0)
     usual = estimate(work)
     assert estimate(work, micro_batch_size=1).working < 0.5 * usual.working
     assert estimate(work, activation_checkpointing=True).working < 0.8 * usual.working
     assert estimate(work, precision="bf16-true").working < usual.working
     assert 0.7 * usual.working < estimate(work, packing=True).working < 1.1 * usual.working
+
+
+def test_in_16_bits_what_is_compiled_for_each_length_counts(work, monkeypatch):
+    whole = estimate(work, precision="bf16-true").working
+    monkeypatch.setattr(memory, "COMPILED", 0)
+    n_lengths = round_up(max(map(length, planned(work)[1].train_set)), 16) // 16
+    assert whole - estimate(work, precision="bf16-true").working == 2**24 * n_lengths
+
+
+def test_blocks_that_the_heap_gives_back_have_no_holes(work, monkeypatch):
+    whole = estimate(work).working
+    monkeypatch.setattr(memory, "MAPPED", 0)
+    assert estimate(work).working == pytest.approx(whole / HEAP_HOLES, abs=2)
 
 
 def test_gradients_of_earlier_passes_count(work):
