@@ -5,7 +5,7 @@
   gradient, since the loss is summed over the whole optimizer step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,19 +69,16 @@ def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def packs(samples: Sequence[Sample], n_tokens: int, *, pad_to_multiple_of: int = 1) -> list[list[Sample]]:
+def packs(samples: Sequence[Sample], n_tokens: int, *, size: Callable[[Sample], int] = length) -> list[list[Sample]]:
     """Cut samples into packs of at most ``n_tokens`` together: each goes where it first fits, the longest first."""
     found: list[list[Sample]] = []
-    room: list[int] = []  # in each of them
     for sample in sorted(samples, key=length, reverse=True):
-        needed = round_up(length(sample), pad_to_multiple_of)
-        index = next((index for index, left in enumerate(room) if needed <= left), None)
-        if index is None:
-            index = len(found)
-            found.append([])
-            room.append(n_tokens)
-        found[index].append(sample)
-        room[index] -= needed
+        room = (pack for pack in found if sum(map(size, pack)) + size(sample) <= n_tokens)
+        pack = next(room, None)
+        if pack is None:
+            found.append([sample])
+        else:
+            pack.append(sample)
     return found
 
 
@@ -148,7 +145,7 @@ class Batching:
         """The passes of all these samples."""
         if self.n_tokens is None:
             return micro_batches(samples, self.size)
-        return packs(samples, self.n_tokens, pad_to_multiple_of=self.pad_to_multiple_of)
+        return packs(samples, self.n_tokens, size=self.rounded)
 
     def share(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:
         """This process's passes, as many as any process has (some may be ``IDLE``), and how many all have together.

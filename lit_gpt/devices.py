@@ -39,6 +39,11 @@ def build_fabric(*, strategy: str, devices: int, num_nodes: int, precision: str)
         raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from error
 
 
+def compiles_each_size(fabric: Fabric, precision: str) -> bool:
+    """Whether products are compiled for each size, and kept: in 16 bits on a CPU (``loss.MULTIPLE``)."""
+    return fabric.device.type == "cpu" and precision != "32-true"
+
+
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard what is frozen; copy the rest to this process's device, to which sharding moves its own alone."""
     replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}

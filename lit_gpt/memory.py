@@ -9,6 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_gpt.adapter_files import make_trainable
-from lit_gpt.checkpoint import load_config, weights_dtype
+from lit_gpt.checkpoint import weights_dtype
 from lit_gpt.config import Config
-from lit_gpt.devices import is_sharded
+from lit_gpt.devices import compiles_each_size, is_sharded
 from lit_gpt.loss import IGNORE_INDEX, MULTIPLE, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
@@ -95,7 +96,7 @@ def estimate_memory(
     Returns:
         None where the model has an operator that cannot be followed without data.
     """
-    base = meta_model(load_config(plan.base_dir), weights_dtype(plan.precision, mixed=True))
+    base = meta_model(plan.config, weights_dtype(plan.precision, mixed=True))
     idx, targets, lengths = batch
     n_losses = int((targets != IGNORE_INDEX).sum())
     accumulates = len(lengths or idx) < plan.train.global_batch_size // fabric.world_size
@@ -104,16 +105,13 @@ def estimate_memory(
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = fake_model(base, job, plan, fabric.device)
             idx = torch.zeros(idx.shape, dtype=torch.long)
-            how = dict(lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric)
-            if fabric.device.type == "cpu":
-                heap = working_bytes(model, idx, below=MAPPED, **how)
-                working = round(HEAP_HOLES * heap) + working_bytes(model, idx, at_least=MAPPED, **how)
-            else:
-                working = working_bytes(model, idx, **how)
+            working = working_bytes(
+                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
+            )
     except NOT_FAKE:
         return None
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    if fabric.device.type == "cpu" and plan.precision != "32-true":
+    if compiles_each_size(fabric, plan.precision):
         working += COMPILED * max(lengths or idx.shape[1:]) // MULTIPLE
     if plan.quantize is not None:
         saved, largest = quantization_saves(base, plan.quantize)
@@ -121,18 +119,17 @@ def estimate_memory(
     return Memory(frozen, 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad), working)
 
 
+def kinds_of_blocks(device: torch.device) -> tuple[tuple[int, float, float], ...]:
+    """Smallest size, smallest one beyond, and the memory that a device holds for each byte of such blocks' peak."""
+    if device.type == "cpu":
+        return (0, MAPPED, HEAP_HOLES), (MAPPED, math.inf, 1.0)
+    return ((0, math.inf, 1.0),)
+
+
 def working_bytes(
-    model: GPT,
-    idx: Tensor,
-    *,
-    lengths: list[int] | None,
-    n_losses: int,
-    accumulates: bool,
-    fabric: Fabric,
-    at_least: int = 0,
-    below: float = math.inf,
+    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: Fabric
 ) -> int:
-    """The peak of a step on fake tensors above weights, gradients and moments.
+    """What a device holds for the peak of a step on fake tensors, above weights, gradients and moments.
 
     Args:
         model: in training mode.
@@ -140,15 +137,16 @@ def working_bytes(
         lengths: of the samples that are packed into its only row.
         n_losses: how many of its positions have a target.
         accumulates: earlier passes of the step have left their gradients.
-        fabric: gives mixed precision.
-        at_least: count tensors of so many bytes or more,
-        below: and of less than so many.
+        fabric: gives device and mixed precision.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    trained = sum(p.nbytes for p in parameters if at_least <= p.nbytes < below)
-    with LiveBytes(model.parameters(), at_least=at_least, below=below) as live:
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if accumulates else None
+    parameters, kinds = [p for p in model.parameters() if p.requires_grad], kinds_of_blocks(fabric.device)
+    with ExitStack() as stack:
+        lives = [
+            stack.enter_context(LiveBytes(model.parameters(), at_least=at_least, below=below))
+            for at_least, below, _ in kinds
+        ]
+        for parameter in parameters if accumulates else ():
+            parameter.grad = torch.zeros_like(parameter)
         with fabric.autocast():
             x = model.hidden(idx, lengths=lengths).flatten(0, 1)  # (B T, d)
             # As many rows as have a target; which ones, fake tensors cannot tell.
@@ -156,9 +154,16 @@ def working_bytes(
             loss = chunked_cross_entropy(model.lm_head, x[chosen], torch.zeros_like(chosen))
         loss.backward()
         del x, loss
-        in_pass, live.most = live.most + 2 * trained, live.now  # with the moments, there from the first step on
+        in_pass = [live.most for live in lives]
+        for live in lives:
+            live.most = live.now
         torch.optim.AdamW(parameters, foreach=idx.device.type == "cuda").step()
-    return max(0, max(in_pass, live.most) - 3 * trained)
+    total = 0.0
+    for live, most, (at_least, below, held) in zip(lives, in_pass, kinds, strict=True):
+        trained = sum(p.nbytes for p in parameters if at_least <= p.nbytes < below)
+        # With the moments, which are there from the first step on.
+        total += held * max(0, max(most + 2 * trained, live.most) - 3 * trained)
+    return round(total)
 
 
 def frozen_bytes(model: GPT, n_shards: int) -> int:

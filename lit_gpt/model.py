@@ -23,8 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from lit_gpt.config import Config
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 
-"""A target with this value has no loss."""
-
 
 class GPT(nn.Module):
     """The language model.

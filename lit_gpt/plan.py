@@ -143,6 +143,8 @@ class Plan:
     base_dir: Path
     base: dict[str, str]
     """Name and fingerprint of the base."""
+    config: Config
+    """The base's."""
     run_dir: Path
     data: dict[str, Any]
     facts: dict[str, str]
@@ -234,6 +236,7 @@ def make_plan(
     return Plan(
         base_dir=base_dir,
         base=base,
+        config=config,
         run_dir=run_dir,
         data=data,
         facts={"base model": base["fingerprint"], **hashes},

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter_files import check_base, fill_adapter, load_adapter, make_trainable
 from lit_gpt.batches import Batching, round_up
-from lit_gpt.checkpoint import load_config, load_model
+from lit_gpt.checkpoint import load_model
 from lit_gpt.data import length
-from lit_gpt.devices import build_fabric, is_sharded
+from lit_gpt.devices import build_fabric, compiles_each_size, is_sharded
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import Memory, estimate_memory, remedies
 from lit_gpt.model import GPT
@@ -136,9 +136,8 @@ def finetune(
 
 def make_batching(plan: Plan, fabric: Fabric) -> Batching:
     """How the samples are cut into passes."""
-    compiles_each_size = fabric.device.type == "cpu" and plan.precision != "32-true"
-    fits = load_config(plan.base_dir).block_size % MULTIPLE == 0  # also a sample as long as the context
-    multiple = MULTIPLE if compiles_each_size and fits else 1
+    fits = plan.config.block_size % MULTIPLE == 0  # also a sample as long as the context
+    multiple = MULTIPLE if compiles_each_size(fabric, plan.precision) and fits else 1
     size, longest = plan.train.micro_batch_size, round_up(max(map(length, plan.train_set)), multiple)
     return Batching(
         size,

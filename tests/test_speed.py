@@ -10,7 +10,7 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt import loss as loss_module
 from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, packs, round_up, sample_order
+from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, round_up, sample_order
 from lit_gpt.data import Sample, length
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
@@ -99,7 +99,7 @@ def test_a_packed_sample_does_not_see_its_neighbours():
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_packs_hold_each_sample_once_within_their_tokens(multiple):
     samples = samples_of(*range(3, 30))
-    found = packs(samples, 64, pad_to_multiple_of=multiple)
+    found = Batching(4, 64, pad_to_multiple_of=multiple).cut(samples)
     assert sorted(length(sample) for pack in found for sample in pack) == list(range(3, 30))
     sizes = [[round_up(length(sample), multiple) for sample in pack] for pack in found]
     assert max(map(sum, sizes)) <= 64
