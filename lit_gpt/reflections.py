@@ -6,18 +6,18 @@ Per block, with hats for unit vectors:
     ETHER+  R(u, v) = I - u^ u^T + v^ v^T               the identity where v = -u
     OFT     R(A)    = (I + S)(I - S)^-1, S = (A - A^T)/2     Cayley's rotation
 
-A block-diagonal R is never built for the reflections: R x costs one dot product and one axpy a block. Forward passes
-apply R to activations; merging applies it to the rows or the columns of a weight, with these same functions:
+A reflection differs from I by rank 1 or 2 a block, so R x is two thin products (``thin_factors``), and R is never built.
+Forward passes apply R to activations; merging applies it to the rows or the columns of a weight, with these same
+functions:
 
     W R_in: every row r of W becomes R_in^T r         R_out W: every column c of W becomes R_out c
 
 Reflections are symmetric, so R^T = R; for OFT ``rotate`` is given the transpose.
 
-Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors broadcast against it, (n, b) as a rule.
-Half precision is computed in fp32 and rounded once; the result has x's dtype.
+Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors (n, b). Products are taken in x's dtype,
+norms and differences of vectors in fp32 (fp64 for fp64).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def reflect_plus(
     keep: Tensor | None = None,
     save_output: bool = False,
 ) -> Tensor:
-    """ETHER+: x + (v^ (v^ . x) - u^ (u^ . x)), block by block; x itself, bit for bit, where v = -u.
+    """ETHER+: x - u^ (u^ . x) + v^ (v^ . x), block by block; x itself, bit for bit, where v = -u.
 
     Args: as for ``reflect``, with a second vector.
     """
@@ -103,81 +103,105 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=-1, keepdim=True)
 
 
-def _factors_and_units(vectors: Sequence[Tensor]) -> tuple[tuple[float, Tensor], ...]:
-    """The factors and unit vectors w of R = I + sum of factor w w^T."""
-    units = [unit(vector) for vector in vectors]
-    return ((-2.0, units[0]),) if len(units) == 1 else ((-1.0, units[0]), (1.0, units[1]))
+def thin_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R - I as thin factors: R x = x + sum over k of left_k (right_k . x) in each block.
+
+    ETHER has the pair (-2 u^, u^). ETHER+ is written with the sum and the difference of its unit vectors,
+
+        v^ v^T - u^ u^T = -1/2 [(u^ + v^)(u^ - v^)^T + (u^ - v^)(u^ + v^)^T],
+
+    because u^ and v^ themselves nearly cancel where a block has learnt little: rounding them to 16 bits could exceed
+    the update. Rounding the sum, which is exactly zero at the start v = -u, costs no more than its own last bits.
+
+    Args:
+        vectors: u for ETHER, u and v for ETHER+, (n, b) each.
+
+    Returns:
+        left and right, (n, k, b) in fp32 (fp64 for fp64), k the number of vectors.
+    """
+    return _thin(unit(torch.stack(vectors, dim=-2)))
+
+
+def _thin(units: Tensor) -> tuple[Tensor, Tensor]:
+    right = _mix(units)
+    return _factor(units) * right.flip(-2), right  # each vector's partner is the other one, in ETHER itself
+
+
+def _factor(units: Tensor) -> float:
+    return -2.0 if units.size(-2) == 1 else -0.5
+
+
+def _mix(vectors: Tensor) -> Tensor:
+    """One vector as it is, two as their sum and difference: (n, k, b). The matrix of this map is symmetric."""
+    if vectors.size(-2) == 1:
+        return vectors
+    u, v = vectors.unbind(-2)
+    return torch.stack([u + v, u - v], dim=-2)
+
+
+def _apply(x: Tensor, left: Tensor, right: Tensor, *, about: Tensor | None, keep: Tensor | None) -> tuple[Tensor, ...]:
+    """Return R(x - about) + about, (N, n, b), and the projections right_k . (x - about), (n, N, k)."""
+    projections = torch.bmm(x.transpose(0, 1), right.mT)
+    if about is not None:
+        projections = projections - torch.bmm(about.unsqueeze(1), right.mT)
+    if keep is not None:
+        projections = projections * keep.unsqueeze(-1).to(x.dtype)
+    return x + torch.bmm(projections, left).transpose(0, 1), projections
 
 
 class _Reflection(torch.autograd.Function):
-    """Saves x or R x, and a number a block; autograd's own graph would keep several tensors of x's size.
+    """Saves x or R x, and k numbers a block and position; autograd's own graph would keep several tensors of x's size.
 
-    With R = I + sum_k s_k w_k w_k^T, c the point that it leaves alone, a_k = w_k . (x - c) and g the incoming gradient:
-        y = x + sum_k s_k a_k w_k
+    With w = right, its partner ~k, f the factor, c the center, a_k = w_k . (x - c) and g the incoming gradient:
+        y = x + f sum_k a_k w_~k
         dL/dx = R g
-        dL/dw_k = s_k sum over positions of a_k g + (w_k . g) (x - c)
-        dL/du = (dL/dw - w (w . dL/dw)) / |u|, for w = u / |u|
+        dL/dw_~k = f sum over positions of a_k g + (w_k . g) (x - c)
+        dL/du = (dL/du^ - u^ (u^ . dL/du^)) / |u|, for u^ = u / |u|
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, *vectors: Tensor
     ) -> Tensor:
-        alongs, update = _update(x, about, keep, vectors)
-        y = (x.to(update.dtype) + update).to(x.dtype)
+        stacked = torch.stack(vectors, dim=-2)
+        stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
+        lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
+        units = stacked / lengths
+        left, right = (factor.to(x.dtype) for factor in _thin(units))
+        with torch.autocast(x.device.type, enabled=False):  # the backward pass has no autocast: same dtypes in both
+            y, projections = _apply(x.reshape(-1, *x.shape[-2:]), left, right, about=about, keep=keep)
+        y = y.view(x.shape)
         ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, about, keep, *alongs, *vectors)
+        ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, left, right)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, about, keep, *rest = ctx.saved_tensors
-        alongs, vectors = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        updates = _factors_and_units(vectors)
-        grad_alongs, grad_update = _update(grad, None, keep, vectors)
-        grad_x = (grad.to(grad_update.dtype) + grad_update).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        x, grad = x.to(grad_update.dtype), grad.to(grad_update.dtype)
-        if ctx.save_output:
-            for along, (factor, w) in zip(alongs, updates, strict=True):
-                x = x - factor * along * w
-        grad_vectors = []
-        for vector, along, grad_along, (factor, w) in zip(vectors, alongs, grad_alongs, updates, strict=True):
-            grad_w = (along * grad + grad_along * x).sum_to_size(w.shape)
-            if about is not None:
-                grad_w = grad_w - grad_along.sum_to_size(len(w), 1) * about
-            length = torch.linalg.vector_norm(vector.to(w.dtype), dim=-1, keepdim=True)
-            grad_vectors.append(((grad_w - w * _dot(w, grad_w)) * (factor / length)).to(vector.dtype))
-        return grad_x, None, None, None, *grad_vectors
-
-
-def _update(
-    x: Tensor, about: Tensor | None, keep: Tensor | None, vectors: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """The dot products a_k = w_k . (x - about), zero where a block is dropped, and the update sum_k s_k a_k w_k.
-
-    The terms are summed before x is added, each product rounded alone: they cancel exactly at v = -u.
-    """
-    x = x.to(working_dtype(x.dtype))
-    alongs, update = [], None
-    for factor, w in _factors_and_units(vectors):
-        along = _dot(x, w) if about is None else _dot(x, w) - _dot(about.to(w.dtype), w)
-        alongs.append(along if keep is None else along * keep)
-        term = factor * alongs[-1] * w
-        update = term if update is None else update + term
-    return alongs, update
+        saved, about, keep, projections, units, lengths, left, right = ctx.saved_tensors
+        g, saved = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, saved))  # (N, n, b)
+        grad_x, grad_projections = _apply(g, left, right, about=None, keep=keep)
+        sums = torch.bmm(projections.mT, g.transpose(0, 1))
+        sums = torch.baddbmm(sums, grad_projections.mT, saved.transpose(0, 1)).to(units.dtype)  # (n, k, b)
+        if ctx.save_output:  # x = y - sum_k a_k left_k, and of that sum only its products with g count
+            sums = sums - (grad_projections.mT @ projections).to(units.dtype) @ left.to(units.dtype)
+        if about is not None:
+            sums = sums - grad_projections.to(units.dtype).sum(1).unsqueeze(-1) * about.unsqueeze(1)
+        of_units = _mix(_factor(units) * sums.flip(-2))
+        of_vectors = (of_units - units * _dot(units, of_units)) / lengths
+        return grad_x.view(grad.shape), None, None, None, *of_vectors.unbind(-2)
 
 
 def published_columns(weight: Tensor, w: Tensor) -> Tensor:
     """What the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
-    R_r. With R_r = I + s w w^T this adds s sum_j [W_r (e_j (x) w_r)] (w_r . x_j) to y_r, so the products in brackets
-    are all that has to be known.
+    R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
+    products in brackets are all that has to be known.
 
     Args:
         weight: (f, d), row-major.
-        w: (n, b) unit vectors, b = d / n.
+        w: (n, b), b = d / n.
 
     Returns:
         (n, n, f/n): [r, j, i].
@@ -199,12 +223,10 @@ def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
     Returns:
         (..., f).
     """
-    update: Tensor | None = None
-    for factor, w in _factors_and_units(vectors):
-        along = torch.einsum("...jb,rb->...rj", x.unflatten(-1, w.shape), w.to(x.dtype))  # (..., r, j)
-        term = factor * torch.einsum("...rj,rji->...ri", along, published_columns(weight, w)).flatten(-2)
-        update = term if update is None else update + term
-    return update
+    left, right = (factor.to(x.dtype) for factor in thin_factors(*vectors))  # (n, k, b)
+    projections = torch.einsum("...jb,rkb->...rkj", x.unflatten(-1, (len(right), -1)), right)
+    columns = torch.stack([published_columns(weight, w) for w in left.unbind(1)], dim=1)  # (r, k, j, i)
+    return torch.einsum("...rkj,rkji->...ri", projections, columns).flatten(-2)
 
 
 def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
