@@ -137,9 +137,9 @@ def elementwise_flops(model: GPT, seq_length: int) -> int:
 def layer_flops(layer: AdapterLayer, positions: float) -> float:
     """FLOPs of one adapter outside of matrix products, forward and backward; multiplying and adding are two.
 
-    - ETHER, ETHER+: for each entry of a vector and each position, w . x and x + (s w . x) w (4), the same with the
-      gradient g (4), x back from what was kept, R x (2; counted for input sides too, which keep x), and the sum of
-      (w . x) g + (w . g) x over the positions (4). Once a step, w = u / |u| in both passes (6) and its derivative (7).
+    - ETHER, ETHER+: for each position and entry of a side, x + update and the same with the gradient (2); beside a
+      bias, for each projection its bias's and that one's derivative (2). Once a step, for each entry of a vector,
+      u / |u|, sum and difference, and their derivatives (13). All else are matrix products.
     - OFT: for each b x b block, S, I + S, I - S and their derivatives (10 b^2), an LU decomposition (2/3 b^3) and
       triangular solves for b right-hand sides in both passes (2 b^3 each). Beside a bias, x - bias, the sum with x and
       its derivative (3 a position). Products with R are matrix products.
@@ -157,7 +157,8 @@ def layer_flops(layer: AdapterLayer, positions: float) -> float:
             block = parameter.size(-1)
             total += (10 + 14 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
         else:
-            total += (14 * positions + 13) * size
+            biased = 0 if layer.bias is None else 2 / parameter.size(-1)
+            total += (positions * (2 / layer.method.tensors + biased) + 13) * size
     return total
 
 

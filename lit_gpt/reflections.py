@@ -6,7 +6,7 @@ Per block, with hats for unit vectors:
     ETHER+  R(u, v) = I - u^ u^T + v^ v^T               the identity where v = -u
     OFT     R(A)    = (I + S)(I - S)^-1, S = (A - A^T)/2     Cayley's rotation
 
-A reflection differs from I by rank 1 or 2 a block, so R x is two thin products (``thin_factors``), and R is never built.
+R - I has rank 1 or 2 in each block, so R x is two thin products (``thin_factors``), and R is never built.
 Forward passes apply R to activations; merging applies it to the rows or the columns of a weight, with these same
 functions:
 
@@ -18,11 +18,29 @@ Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors 
 norms and differences of vectors in fp32 (fp64 for fp64).
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FORMS = ("products", "triton")
+"""Ways to take a reflection: thin products with PyTorch, or the fused kernels of ``kernels.py``; the result is one."""
+_form = os.environ.get("ETHER_REFLECTIONS", FORMS[0])
+
+
+@contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Take reflections in one of ``FORMS`` inside; elsewhere the environment's ETHER_REFLECTIONS decides."""
+    global _form
+    before, _form = _form, name
+    try:
+        yield
+    finally:
+        _form = before
 
 
 def unit(u: Tensor) -> Tensor:
@@ -168,9 +186,8 @@ class _Reflection(torch.autograd.Function):
         lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
         units = stacked / lengths
         left, right = (factor.to(x.dtype) for factor in _thin(units))
-        with torch.autocast(x.device.type, enabled=False):  # the backward pass has no autocast: same dtypes in both
-            y, projections = _apply(x.reshape(-1, *x.shape[-2:]), left, right, about=about, keep=keep)
-        y = y.view(x.shape)
+        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), left, right, about=about, keep=keep)
+        y, projections = y.view(x.shape), projections.to(x.dtype)  # autocast takes the products in 16 bits
         ctx.save_output = save_output
         ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, left, right)
         return y
