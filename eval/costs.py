@@ -140,9 +140,9 @@ def layer_flops(layer: AdapterLayer, positions: float) -> float:
     - ETHER, ETHER+: for each position and entry of a side, x + update and the same with the gradient (2); beside a
       bias, for each projection its bias's and that one's derivative (2). Once a step, for each entry of a vector,
       u / |u|, sum and difference, and their derivatives (13). All else are matrix products.
-    - OFT: for each b x b block, S, I + S, I - S and their derivatives (10 b^2), an LU decomposition (2/3 b^3) and
-      triangular solves for b right-hand sides in both passes (2 b^3 each). Beside a bias, x - bias, the sum with x and
-      its derivative (3 a position). Products with R are matrix products.
+    - OFT: for each b x b block, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
+      triangular solves for b right-hand sides (2 b^3). Beside a bias, x - bias, the sum with x and its derivative (3 a
+      position). Products with R, and those in R's derivative, are matrix products.
     - LoRA: for each output and position, the branch is scaled and added, its gradient scaled (3); its gradient is added
       to the input's (1 an input).
     """
@@ -155,7 +155,7 @@ def layer_flops(layer: AdapterLayer, positions: float) -> float:
             total += 3 * positions * parameter.size(0)
         elif layer.method.matrices:
             block = parameter.size(-1)
-            total += (10 + 14 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
+            total += (8 + 8 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
         else:
             biased = 0 if layer.bias is None else 2 / parameter.size(-1)
             total += (positions * (2 / layer.method.tensors + biased) + 13) * size

@@ -88,11 +88,7 @@ def reflect_plus(
 
 def cayley(a: Tensor) -> Tensor:
     """OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
-    a = a.to(working_dtype(a.dtype))
-    s = (a - a.mT) / 2
-    identity = torch.eye(a.size(-1), device=a.device, dtype=a.dtype)
-    # The two factors commute, so the inverse can stand on the left, where `solve` puts it.
-    return torch.linalg.solve(identity - s, identity + s)
+    return _Cayley.apply(a)
 
 
 def rotate(x: Tensor, rotation: Tensor, *, about: Tensor | None = None) -> Tensor:
@@ -207,6 +203,30 @@ class _Reflection(torch.autograd.Function):
         of_units = _mix(_factor(units) * sums.flip(-2))
         of_vectors = (of_units - units * _dot(units, of_units)) / lengths
         return grad_x.view(grad.shape), None, None, None, *of_vectors.unbind(-2)
+
+
+class _Cayley(torch.autograd.Function):
+    """Saves R alone: dR = (I + R) dS (I + R) / 2, since (I - S)^-1 = (I + R) / 2, so that nothing is solved twice."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        wide = a.to(working_dtype(a.dtype))
+        s = (wide - wide.mT) / 2
+        identity = torch.eye(a.size(-1), device=a.device, dtype=s.dtype)
+        # The two factors commute, so the inverse can stand on the left, where a solver puts it. I - S always has an
+        # inverse: `solve_ex` does not make a GPU wait to check it.
+        rotation = torch.linalg.solve_ex(identity - s, identity + s).result
+        ctx.save_for_backward(rotation)
+        ctx.dtype = a.dtype
+        return rotation
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rotation,) = ctx.saved_tensors
+        right = rotation.mT + torch.eye(rotation.size(-1), device=grad.device, dtype=grad.dtype)
+        of_s = right @ grad @ right / 2
+        return ((of_s - of_s.mT) / 2).to(ctx.dtype)
 
 
 def published_columns(weight: Tensor, w: Tensor) -> Tensor:
