@@ -25,7 +25,7 @@ from lit_gpt.ether import (
 )
 from lit_gpt.lora import LoraConfig, add_lora, lora_filter, merge_lora_weights
 from lit_gpt.model import QKVLinear
-from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, unit
+from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, thin_factors, unit
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -94,6 +94,29 @@ def test_starts_as_the_base_in_the_published_layout(method):
 def test_ether_plus_is_the_identity_bit_for_bit_at_its_start(dtype):
     x, u = torch.randn(5, 3, 7).to(dtype), torch.randn(3, 7)
     assert torch.equal(reflect_plus(x, u, -u), x)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-8)])
+@pytest.mark.parametrize("angle", [1.0, 1e-1, 1e-2, 1e-3])
+def test_16_bits_cost_an_update_its_last_digits_however_small_it_is(dtype, digits, angle):
+    """u and v in 16 bits would differ by their rounding, which at an angle of 0.001 is larger than the update itself.
+
+    Projections and gradients likewise: relative to the same in fp64, for x and vectors that 16 bits hold exactly.
+    """
+    torch.manual_seed(0)
+    x, g = (torch.randn(64, 4, 128).to(dtype).double() for _ in range(2))
+    u = torch.nn.functional.normalize(torch.randn(4, 128).double(), dim=-1)
+    v = -u + angle * torch.nn.functional.normalize(torch.randn(4, 128).double(), dim=-1)
+    found = []
+    for wide in (torch.float64, torch.float32):
+        vectors = [vector.to(wide).requires_grad_() for vector in (u, v)]
+        left, right = thin_factors(*vectors)
+        inside = torch.float64 if wide == torch.float64 else dtype
+        update = (x.to(inside).transpose(0, 1) @ right.to(inside).mT) @ left.to(inside)  # before it is added to x
+        y = reflect_plus(x.to(inside), *vectors)
+        found.append([update.detach(), *torch.autograd.grad(y, vectors, g.to(inside))])
+    for rough, exact in zip(found[1], found[0], strict=True):
+        assert relative(rough.double(), exact.double()) < digits
 
 
 MERGING_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
