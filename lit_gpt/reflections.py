@@ -133,44 +133,49 @@ def thin_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left and right, (n, k, b) in fp32 (fp64 for fp64), k the number of vectors.
     """
-    return _thin(unit(torch.stack(vectors, dim=-2)))
+    left, right = _sides(_partners(unit(torch.stack(vectors, dim=-2))), len(vectors))
+    return FACTORS[len(vectors)] * left, right
 
 
-def _thin(units: Tensor) -> tuple[Tensor, Tensor]:
-    right = _mix(units)
-    return _factor(units) * right.flip(-2), right  # each vector's partner is the other one, in ETHER itself
+FACTORS = {1: -2.0, 2: -0.5}
+"""f of R - I = f sum over k of w_~k w_k^T, by the number of vectors; ~k is k's partner."""
 
 
-def _factor(units: Tensor) -> float:
-    return -2.0 if units.size(-2) == 1 else -0.5
+def _partners(units: Tensor) -> Tensor:
+    """Return u^ as it is, or sum, difference and sum again: (n, 1 or 3, b), of which ``_sides`` are slices."""
+    if units.size(-2) == 1:
+        return units
+    u, v = units.unbind(-2)
+    total = u + v
+    return torch.stack([total, u - v, total], dim=-2)
 
 
-def _mix(vectors: Tensor) -> Tensor:
-    """One vector as it is, two as their sum and difference: (n, k, b). The matrix of this map is symmetric."""
-    if vectors.size(-2) == 1:
-        return vectors
-    u, v = vectors.unbind(-2)
-    return torch.stack([u + v, u - v], dim=-2)
+def _sides(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return each vector's partner w_~k, and the vectors w_k: (n, k, b) each."""
+    return w[:, -k:], w[:, :k]
 
 
-def _apply(x: Tensor, left: Tensor, right: Tensor, *, about: Tensor | None, keep: Tensor | None) -> tuple[Tensor, ...]:
-    """Return R(x - about) + about, (N, n, b), and the projections right_k . (x - about), (n, N, k)."""
+def _apply(x: Tensor, w: Tensor, k: int, *, about: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return R(x - about) + about, (N, n, b), and the projections w_k . (x - about), (n, N, k)."""
+    left, right = _sides(w, k)
     projections = torch.bmm(x.transpose(0, 1), right.mT)
     if about is not None:
         projections = projections - torch.bmm(about.unsqueeze(1), right.mT)
     if keep is not None:
         projections = projections * keep.unsqueeze(-1).to(x.dtype)
-    return x + torch.bmm(projections, left).transpose(0, 1), projections
+    return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=FACTORS[k]), projections
 
 
 class _Reflection(torch.autograd.Function):
     """Saves x or R x, and k numbers a block and position; autograd's own graph would keep several tensors of x's size.
 
-    With w = right, its partner ~k, f the factor, c the center, a_k = w_k . (x - c) and g the incoming gradient:
+    With c the center, a_k = w_k . (x - c) and g the incoming gradient:
         y = x + f sum_k a_k w_~k
         dL/dx = R g
         dL/dw_~k = f sum over positions of a_k g + (w_k . g) (x - c)
         dL/du = (dL/du^ - u^ (u^ . dL/du^)) / |u|, for u^ = u / |u|
+
+    Few operators, too: in small batches a GPU waits for their launches.
     """
 
     @staticmethod
@@ -181,28 +186,33 @@ class _Reflection(torch.autograd.Function):
         stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
         lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
         units = stacked / lengths
-        left, right = (factor.to(x.dtype) for factor in _thin(units))
-        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), left, right, about=about, keep=keep)
+        w = _partners(units).to(x.dtype)
+        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), w, len(vectors), about=about, keep=keep)
         y, projections = y.view(x.shape), projections.to(x.dtype)  # autocast takes the products in 16 bits
         ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, left, right)
+        ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, w)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, about, keep, projections, units, lengths, left, right = ctx.saved_tensors
+        saved, about, keep, projections, units, lengths, w = ctx.saved_tensors
         g, saved = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, saved))  # (N, n, b)
-        grad_x, grad_projections = _apply(g, left, right, about=None, keep=keep)
+        k = units.size(-2)
+        grad_x, grad_projections = _apply(g, w, k, about=None, keep=keep)
+        grad_projections = grad_projections.mT  # (n, k, N)
         sums = torch.bmm(projections.mT, g.transpose(0, 1))
-        sums = torch.baddbmm(sums, grad_projections.mT, saved.transpose(0, 1)).to(units.dtype)  # (n, k, b)
-        if ctx.save_output:  # x = y - sum_k a_k left_k, and of that sum only its products with g count
-            sums = sums - (grad_projections.mT @ projections).to(units.dtype) @ left.to(units.dtype)
+        sums = torch.baddbmm(sums, grad_projections, saved.transpose(0, 1))  # (n, k, b)
+        if ctx.save_output:  # x = y - f sum_k a_k w_~k, and of that sum only its products with g count
+            sums = torch.baddbmm(sums, grad_projections @ projections, _sides(w, k)[0], alpha=-FACTORS[k])
         if about is not None:
-            sums = sums - grad_projections.to(units.dtype).sum(1).unsqueeze(-1) * about.unsqueeze(1)
-        of_units = _mix(_factor(units) * sums.flip(-2))
-        of_vectors = (of_units - units * _dot(units, of_units)) / lengths
-        return grad_x.view(grad.shape), None, None, None, *of_vectors.unbind(-2)
+            sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), about.unsqueeze(1), alpha=-1)
+        of_units = sums.to(units.dtype)
+        if k == 2:  # the first sum is the difference's gradient, the second one the sum's
+            first, second = of_units.unbind(-2)
+            of_units = torch.stack([second + first, second - first], dim=-2)
+        tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
+        return grad_x.view(grad.shape), None, None, None, *(tangential * (FACTORS[k] / lengths)).unbind(-2)
 
 
 class _Cayley(torch.autograd.Function):

@@ -113,8 +113,10 @@ def test_16_bits_cost_an_update_its_last_digits_however_small_it_is(dtype, digit
         left, right = thin_factors(*vectors)
         inside = torch.float64 if wide == torch.float64 else dtype
         update = (x.to(inside).transpose(0, 1) @ right.to(inside).mT) @ left.to(inside)  # before it is added to x
-        y = reflect_plus(x.to(inside), *vectors)
-        found.append([update.detach(), *torch.autograd.grad(y, vectors, g.to(inside))])
+        found.append([update.detach()])
+        for options in ({}, dict(save_output=True, about=x[0].to(inside))):
+            y = reflect_plus(x.to(inside), *vectors, **options)
+            found[-1] += torch.autograd.grad(y, vectors, g.to(inside))
     for rough, exact in zip(found[1], found[0], strict=True):
         assert relative(rough.double(), exact.double()) < digits
 
