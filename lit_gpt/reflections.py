@@ -29,18 +29,17 @@ from torch import Tensor
 
 FORMS = ("products", "triton")
 """Ways to take a reflection: thin products with PyTorch, or the fused kernels of ``kernels.py``; the result is one."""
-_form = os.environ.get("ETHER_REFLECTIONS", FORMS[0])
+_chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
 
 
 @contextmanager
 def use_form(name: str) -> Iterator[None]:
     """Take reflections in one of ``FORMS`` inside; elsewhere the environment's ETHER_REFLECTIONS decides."""
-    global _form
-    before, _form = _form, name
+    before, _chosen["form"] = _chosen["form"], name
     try:
         yield
     finally:
-        _form = before
+        _chosen["form"] = before
 
 
 def unit(u: Tensor) -> Tensor:
