@@ -5,7 +5,7 @@ help. ``make_plan`` checks all of them together and works out the rest.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
@@ -188,13 +188,14 @@ def make_plan(
     strategy: str,
     overwrite: bool,
     resume: bool = False,
+    unfit: Sequence[str] = (),
 ) -> Plan:
-    """Check all arguments together and work out the rest.
+    """Check all arguments together and work out the rest; ``unfit`` are problems that were found before.
 
     Raises:
         ValueError: with every problem found.
     """
-    problems = Problems()
+    problems = Problems(unfit)
     data = problems.attempt(read_data_config, io.train_data_dir) or {}
     train_file, val_file = Path(io.train_data_dir) / TRAIN_FILE, Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
     train_set = problems.attempt(load_split, train_file) if data else []
@@ -400,8 +401,6 @@ def check_train_args(train: TrainArgs, *, n_steps: int | None, n_warmup: int, pr
         )
     if train.skip_nonfinite < 0:
         problems.append(f"--train.skip_nonfinite must be 0 or more, got {train.skip_nonfinite}")
-    if processes <= 0:
-        problems.append(f"--devices times --num_nodes must be positive, got {processes}")
     if n_steps is not None and not 0 <= n_warmup < max(1, n_steps):
         problems.append(
             f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; "

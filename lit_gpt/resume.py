@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from lit_gpt.checkpoint import file_sha256, flush, load_state, read_json, write_json
+from lit_gpt.devices import gather, is_lost_process, together
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".lock"
 SUMMARY = "summary.json"
@@ -36,6 +37,8 @@ HARMLESS = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
 """How the names of settings begin that a resumed run may change: they do not alter what comes out."""
+REPEATED = 2.0
+"""Seconds after which the same signal, if not Ctrl-C's, is a second one."""
 
 
 # ------------------------------------------------------------------------------------------------ the run folder
@@ -108,22 +111,29 @@ def open_run(
         ValueError, OSError: the folder is in use, or its run cannot be continued exactly.
     """
     with ExitStack() as stack:
-        checkpoint, problem = None, ""
-        if fabric.is_global_zero:
-            try:
-                stack.enter_context(locked(run_dir))
-                remove_leftovers(run_dir)
-                checkpoint = newest_checkpoint(run_dir) if resume else None
-                if checkpoint:
-                    check_same_run(checkpoint, settings, facts)
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        checkpoint, problem = fabric.broadcast((checkpoint, problem))
-        if problem and not fabric.is_global_zero:
-            raise SystemExit(1)  # once is enough to say it
-        if problem:
-            raise ValueError(problem)
+
+        def take() -> Path | None:
+            if not fabric.is_global_zero:
+                return None
+            stack.enter_context(locked(run_dir))
+            remove_leftovers(run_dir)
+            checkpoint = newest_checkpoint(run_dir) if resume else None
+            if checkpoint:
+                check_same_run(checkpoint, settings, facts)
+            return checkpoint
+
+        checkpoint, *_ = gather(together(take))
+        together(lambda: check_visible(checkpoint))
         yield checkpoint
+
+
+def check_visible(checkpoint: Path | None) -> None:
+    """Raise where this machine does not see the checkpoint that the first process has found."""
+    if checkpoint and not (checkpoint / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} is not there: every machine goes on from it, so --io.out_dir must be on a file system that "
+            "all of them share"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -269,9 +279,10 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
-        if dist.is_initialized() and ("peer" in text or isinstance(error, dist.DistError)):
+        if isinstance(error, RuntimeError) and is_lost_process(error):
             raise ValueError(
-                f"another process of this run has ended, see its message; {last_checkpoint(run_dir)} ({text[:120]})"
+                f"another process of this run has ended, see its message, or does not answer; "
+                f"{last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
         raise
 
@@ -283,24 +294,31 @@ def last_checkpoint(run_dir: Path) -> str:
 
 
 class StopSignal:
-    """Inside, the first SIGTERM or SIGINT is noted in ``received``; the second ends the process at once."""
+    """Inside, the first signal that asks for an end is noted in ``received``; again, it ends the process at once."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._since = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # SLURM warns with the last
+            # nohup has the end of its terminal ignored: so it stays.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        # os.write: print is not safe inside a signal handler that may have interrupted a print.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: saving at the end of this step; once more ends at once, without saving\n".encode())
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # os.write: print is not safe inside a signal handler that may have interrupted a print.
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: saving at the end of this step; once more ends at once, without saving\n".encode())
+        # Launchers pass on what each process has got itself, and batch systems warn by one signal and end by another.
+        elif number == self.received and now - self._since > REPEATED:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.fabric import Fabric
 from torch import nn
@@ -25,7 +24,7 @@ from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.batches import Batching, group_by_length, n_targets, sample_order
 from lit_gpt.checkpoint import atomic_write, load_state, save_state
 from lit_gpt.data import Sample, length
-from lit_gpt.devices import average_gradients, is_sharded, whole_ends
+from lit_gpt.devices import average_gradients, gather, is_sharded, whole_ends
 from lit_gpt.generate import generate
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.monitor import measure
@@ -375,7 +374,7 @@ class Run:
             start=self.start,
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
-            random=self.of_all_processes(random_state()),
+            random=gather(random_state()),
             settings=self.settings,
             facts=self.plan.facts,
             environment=environment(),
@@ -387,13 +386,6 @@ class Run:
         with new_checkpoint(self.plan.run_dir, self.at.step, keep=keep, best=best) as folder:
             save_result(self.model.module, folder, job=self.job, plan=self.plan)
             save_state(state, folder / STATE)
-
-    def of_all_processes(self, value: Any) -> list[Any]:
-        """Everyone's value, by rank."""
-        values = [value] * self.fabric.world_size
-        if self.fabric.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
 
     def leave(self, received: int) -> None:
         """Say how to go on; the first process exits with the signal's code, after the others are through."""

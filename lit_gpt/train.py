@@ -11,12 +11,13 @@
 
 ``run.py`` is the loop; here is what is built before it.
 
-Exit codes: 0 when the run is done or --train.max_time is over, 143 and 130 after SIGTERM and SIGINT (a checkpoint is
-written first), 1 for what cannot go on.
+Exit codes: 0 when the run is done or --train.max_time is over, 128 plus its number after a signal (143 SIGTERM, 130
+SIGINT, 138 SIGUSR1, 129 SIGHUP; a checkpoint is written first), 1 for what cannot go on.
 """
 
 import os
 import time
+from datetime import timedelta
 
 import torch
 from lightning.fabric import Fabric
@@ -26,15 +27,26 @@ from lit_gpt.adapter_files import check_base, fill_adapter, load_adapter, make_t
 from lit_gpt.batches import Batching, round_up
 from lit_gpt.checkpoint import load_model
 from lit_gpt.data import length
-from lit_gpt.devices import build_fabric, compiles_each_size, is_sharded
+from lit_gpt.devices import (
+    check_alike,
+    check_launch,
+    compiles_each_size,
+    gather,
+    is_sharded,
+    launch_fabric,
+    together,
+)
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import Memory, estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import held_memory_bytes
-from lit_gpt.resume import SUMMARY, explain_faults, open_run
+from lit_gpt.resume import SUMMARY, StopSignal, explain_faults, flatten, open_run
 from lit_gpt.run import Run
+
+PATIENCE = {"full": timedelta(minutes=30)}
+"""Longer than the default, for a first process that writes all weights and their optimizer's state."""
 
 
 def finetune(
@@ -77,32 +89,42 @@ def finetune(
             written then.
         SystemExit: 128 plus the signal's number, after a signal and the checkpoint that it asked for.
     """
-    started, processes = time.perf_counter(), devices * num_nodes
-    job = settle_adapter(job)
-    plan = make_plan(
-        job,
-        io=io,
-        train=train,
-        eval=eval,
-        precision=precision,
-        quantize=quantize,
-        processes=processes,
-        strategy=strategy,
-        overwrite=overwrite,
-        resume=resume,
-    )
-    if resume and (plan.run_dir / SUMMARY).is_file():
-        print(f"{plan.run_dir} holds a finished run: nothing to do")
-        return
+    started = time.perf_counter()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(deterministic)
+    unfit, patience = check_launch(devices, num_nodes), PATIENCE.get(job.kind, timedelta(minutes=10))
+    if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
+        where = dict(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
+        fabric = launch_fabric(**where, patience=patience)
+
+    def prepare() -> tuple[Job, Plan]:
+        settled = settle_adapter(job)
+        return settled, make_plan(
+            settled,
+            io=io,
+            train=train,
+            eval=eval,
+            precision=precision,
+            quantize=quantize,
+            processes=devices * num_nodes,
+            strategy=strategy,
+            overwrite=overwrite,
+            resume=resume,
+            unfit=unfit,
+        )
+
+    job, plan = together(prepare)
+    # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
+    plan.run_dir, finished = gather((plan.run_dir, resume and (plan.run_dir / SUMMARY).is_file()))[0]
+    if finished:
+        fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
+        return
     settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), init_from=job.init_from)
     settings |= dict(io=vars(io), train=vars(train), eval=vars(eval), precision=precision, devices=devices)
     settings |= dict(num_nodes=num_nodes, strategy=strategy, compile=compile, seed=seed, deterministic=deterministic)
     settings |= dict(quantize=quantize)
-    fabric = build_fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
-    fabric.launch()
+    together(lambda: check_alike(plan.facts | flatten(settings | {"io": {}})))
     with open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint:
         batching = make_batching(plan, fabric)
         largest = batching.collate(
@@ -131,7 +153,8 @@ def finetune(
             )
             run.begin(checkpoint)
             if run.train_all():
-                run.finish()
+                with StopSignal():  # nothing stops a run that is done while its result is written
+                    run.finish()
 
 
 def make_batching(plan: Plan, fabric: Fabric) -> Batching:
