@@ -280,9 +280,9 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
         if isinstance(error, RuntimeError) and is_lost_process(error):
+            what = "does not answer" if "imed out" in text else "has ended, see its message"
             raise ValueError(
-                f"another process of this run has ended, see its message, or does not answer; "
-                f"{last_checkpoint(run_dir)} ({text[:120]})"
+                f"another process of this run {what}; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
         raise
 

@@ -45,8 +45,8 @@ from lit_gpt.report import held_memory_bytes
 from lit_gpt.resume import SUMMARY, StopSignal, explain_faults, flatten, open_run
 from lit_gpt.run import Run
 
-PATIENCE = {"full": timedelta(minutes=30)}
-"""Longer than the default, for a first process that writes all weights and their optimizer's state."""
+PATIENCE = {"ether": timedelta(minutes=10), "lora": timedelta(minutes=10), "full": timedelta(minutes=30)}
+"""For how long processes wait for each other: the first one may be writing all weights and their optimizer's state."""
 
 
 def finetune(
@@ -93,7 +93,7 @@ def finetune(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(deterministic)
-    unfit, patience = check_launch(devices, num_nodes), PATIENCE.get(job.kind, timedelta(minutes=10))
+    unfit, patience = check_launch(devices, num_nodes), PATIENCE[job.kind]
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
         where = dict(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
         fabric = launch_fabric(**where, patience=patience)

@@ -16,11 +16,12 @@ import pytest
 import torch
 from test_train import command, losses_of, refusal, script, train, write_base, write_work
 
+from lit_gpt import run as run_module
 from lit_gpt.adapter_files import load_adapter
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import run
 from lit_gpt.data import load_split, save_split
-from lit_gpt.resume import checkpoint_folders, damage, flatten, locked
+from lit_gpt.resume import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
 
 ADAPTER = "lit_model_ether_finetuned.pth"
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
@@ -57,6 +58,8 @@ class Training:
 def in_process(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """What the process does."""
     os.environ.update(environment)
+    for number in (signal.SIGHUP, signal.SIGUSR1):  # as from a terminal, however the tests were started
+        signal.signal(number, signal.SIG_DFL)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -136,7 +139,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(work, whol
     assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, number, code):
     out = tmp_path / "run"
     training = Training(work, out, *LONG, "--train.save_interval", "1000")
@@ -147,6 +152,44 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, numb
     assert len(checkpoint_folders(out)) == 1
     train(work, "etherplusHH", out, *LONG, "--resume", "true")
     assert same_result(out, whole)
+
+
+def test_one_request_to_end_may_come_as_several_signals():
+    """torchrun passes on what its processes have got themselves; SLURM sends SIGUSR1, and SIGTERM later."""
+    with StopSignal() as stop:
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.received == signal.SIGUSR1
+    child = os.fork()
+    if child == 0:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop._since -= REPEATED
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_under_nohup_the_end_of_the_terminal_is_not_a_request(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_the_result_is_written_does_not_lose_it(work, tmp_path, monkeypatch):
+    """A run without checkpoints has nothing else to go on from."""
+    write = run_module.write_summary
+
+    def signalled(*args) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*args)
+
+    monkeypatch.setattr(run_module, "write_summary", signalled)
+    assert train(work, "ether", tmp_path / "run")["steps"] == 6
 
 
 def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, capsys):
