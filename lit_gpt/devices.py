@@ -29,8 +29,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 STRATEGIES = ("auto", "ddp", "fsdp")
-
-
 T = TypeVar("T")
 
 
@@ -40,7 +38,7 @@ def launch_variables() -> dict[str, str]:
 
     A batch script has the variables of its first task, too, but runs outside of any step: it is one process.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "NODE_RANK")
     said = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     slurm = {name[6:]: value for name, value in os.environ.items() if name.startswith("SLURM_")}
     if "LOCAL_RANK" in said or slurm.get("STEP_NUM_TASKS", "1") == "1":

@@ -93,28 +93,13 @@ def finetune(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(deterministic)
-    unfit, patience = check_launch(devices, num_nodes), PATIENCE[job.kind]
+    shared = dict(strategy=strategy, precision=precision)
+    unfit = check_launch(devices, num_nodes)
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
-        where = dict(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)
-        fabric = launch_fabric(**where, patience=patience)
-
-    def prepare() -> tuple[Job, Plan]:
-        settled = settle_adapter(job)
-        return settled, make_plan(
-            settled,
-            io=io,
-            train=train,
-            eval=eval,
-            precision=precision,
-            quantize=quantize,
-            processes=devices * num_nodes,
-            strategy=strategy,
-            overwrite=overwrite,
-            resume=resume,
-            unfit=unfit,
-        )
-
-    job, plan = together(prepare)
+        fabric = launch_fabric(**shared, devices=devices, num_nodes=num_nodes, patience=PATIENCE[job.kind])
+    shared |= dict(io=io, train=train, eval=eval, quantize=quantize, overwrite=overwrite, resume=resume)
+    job = together(lambda: settle_adapter(job))
+    plan = together(lambda: make_plan(job, **shared, processes=devices * num_nodes, unfit=unfit))
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     plan.run_dir, finished = gather((plan.run_dir, resume and (plan.run_dir / SUMMARY).is_file()))[0]
     if finished:
