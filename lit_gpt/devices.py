@@ -7,7 +7,7 @@ has all of it, and its gradients are averaged once a step.
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -104,7 +104,8 @@ def launch_fabric(*, strategy: str, devices: int, num_nodes: int, precision: str
     if strategy == "fsdp":
         chosen = ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=patience)
     elif processes > 1:
-        chosen = DDPStrategy(timeout=patience)
+        # Every process reads the base itself: the first one does not send it to the others.
+        chosen = DDPStrategy(timeout=patience, init_sync=False)
     os.environ.update(launch_variables())
     # Fabric takes a batch script for one of srun's tasks; what srun says is in the environment by now.
     by_slurm = "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -177,6 +178,12 @@ def together(function: Callable[[], T]) -> T:
     if dist.is_initialized() and dist.get_rank():
         raise SystemExit(1)  # once is enough to say it
     raise problem or ValueError("; ".join(dict.fromkeys(failed)))
+
+
+def share_start(parameters: Iterable[Tensor]) -> None:
+    """Give every process the first one's values of what trains; the rest is read from files that are alike."""
+    for parameter in parameters if dist.is_initialized() else ():
+        dist.broadcast(parameter.data, 0)
 
 
 def check_alike(mine: Mapping[str, Any]) -> None:

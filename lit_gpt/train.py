@@ -34,6 +34,7 @@ from lit_gpt.devices import (
     gather,
     is_sharded,
     launch_fabric,
+    share_start,
     together,
 )
 from lit_gpt.loss import MULTIPLE
@@ -169,6 +170,7 @@ def set_up(
     if compile:
         compile_blocks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    share_start(trained)
     optimizer = torch.optim.AdamW(trained, lr=plan.train.learning_rate, weight_decay=plan.weight_decay)
     return wrapped, fabric.setup_optimizers(optimizer)
 

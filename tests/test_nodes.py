@@ -126,7 +126,7 @@ def test_an_agent_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(work,
     one, out, whole = (tmp_path / name for name in ("one", "run", "whole"))
     train(work, "etherplusHH", one, *LONG)
     first, second = agents(work, out, *LONG)
-    wait_for(lambda: checkpoint_folders(out))
+    wait_for(lambda: checkpoint_folders(out), 300)  # fresh processes, all their imports included
     second.kill()
     code, text = first.end()
     assert code == 1

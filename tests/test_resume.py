@@ -81,9 +81,9 @@ def two_processes(work, out: Path, *more: str) -> list[Training]:
     ]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds; a minute at most."""
-    end = time.monotonic() + 60
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until it holds, but not for longer."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.005)
