@@ -5,6 +5,7 @@
   gradient, since the loss is summed over the whole optimizer step.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,15 +71,26 @@ def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 
 def packs(samples: Sequence[Sample], n_tokens: int, *, size: Callable[[Sample], int] = length) -> list[list[Sample]]:
-    """Cut samples into packs of at most ``n_tokens`` together: each goes where it first fits, the longest first."""
+    """Cut samples into packs of at most ``n_tokens`` together: the longest first, each where it leaves least room."""
     found: list[list[Sample]] = []
+    by_room: dict[int, list[list[Sample]]] = {}  # packs by the tokens that still fit into them
+    rooms: list[int] = []  # the sorted keys that have a pack: never more than n_tokens, however many samples
     for sample in sorted(samples, key=length, reverse=True):
-        room = (pack for pack in found if sum(map(size, pack)) + size(sample) <= n_tokens)
-        pack = next(room, None)
-        if pack is None:
-            found.append([sample])
+        needed = size(sample)
+        at = bisect_left(rooms, needed)
+        if at < len(rooms):
+            room = rooms[at]
+            pack = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[at]
         else:
-            pack.append(sample)
+            room, pack = n_tokens, []
+            found.append(pack)
+        pack.append(sample)
+        alike = by_room.setdefault(room - needed, [])
+        if not alike:
+            insort(rooms, room - needed)
+        alike.append(pack)
     return found
 
 
