@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_gpt.attention import Packing, attend
 from lit_gpt.config import Config
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 
@@ -91,8 +92,8 @@ class GPT(nn.Module):
             raise ValueError(f"{start + longest} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, d)
         positions = torch.arange(start, start + longest, device=idx.device)
-        mask = self.attention_mask(start, longest, idx.device)
-        packing = Packing(lengths) if lengths else None
+        packing = Packing(lengths, self.config, device=x.device, dtype=x.dtype) if lengths else None
+        mask = None if packing and packing.fused else self.attention_mask(start, longest, idx.device)
         if packing:
             positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
         rope = rope_angles(self.config, positions, x.dtype)
@@ -152,7 +153,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         input_pos: int | None = None,
-        packing: "Packing | None" = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         normed = self.norm_1(x)
@@ -179,7 +180,7 @@ class CausalSelfAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         input_pos: int | None = None,
-        packing: "Packing | None" = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         B, T, _ = x.shape
@@ -192,35 +193,12 @@ class CausalSelfAttention(nn.Module):
         if input_pos is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
             k, v = self.kv_cache.update(k, v, start=input_pos)  # (B, G, start + T, S)
-        if T == 1:  # the query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast
+        if T == 1 and packing is None:
+            # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
         y = attend(q, k, v, mask, is_causal=T > 1) if packing is None else packing.attend(q, k, v, mask)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask takes the place of causality."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal and mask is None, enable_gqa=q.size(1) != k.size(1)
-    )
-
-
-class Packing:
-    """Samples of these lengths, one after another along T.
-
-    An object, not a list: ``torch.compile`` would compile anew for lists of other lengths.
-    """
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
-
-    @torch.compiler.disable  # for the same reason
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """``attend`` inside each sample: no work is spent on pairs of positions from different ones."""
-        parts = zip(*(tensor.split(self.lengths, dim=2) for tensor in (q, k, v)), strict=True)
-        masks = (None if mask is None else mask[:length, :length] for length in self.lengths)
-        return torch.cat([attend(*part, own, is_causal=True) for part, own in zip(parts, masks, strict=True)], dim=2)
 
 
 class QKVLinear(nn.Linear):

@@ -111,6 +111,8 @@ def finetune(
     settings |= dict(num_nodes=num_nodes, strategy=strategy, compile=compile, seed=seed, deterministic=deterministic)
     settings |= dict(quantize=quantize)
     together(lambda: check_alike(plan.facts | flatten(settings | {"io": {}})))
+    if compile:
+        together(lambda: check_compiler(fabric.device))
     with open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint:
         batching = make_batching(plan, fabric)
         largest = batching.collate(
@@ -214,6 +216,17 @@ def compile_blocks(model: GPT) -> None:
     torch._dynamo.config.recompile_limit = 64  # graphs with and without gradients, adapters, a mask, a single row
     for block in model.transformer.h:
         block.compile(dynamic=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError unless ``torch.compile`` works on the device: it needs Triton, a C or C++ compiler, headers."""
+    try:
+        torch.compile(torch.sin)(torch.ones(16, device=device))  # seconds, whose preparations the blocks need too
+    except Exception as error:  # whatever is missing: each backend has exceptions of its own
+        reason = str(error).split("\n\n")[0]  # then follow PyTorch's switches for its developers
+        raise ValueError(
+            f"--compile true cannot compile for {device}: {reason}; install what is missing, or use --compile false"
+        ) from error
 
 
 def rehearse(fabric: Fabric, model: nn.Module, batch: tuple[Tensor, Tensor, list[int] | None]) -> None:

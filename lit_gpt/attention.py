@@ -1,0 +1,109 @@
+"""Attention of a sequence to itself or to cached keys, and of samples that are packed one after another into one row.
+
+Packed samples need no mask of T by T and no work on pairs from different samples: where PyTorch's flash attention
+takes them whole (16 bits on an NVIDIA GPU), one call attends in all of them; elsewhere each sample is a call.
+To ``torch.compile`` both are one operator: a block has no graph break, and is not compiled anew for other lengths.
+
+Shapes: B batch, T tokens, H query heads, G key/value groups, S head size.
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from lit_gpt.config import Config
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
+    """Return the attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask replaces causality."""
+    # While a block is compiled, comparisons of sizes are symbols, which this function refuses: the graph would break.
+    flags = dict(is_causal=bool(is_causal) and mask is None, enable_gqa=bool(q.size(1) != k.size(1)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **flags)
+
+
+class Packing:
+    """Samples of these lengths, one after another along T; made once a pass, read by every layer.
+
+    An object, not a list: ``torch.compile`` would compile anew for lists of other lengths.
+
+    Attributes:
+        fused: one call attends in all samples, and needs no mask for a sliding window.
+    """
+
+    def __init__(self, lengths: Sequence[int], config: Config, *, device: torch.device, dtype: torch.dtype) -> None:
+        kind = device.type
+        self.lengths, self.longest = list(lengths), max(lengths)
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        self.fused = runs_fused(device, self.dtype, config.head_size)
+        # A window of w ends at the token itself: flash attention counts the w - 1 before it, and -1 for all of them.
+        self.window = (-1 if config.sliding_window is None else config.sliding_window - 1, 0)
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+        self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
+        q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
+        if self.fused:
+            rows = (tensor.transpose(1, 2).squeeze(0) for tensor in (q, k, v))  # (T, H or G, S)
+            sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
+            return varlen_attn(*rows, *sizes, window_size=self.window, enable_gqa=True).transpose(0, 1).unsqueeze(0)
+        if torch.compiler.is_compiling():
+            return attend_packed(q, k, v, mask, self.bounds)
+        return attend_each(q, k, v, mask, lengths=self.lengths)
+
+
+def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Return True where PyTorch's flash attention takes packed samples of this kind, backward pass included."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None  # sliding windows are missing there
+        and torch.backends.cuda.is_flash_attention_available()
+        and "enable_gqa" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.12 on
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_size % 8 == 0
+        and head_size <= 192  # larger ones have no backward pass on consumer cards
+    )
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, lengths: list[int]) -> Tensor:
+    """``attend`` inside one sample after the other."""
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
+    masks = (None if mask is None else mask[:length, :length] for length in lengths)
+    return torch.cat([attend(*part, own, is_causal=True) for part, own in zip(parts, masks, strict=True)], dim=2)
+
+
+@torch.library.custom_op("lit_gpt::attend_packed", mutates_args=())
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: Tensor) -> Tensor:
+    """``attend_each`` as a single operator for ``torch.compile``; bounds (n + 1,) on the CPU."""
+    return attend_each(q, k, v, mask, lengths=bounds.diff().tolist()).contiguous()
+
+
+@torch.library.custom_op("lit_gpt::attend_packed_backward", mutates_args=())
+def attend_packed_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; the forward pass is computed once more for them."""
+    _, pull_back = torch.func.vjp(partial(attend_each, mask=mask, lengths=bounds.diff().tolist()), q, k, v)
+    dq, dk, dv = pull_back(grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *attend_packed_backward(grad, *ctx.saved_tensors), None, None
+
+
+attend_packed.register_fake(lambda q, *rest: q.new_empty(q.shape))
+attend_packed.register_autograd(_gradients, setup_context=_save_inputs)
+attend_packed_backward.register_fake(lambda grad, *qkv: tuple(tensor.new_empty(tensor.shape) for tensor in qkv[:3]))
