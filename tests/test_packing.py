@@ -1,6 +1,6 @@
-"""Packed attention on a GPU, as far as a CPU can tell, and compiled blocks: how often they compile, and no graph break.
+"""Packed attention on a GPU, as far as a CPU can tell; compiled blocks: how often they compile, and no graph break.
 
-PyTorch's operator for packed samples is real up to its kernel, which is CUDA's: Python wrapper, shapes for compiling and
+PyTorch's operator for packed samples is real up to its kernel, which is CUDA's: Python wrapper, shapes for compiling,
 autograd formula. A kernel for the CPU, which follows the operator's documentation, takes that one's place.
 """
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from test_speed import ARCHITECTURES, PACKED, PADDED, assert_same_step, build, samples_of, step
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from lit_gpt import attention
+from lit_gpt.attention import runs_fused
+from lit_gpt.train import check_compiler
 
 CALLS: list[dict] = []
 """What the kernel was called with."""
@@ -64,3 +67,50 @@ def test_one_call_for_all_packed_samples_has_the_loss_and_the_gradients_of_padde
     assert len(CALLS) == 2  # layers
     assert CALLS[0]["bounds"].tolist() == [0, 5, 25, 36, 49] and CALLS[0]["longest"] == 20
     assert CALLS[0]["bounds"].data_ptr() == CALLS[1]["bounds"].data_ptr()  # made once a pass
+
+
+@pytest.mark.parametrize("way", ["as on a GPU", "as on a CPU"])
+def test_a_compiled_block_has_no_graph_break_and_is_compiled_once_for_all_lengths(request, way):
+    if way == "as on a GPU":
+        request.getfixturevalue("fused")
+    model = build(n_layer=1)
+    batches = [(PACKED, (9, 14)), (PADDED, (9, 14)), (PACKED, (5, 6, 7, 8)), (PADDED, (20, 3, 4))]
+    expected = [step(model, samples_of(*lengths), batching) for batching, lengths in batches]
+    torch._dynamo.reset()
+    counters.clear()
+    model.transformer.h[0].compile(dynamic=True, backend="aot_eager")
+    found = [step(model, samples_of(*lengths), batching) for batching, lengths in batches]
+    for one, other in zip(expected, found, strict=True):
+        assert_same_step(one, other)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # packed and padded
+
+
+def test_where_packed_samples_are_one_call(monkeypatch):
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    assert not runs_fused(torch.device("cpu"), bf16, 64)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert runs_fused(gpu, bf16, 64) and runs_fused(gpu, torch.float16, 128)
+    assert not runs_fused(gpu, torch.float32, 64)  # exact
+    assert not runs_fused(gpu, bf16, 12) and not runs_fused(gpu, bf16, 256)
+    monkeypatch.setattr(attention, "varlen_attn", lambda query, key, value, *, window_size=(-1, -1): None)
+    assert not runs_fused(gpu, bf16, 64)  # PyTorch 2.11's
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not runs_fused(gpu, bf16, 64)
+
+
+def test_under_autocast_packed_queries_keys_and_values_are_of_one_dtype(fused):
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, samples_of(9, 14), PACKED)
+    assert {call["dtype"] for call in CALLS} == {torch.bfloat16}
+
+
+def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="--compile true cannot compile for cpu: .*--compile false") as refusal:
+        check_compiler(torch.device("cpu"))
+    assert "\n\n" not in str(refusal.value)
