@@ -12,8 +12,12 @@ from test_speed import ARCHITECTURES, PACKED, PADDED, assert_same_step, build, s
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lit_gpt import attention
+from lit_gpt import GPT, Config, attention
+from lit_gpt.adapter import mark_only_adapter_as_trainable
 from lit_gpt.attention import runs_fused
+from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.quantize import quantize_model
 from lit_gpt.train import check_compiler
 
 CALLS: list[dict] = []
@@ -83,6 +87,51 @@ def test_a_compiled_block_has_no_graph_break_and_is_compiled_once_for_all_length
     for one, other in zip(expected, found, strict=True):
         assert_same_step(one, other)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # packed and padded
+
+
+METHODS = {
+    "ether": EtherConfig(Htype="ether", nb=2, projection=True, block_dropout=0.1),
+    "etherplus": EtherConfig(Htype="etherplus", nb=2, projection=True),
+    "oft": EtherConfig(Htype="oft", nb=2, projection=True),
+    "lora": LoraConfig(r=2, projection=True, dropout=0.1),
+    "full": None,
+}
+
+
+def compiled(kind: str, quantize: str | None = None) -> GPT:
+    """A tiny model of one block, compiled for a method; its base quantized where asked for."""
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, block_size=128)
+    model = GPT(Config(name="tiny", vocab_size=400, **sizes))
+    if quantize:
+        quantize_model(model, quantize, model.state_dict(), dtype=torch.float32, device="cpu")
+    if METHODS[kind] is not None:
+        (add_lora if kind == "lora" else add_ether)(model, METHODS[kind])
+        mark_only_adapter_as_trainable(model)
+    torch._dynamo.reset()
+    counters.clear()
+    model.transformer.h[0].compile(dynamic=True, backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_each_method_compiles_a_block_once_with_checkpointing(kind):
+    model = compiled(kind)
+    model.activation_checkpointing = True
+    step(model, samples_of(9, 14), PACKED)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(model, samples_of(5, 6, 7, 8), PACKED)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("scheme", ["bnb.nf4", "bnb.int8"])
+def test_on_a_quantized_base_compilations_are_bounded(scheme):
+    model = compiled("ether", scheme)
+    step(model, samples_of(9, 14), PADDED)
+    n = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(model, samples_of(5, 6, 7, 8), PADDED)
+    assert not counters["graph_break"] and n == 1
 
 
 def test_where_packed_samples_are_one_call(monkeypatch):
