@@ -41,6 +41,11 @@ class Part:
         return slice(self.start, self.stop)
 
     @property
+    def index(self) -> int:
+        """Its place among the parts of its Linear."""
+        return "qkv".index(self.suffix)  # torch.compile cannot look it up in a tuple of parts
+
+    @property
     def size(self) -> int:
         """How many."""
         return self.stop - self.start
@@ -87,12 +92,12 @@ class AdapterLayer(nn.Linear):
     def product(self, part: Part, x: Tensor) -> Tensor:
         """W x + b of one part."""
         if self.quantized is not None:
-            return self.quantized.product(self.parts.index(part), x, self.bias_of(part))
+            return self.quantized.product(part.index, x, self.bias_of(part))
         return F.linear(x, self.weight[part.rows], self.bias_of(part))
 
     def weight_of(self, part: Part) -> Tensor:
         """The (rows, in) weight of one part, to look at; a quantized one is dequantized for it."""
-        return self.weight[part.rows] if self.quantized is None else self.quantized.dequantized(self.parts.index(part))
+        return self.weight[part.rows] if self.quantized is None else self.quantized.dequantized(part.index)
 
     def bias_of(self, part: Part) -> Tensor | None:
         """One part's share of the bias."""
