@@ -133,11 +133,15 @@ def thin_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
         left and right, (n, k, b) in fp32 (fp64 for fp64), k the number of vectors.
     """
     left, right = _sides(_partners(unit(torch.stack(vectors, dim=-2))), len(vectors))
-    return FACTORS[len(vectors)] * left, right
+    return _factor(len(vectors)) * left, right
 
 
-FACTORS = {1: -2.0, 2: -0.5}
-"""f of R - I = f sum over k of w_~k w_k^T, by the number of vectors; ~k is k's partner."""
+def _factor(k: int) -> float:
+    """Return f of R - I = f sum over k of w_~k w_k^T for one or two vectors; ~k is k's partner.
+
+    Not a table: torch.compile takes a global number for a variable, and fails at its second use.
+    """
+    return -2.0 if k == 1 else -0.5
 
 
 def _partners(units: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def _apply(x: Tensor, w: Tensor, k: int, *, about: Tensor | None, keep: Tensor |
         projections = projections - torch.bmm(about.unsqueeze(1), right.mT)
     if keep is not None:
         projections = projections * keep.unsqueeze(-1).to(x.dtype)
-    return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=FACTORS[k]), projections
+    return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=_factor(k)), projections
 
 
 class _Reflection(torch.autograd.Function):
@@ -187,7 +191,7 @@ class _Reflection(torch.autograd.Function):
         units = stacked / lengths
         w = _partners(units).to(x.dtype)
         y, projections = _apply(x.reshape(-1, *x.shape[-2:]), w, len(vectors), about=about, keep=keep)
-        y, projections = y.view(x.shape), projections.to(x.dtype)  # autocast takes the products in 16 bits
+        y, projections = y.view_as(x), projections.to(x.dtype)  # autocast takes the products in 16 bits
         ctx.save_output = save_output
         ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, w)
         return y
@@ -203,7 +207,7 @@ class _Reflection(torch.autograd.Function):
         sums = torch.bmm(projections.mT, g.transpose(0, 1))
         sums = torch.baddbmm(sums, grad_projections, saved.transpose(0, 1))  # (n, k, b)
         if ctx.save_output:  # x = y - f sum_k a_k w_~k, and of that sum only its products with g count
-            sums = torch.baddbmm(sums, grad_projections @ projections, _sides(w, k)[0], alpha=-FACTORS[k])
+            sums = torch.baddbmm(sums, grad_projections @ projections, _sides(w, k)[0], alpha=-_factor(k))
         if about is not None:
             sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), about.unsqueeze(1), alpha=-1)
         of_units = sums.to(units.dtype)
@@ -211,7 +215,7 @@ class _Reflection(torch.autograd.Function):
             first, second = of_units.unbind(-2)
             of_units = torch.stack([second + first, second - first], dim=-2)
         tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
-        return grad_x.view(grad.shape), None, None, None, *(tangential * (FACTORS[k] / lengths)).unbind(-2)
+        return grad_x.view_as(grad), None, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
 
 
 class _Cayley(torch.autograd.Function):
