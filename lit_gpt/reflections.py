@@ -19,8 +19,10 @@ norms and differences of vectors in fp32 (fp64 for fp64).
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +42,35 @@ def use_form(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen["form"] = before
+
+
+def _function(x: Tensor) -> type[torch.autograd.Function]:
+    """Return what takes a reflection of x: the kernels where they are asked for and run, else thin products."""
+    if _chosen["form"] == "triton" and _kernels_run_on(x.device):
+        from lit_gpt.kernels import LARGEST_BLOCK, FusedReflection
+
+        if x.size(-1) <= LARGEST_BLOCK:
+            return FusedReflection
+    return _Reflection
+
+
+@torch.compiler.assume_constant_result  # Dynamo would ignore the cache below and trace into what it keeps
+def _kernels_run_on(device: torch.device) -> bool:
+    return _try_kernels(device)
+
+
+@cache
+def _try_kernels(device: torch.device) -> bool:
+    """Return whether the kernels run on a device; where they do not, say so on stderr."""
+    try:
+        from lit_gpt.kernels import try_on
+
+        try_on(device)
+    except Exception as error:  # whatever Triton, a driver or a compiler raises: the products need none of them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"no Triton kernels on {device} ({reason}): reflections are taken as thin products", file=sys.stderr)
+        return False
+    return True
 
 
 def unit(u: Tensor) -> Tensor:
@@ -66,7 +97,7 @@ def reflect(
         keep: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
         save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _Reflection.apply(x, about, keep, save_output, u)
+    return _function(x).apply(x, about, keep, save_output, u)
 
 
 def reflect_plus(
@@ -82,7 +113,7 @@ def reflect_plus(
 
     Args: as for ``reflect``, with a second vector.
     """
-    return _Reflection.apply(x, about, keep, save_output, u, v)
+    return _function(x).apply(x, about, keep, save_output, u, v)
 
 
 def cayley(a: Tensor) -> Tensor:
