@@ -46,6 +46,8 @@ def use_form(name: str) -> Iterator[None]:
 
 def _function(x: Tensor) -> type[torch.autograd.Function]:
     """Return what takes a reflection of x: the kernels where they are asked for and run, else thin products."""
+    if _chosen["form"] not in FORMS:
+        raise ValueError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
     if _chosen["form"] == "triton" and _kernels_run_on(x.device):
         from lit_gpt.kernels import LARGEST_BLOCK, FusedReflection
 

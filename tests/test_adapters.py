@@ -25,7 +25,7 @@ from lit_gpt.ether import (
 )
 from lit_gpt.lora import LoraConfig, add_lora, lora_filter, merge_lora_weights
 from lit_gpt.model import QKVLinear
-from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, thin_factors, unit
+from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, thin_factors, unit, use_form
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -377,6 +377,8 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
 
 
 def test_refusals_say_what_to_do():
+    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: products, triton"):
+        build("mha_bias", "ether")(IDX)
     with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
         EtherConfig(Htype="etherplusH")
     with pytest.raises(
