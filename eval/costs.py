@@ -14,8 +14,9 @@ Notable choices:
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -39,6 +40,8 @@ from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.memory import meta_model, spread_evenly, twin
 from lit_gpt.model import GPT
+from lit_gpt.quantize import quantize_model
+from lit_gpt.train import compile_blocks
 
 FLOOR, LORA = "frozen model", "LoRA r=8"
 METHOD_NAMES = {"ether": "ETHER", "etherplus": "ETHER+ one-sided", "etherplusHH": "ETHER+ two-sided", "oft": "OFT"}
@@ -89,8 +92,7 @@ def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
 def step_loss(model: GPT, idx: Tensor) -> Tensor:
     """The loss of a step, ``model(idx, targets=idx)``, in one piece.
 
-    Picking the positions with a target, as the model does, needs their number: neither the meta device nor a compiled
-    graph has it.
+    Picking the positions with a target, as the model does, needs their number, which the meta device does not have.
     """
     return F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten(), reduction="sum")
 
@@ -180,43 +182,63 @@ def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length:
     return sum(size for storage, size in storages.items() if storage not in weights)
 
 
-def measure(
+def random_models(
     config: Config,
     variants: Sequence[Variant],
     *,
-    seq_length: int,
     dtype: torch.dtype,
     device: torch.device,
-    rounds: int,
-    compiled: bool,
-) -> list[dict[str, Any]]:
-    """For each variant ``seconds``, of a step in each round; on a GPU also ``peak_bytes``.
+    compiled: bool = False,
+    scheme: str | None = None,
+) -> list[GPT]:
+    """A model for each variant, all on one set of random weights, which ``scheme`` quantizes."""
+    base = meta_model(config, dtype).requires_grad_(False)
+    if scheme is not None:
+        quantize_model(base, scheme, RandomWeights(base, device), dtype=dtype, device=device)
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                weight = torch.empty_like(parameter, device=device).normal_(std=0.02)
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    base.tie_weights()
+    models = [attach(twin(base), variant.adapter) for variant in variants]
+    for model in models if compiled else ():
+        compile_blocks(model)
+    return models
+
+
+class RandomWeights(dict[str, Tensor]):
+    """A model's weights by name, drawn when they are asked for."""
+
+    def __init__(self, model: GPT, device: torch.device) -> None:
+        super().__init__(model.state_dict())
+        self.device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.empty_like(super().__getitem__(name), device=self.device).normal_(std=0.02)
+
+
+def measure(models: Sequence[GPT], *, seq_length: int, rounds: int) -> list[dict[str, Any]]:
+    """For each of ``random_models`` ``seconds``, of a step in each round; on a GPU also ``peak_bytes``.
 
     A round before the first is discarded. A peak is what the weights, this one adapter and a step took together.
     """
-    base = twin(meta_model(config, dtype), device)
-    for parameter in base.parameters():
-        parameter.normal_(std=0.02)
-    weights = sum(p.nbytes for p in base.parameters())
-    models = [attach(twin(base), variant.adapter) for variant in variants]
-    loss = step_loss
-    if compiled:
-        torch._dynamo.config.recompile_limit = 2 * len(models)  # each has a graph of its own
-        loss = torch.compile(step_loss)
-    idx = torch.randint(config.vocab_size, (1, seq_length), device=device)
+    device = models[0].lm_head.weight.device
+    trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
+    held = torch.cuda.memory_allocated() - sum(trained) if device.type == "cuda" else 0
+    idx = torch.randint(models[0].config.vocab_size, (1, seq_length), device=device)
     found: list[dict[str, Any]] = [{"seconds": []} for _ in models]
     for turn in tqdm(range(rounds + 1), desc="rounds", leave=False):
         for index in random.Random(turn).sample(range(len(models)), len(models)):
-            seconds, peak = timed_step(loss, models[index], idx)
+            seconds, peak = timed_step(models[index], idx)
             if turn > 0:
                 found[index]["seconds"].append(seconds)
             if turn > 0 and peak is not None:
-                trained = sum(p.nbytes for p in models[index].parameters() if p.requires_grad)
-                found[index]["peak_bytes"] = weights + trained + peak
+                found[index]["peak_bytes"] = held + trained[index] + peak
     return found
 
 
-def timed_step(loss: Callable[[GPT, Tensor], Tensor], model: GPT, idx: Tensor) -> tuple[float, int | None]:
+def timed_step(model: GPT, idx: Tensor) -> tuple[float, int | None]:
     """Seconds of a forward and backward pass, and on a GPU the bytes that it took beyond those held before."""
     on_gpu = idx.device.type == "cuda"
     if on_gpu:
@@ -224,10 +246,26 @@ def timed_step(loss: Callable[[GPT, Tensor], Tensor], model: GPT, idx: Tensor) -
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     start = perf_counter()
-    loss(model, idx).backward()
+    step_loss(model, idx).backward()
     if on_gpu:
         torch.cuda.synchronize()
     seconds = perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
     model.zero_grad()
     return seconds, peak
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
+    for row in rows:
+        for name, other in zip(("time_x_floor", "time_x_lora"), rows[:2], strict=True):
+            each = [own / its for own, its in zip(row["seconds"], other["seconds"], strict=True)]
+            row[name] = {"median": median(each), "min": min(each), "max": max(each)}
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table, its first column flush left."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in (header, rule, *lines))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)

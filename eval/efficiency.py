@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 import torch
 
-from eval.costs import FLOOR, LORA, choose_variants, count, measure
+from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
 from lit_gpt.checkpoint import (
     atomic_write,
@@ -93,25 +93,9 @@ def time_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table, its first column flush left."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in (header, rule, *lines))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
-
 def tflops(flops: float) -> str:
     """To four figures."""
     return f"{flops / 1e12:#.4g}"
-
-
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
-    for row in rows:
-        for name, other in zip(("time_x_floor", "time_x_lora"), rows[:2], strict=True):
-            each = [own / its for own, its in zip(row["seconds"], other["seconds"], strict=True)]
-            row[name] = {"median": median(each), "min": min(each), "max": max(each)}
 
 
 def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, published: bool) -> None:
@@ -225,7 +209,7 @@ def setup(
         precision: of the weights: 32-true, bf16-true or 16-true.
         time: also time steps, with random weights, and on a GPU measure peak memory.
         rounds: how often every method is timed, in turns.
-        compile: time the step under torch.compile.
+        compile: time the step with compiled blocks, as training compiles them.
         out_dir: gets efficiency.json and flops.png; by default logs/efficiency/NAME.
         overwrite: let it replace an efficiency.json that is there.
     """
@@ -248,8 +232,8 @@ def setup(
         row |= count(config, variant, seq_length=seq_length, dtype=dtype)
     print(cost_table(rows, length))
     if time:
-        how = dict(seq_length=seq_length, dtype=dtype, device=device, rounds=rounds, compiled=compile)
-        for row, times in zip(rows, measure(config, variants, **how), strict=True):
+        models = random_models(config, variants, dtype=dtype, device=device, compiled=compile)
+        for row, times in zip(rows, measure(models, seq_length=seq_length, rounds=rounds), strict=True):
             row |= times
         add_ratios(rows)
         print_times(rows, where=describe(device), compiled=compile)

@@ -212,7 +212,9 @@ def twin(base: GPT, device: torch.device | str | None = None) -> GPT:
             return parameter
         return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
 
-    return copy.deepcopy(base, {id(parameter): weight(parameter) for parameter in base.parameters()})
+    scales = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]  # of a quantized weight
+    shared = {id(parameter): weight(parameter) for parameter in base.parameters()}
+    return copy.deepcopy(base, shared | {id(scale): scale for scale in scales})
 
 
 class LiveBytes(TorchDispatchMode):

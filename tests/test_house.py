@@ -20,7 +20,7 @@ SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / fold
 SCRIPTS = [p for p in SOURCES if "run(setup)" in p.read_text(encoding="utf-8")]
 # What is installed under another name than it is imported by.
 PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
-OPTIONAL = {"bitsandbytes", "tensorboard", "triton", "wandb"}  # one line says so where they are missing
+OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # one line says so where they are missing
 FORBIDDEN = {
     r"\bos\.system\(": "os.system hides failures: subprocess or shutil",
     r"except\s*:": "a bare except hides bugs",

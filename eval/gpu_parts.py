@@ -1,0 +1,367 @@
+"""Parts a to c of ``gpu_report.py``, and what all parts share: where they run, what they yield, how they time.
+
+- Parts are generators of ``Row`` and of notes (one line, for people). A row comes as soon as it is measured, so that a
+  part which is stopped keeps what it has.
+- Weights are random; nothing is downloaded. Without a GPU, and with --short, everything is tiny.
+- Optional libraries are imported in the part that needs them.
+"""
+
+import copy
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.costs import LORA, attach
+from lit_gpt import reflections
+from lit_gpt.batches import Batching
+from lit_gpt.checkpoint import choose_device
+from lit_gpt.config import Config
+from lit_gpt.data import Sample
+from lit_gpt.ether import METHODS, EtherConfig
+from lit_gpt.lora import LoraConfig
+from lit_gpt.memory import meta_model
+from lit_gpt.model import GPT
+from lit_gpt.train import compile_blocks
+
+FORMS = ("plain", "products", "triton")
+"""Names that ``reflections.use_form`` takes: how a reflection is computed."""
+TINY = Config(
+    name="a tiny model", n_layer=2, n_head=4, n_embd=64, n_query_groups=2, intermediate_size=96, vocab_size=512,
+    block_size=256, qkv_bias=True,
+)  # fmt: skip
+BARS = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest relative error of logits and gradients in part b: some roundings, far below a wrong formula's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some columns of one line of a table; lines of the same label grow together."""
+
+    table: str
+    label: str
+    values: dict[str, float | str]
+
+
+Found = Iterator[Row | str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where a part runs, at what size, and until when."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of 16 bits, what the device multiplies fast."""
+    short: bool
+    deadline: float = float("inf")
+
+    @classmethod
+    def detect(cls, *, short: bool, seconds: float) -> "Card":
+        """The GPU, or else the CPU, where everything is short."""
+        device = choose_device()
+        old = device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8
+        dtype = torch.float16 if old else torch.bfloat16
+        return cls(device, dtype, short or device.type == "cpu", monotonic() + seconds)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def left(self) -> float:
+        """Seconds until the part should end."""
+        return self.deadline - monotonic()
+
+    @property
+    def precision(self) -> str:
+        """``dtype`` as ``--precision`` names it; a tiny model on a CPU takes fp32, as many are slow in 16 bits."""
+        return "32-true" if not self.on_gpu else {torch.bfloat16: "bf16-true", torch.float16: "16-true"}[self.dtype]
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Those that run here."""
+        return FORMS if self.on_gpu else FORMS[:2]
+
+    def sizes(self, name: str) -> Config:
+        """A known model's sizes, or the tiny ones."""
+        return replace(TINY, qkv_bias=False) if self.short else Config.from_name(name)
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def attempt(label: str, measure_it: Callable[[], Found]) -> Found:
+    """What is measured; one line in its place where that fails, so that the rest goes on."""
+    try:
+        yield from measure_it()
+    except Exception as error:
+        yield f"{label}: {explain(error)}"
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"left out: needs {error.name}, which is not installed"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def at_fitting_size(card: Card, config: Config, measure_it: Callable[[Config], Found]) -> Found:
+    """Measure a model of as many layers as the memory takes; says so where these are not all."""
+    layers = config.n_layer
+    if card.on_gpu:
+        free = 0.85 * torch.cuda.mem_get_info()[0]  # the rest is for activations
+        need = sum(p.nbytes for p in meta_model(config, card.dtype).parameters())
+        layers = config.n_layer if need < free else max(1, int(config.n_layer * free / need))
+    while layers:
+        if layers < config.n_layer:
+            yield f"{layers} of {config.n_layer} layers of {config.name}: more do not fit the memory that is free"
+        try:
+            yield from measure_it(replace(config, n_layer=layers))
+            return
+        except torch.OutOfMemoryError:
+            layers //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+    yield f"not even one layer of {config.name} fits the memory that is free"
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+def seconds_of(card: Card, calls: Sequence[Callable[[], Any]], *, repeats: int = 5) -> float:
+    """Seconds of one of these calls: the fastest turn through all of them, by the number of them.
+
+    On a GPU the turn is captured as a graph first, so that what a CPU needs to start kernels is left out; calls on
+    different data of more bytes than the cache holds make it read memory.
+    """
+    for call in calls:
+        call()
+    turn: Callable[[], Any] = lambda: [call() for call in calls]  # noqa: E731
+    if card.on_gpu:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            turn()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            turn()
+        turn = graph.replay
+    found = []
+    for _ in range(repeats + 1):
+        card.wait()
+        start = perf_counter()
+        turn()
+        card.wait()
+        found.append(perf_counter() - start)
+    return min(found[1:]) / len(calls)
+
+
+def copy_bandwidth(card: Card) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    x = torch.empty(2**21 if card.short else 2**29, dtype=torch.bfloat16, device=card.device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / seconds_of(card, [lambda: y.copy_(x)])
+
+
+def machine(card: Card) -> Found:
+    """Say what the machine is, and measure what it does: memory's and the products' rate."""
+    compilers = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)]
+    yield f"torch {torch.__version__}, " + ", ".join(
+        f"{name} {installed(name)}" for name in ("lightning", "triton", "transformers", "peft", "bitsandbytes")
+    )
+    if not compilers:
+        yield "no C compiler: Triton cannot build its launcher, so compiled rows and Triton's kernels may be missing"
+    if not card.on_gpu:
+        yield f"no GPU: tiny sizes on a CPU with {torch.get_num_threads()} threads; the figures say nothing about a GPU"
+    else:
+        capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
+        yield f"{torch.cuda.get_device_name()}, {total / 1e9:.0f} GB, capability {capability[0]}.{capability[1]}"
+        if capability < (8, 0):
+            yield f"compute capability {capability[0]}.{capability[1]}: bf16 is emulated, fp16 takes its place"
+        if total - free > 2e9:
+            yield f"another process holds {(total - free) / 1e9:.1f} GB of the card: times below may be too long"
+    yield Row("", "copy", {"rate": copy_bandwidth(card) / 1e9, "unit": "GB/s"})
+    n = 256 if card.short else 8192
+    a, b = (torch.randn(n, n, device=card.device, dtype=card.dtype) for _ in range(2))
+    product = seconds_of(card, [lambda: a @ b])
+    yield Row("", f"product, {name_of(card.dtype)}", {"rate": 2 * n**3 / product / 1e12, "unit": "TFLOP/s"})
+
+
+def installed(package: str) -> str:
+    """A package's version, or that it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------------- exactness
+def adapters() -> dict[str, EtherConfig | LoraConfig]:
+    """Every method, side and layout, on every Linear."""
+    every = dict.fromkeys(("query", "key", "value", "projection", "mlp", "head"), True)
+    found: dict[str, EtherConfig | LoraConfig] = {"LoRA": LoraConfig(r=4, **every)}
+    for method, kind in METHODS.items():
+        found[method] = EtherConfig(method, nb=4, **every)
+        found[f"{method}, published layout"] = EtherConfig(method, nb=4, block_layout="published", **every)
+        if not kind.two_sided:
+            found[f"{method}, flipped"] = EtherConfig(method, nb=4, flip_side=True, **every)
+    return found
+
+
+def exactness(card: Card) -> Found:
+    """Compare the device with the CPU in fp64: logits and adapters' gradients of a tiny model."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtypes = [torch.float32, card.dtype] + [torch.float16] * (card.on_gpu and card.dtype != torch.float16)
+    chosen = adapters()
+    cases = [(label, dtype, "eager") for dtype in dtypes for label in chosen]
+    compiled = ["ether"] if card.short else list(chosen)
+    cases += [(label, card.dtype, form) for form in card.forms for label in ("ether", "etherplus", "etherplusHH")]
+    cases += [(label, dtype, "compiled") for dtype in dtypes[1::-1][: 1 if card.short else 2] for label in compiled]
+    wrong = 0
+    for index, (label, dtype, how) in enumerate(cases):
+        if card.left < 5:
+            yield f"left out for want of time: {len(cases) - index} of {len(cases)} cases, the compiled ones last"
+            break
+        for found in attempt(
+            f"{label}, {name_of(dtype)}, {how}", partial(compare, card, label, chosen[label], dtype, how)
+        ):
+            wrong += isinstance(found, str)
+            yield found
+    yield f"{wrong} of the cases above failed or are off by more than " + ", ".join(
+        f"{bar:g} ({name_of(dtype)})" for dtype, bar in BARS.items() if dtype in dtypes
+    )
+    yield from attempt("packing", partial(packing, card))
+
+
+def compare(card: Card, label: str, adapter: EtherConfig | LoraConfig, dtype: torch.dtype, how: str) -> Found:
+    """One case: the largest error of the logits and of the gradients, relative to the largest value of each tensor."""
+    exact, model = twins(card, adapter, dtype)
+    if how == "compiled":
+        compile_blocks(model)
+    idx = torch.randint(TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
+    results = []
+    for one in (exact, model):
+        with reflections.use_form(how) if how in FORMS and one is model else nullcontext():
+            logits = one(idx.to(one.lm_head.weight.device))
+        logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits))
+        grads = [p.grad for p in one.parameters() if p.requires_grad]
+        results.append([tensor.detach().double().cpu() for tensor in (logits, *grads)])
+    of_logits, *of_grads = (((b - a).abs().max() / a.abs().max()).item() for a, b in zip(*results, strict=True))
+    error = max(of_grads)
+    yield Row("", label, {f"{name_of(dtype)}, {how}": f"{of_logits:.0e} / {error:.0e}"})
+    if not max(of_logits, error) <= BARS[dtype]:
+        yield f"{label}, {name_of(dtype)}, {how}: off by {of_logits:.2g} (logits), {error:.2g} (gradients)"
+
+
+def twins(card: Card, adapter: EtherConfig | LoraConfig, dtype: torch.dtype) -> tuple[GPT, GPT]:
+    """One random model, all weights exact in ``dtype``, as fp64 on the CPU and as ``dtype`` on the device."""
+    torch.manual_seed(0)
+    model = attach(GPT(replace(TINY, sliding_window=32)).to(dtype), adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # away from the start, where several terms are zero
+                parameter += 0.3 * parameter.std() + 0.05 * torch.randn_like(parameter)
+    return copy.deepcopy(model).double(), model.to(card.device)
+
+
+def packing(card: Card) -> Found:
+    """Samples packed into one row against the same samples padded: loss and gradients."""
+    samples = random_samples([40, 17, 64, 5], TINY.vocab_size)
+    for label in ("LoRA", *METHODS):
+        errors = {}
+        for dtype in (torch.float32, card.dtype):
+            model, results = twins(card, adapters()[label], dtype)[1], []
+            for batching in (Batching(4), Batching(4, n_tokens=128)):
+                idx, targets, lengths = batching.collate(samples, card.device)
+                loss = model(idx, lengths=lengths, targets=targets)
+                grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+                results.append([tensor.double() for tensor in (loss, *grads)])
+            pairs = zip(*results, strict=True)
+            errors[f"packed, {name_of(dtype)}"] = max(((b - a).abs().max() / a.abs().max()).item() for a, b in pairs)
+        yield Row("", label, {name: f"{error:.0e}" for name, error in errors.items()})
+        for name, error in errors.items():
+            if not error <= BARS[torch.float32 if "fp32" in name else card.dtype]:
+                yield f"{label}, {name}: off by {error:.2g} from the same samples padded"
+
+
+def random_samples(lengths: Sequence[int], vocab_size: int) -> list[Sample]:
+    """Samples of these lengths whose every token is learned, the response's from the middle on."""
+    generator, made = torch.Generator().manual_seed(3), []
+    for n in lengths:
+        ids = torch.randint(vocab_size, (n,), generator=generator, dtype=torch.int32)
+        made.append({"input_ids": ids, "labels": ids, "response": torch.arange(n) >= n // 2})
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+def kernels(card: Card) -> Found:
+    """Time each form of a reflection beside a copy, LoRA's branch and OFT's rotation; all move the same activations.
+
+    Bandwidth counts what must move: forward x once in and once out (LoRA's branch also reads W x); backward the
+    gradient and what was kept once in, the gradient once out.
+    """
+    T, d, n = (32, 64, 4) if card.short else (2048, 4096, 32)
+    cache = 0 if not card.on_gpu else torch.cuda.get_device_properties(card.device).L2_cache_size
+    sets = 2 if card.short else max(4, 4 * cache // (T * d * card.dtype.itemsize))
+    xs, gs = ([torch.randn(T, d, device=card.device, dtype=card.dtype) for _ in range(sets)] for _ in range(2))
+    outs = [torch.empty_like(x) for x in xs]
+    copied = seconds_of(card, [partial(out.copy_, x) for out, x in zip(outs, xs, strict=True)])
+    title = f"x ({T}, {d}), {name_of(card.dtype)}, n = {n}; a copy moves {2 * xs[0].nbytes / copied / 1e9:,.0f} GB/s"
+    u, v = (torch.randn(n, d // n, device=card.device, requires_grad=True) for _ in range(2))
+    a = torch.randn(8 * n, d // n // 8, d // n // 8, device=card.device, requires_grad=True)
+    down, up = (torch.randn(*shape, device=card.device, requires_grad=True) for shape in ((8, d), (d, 8)))
+    branches: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[Tensor]]] = {
+        LORA + " branch": (lambda x: x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2, (down, up)),
+        f"OFT n={8 * n}": (lambda x: in_blocks(x, 8 * n, reflections.rotate, reflections.cayley(a)), (a,)),
+    }
+
+    def timed(label: str, function: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> Found:
+        def step(x: Tensor, g: Tensor) -> None:
+            x = x.detach().requires_grad_()
+            torch.autograd.grad(function(x), (x, *parameters), g)
+
+        forward = seconds_of(card, [partial(torch.no_grad()(function), x) for x in xs])
+        backward = seconds_of(card, [partial(step, x, g) for x, g in zip(xs, gs, strict=True)]) - forward
+        passes = 3 if label.startswith(LORA) else 2
+        values = {"forward, µs": forward * 1e6, "forward, of copy": share(passes / 2 * copied / forward)}
+        values |= {"backward, µs": backward * 1e6, "backward, of copy": share(1.5 * copied / backward)}
+        yield Row(title, label, values)
+
+    for label, (function, parameters) in branches.items():
+        yield from attempt(label, partial(timed, label, function, parameters))
+    for name, reflect, vectors in (("ETHER", reflections.reflect, (u,)), ("ETHER+", reflections.reflect_plus, (u, v))):
+        apply = lambda x, reflect=reflect, vectors=vectors: in_blocks(x, n, reflect, *vectors)  # noqa: E731
+        for form in card.forms:
+            with reflections.use_form(form):
+                yield from attempt(f"{name}, {form}", partial(timed, f"{name}, {form}", apply, vectors))
+        if card.left > 15 and (name == "ETHER+" or not card.short):
+            label = f"{name}, plain, compiled alone"
+            with reflections.use_form("plain"):
+                yield from attempt(label, partial(timed, label, torch.compile(apply), vectors))
+
+
+def in_blocks(x: Tensor, n: int, function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Apply a function of (..., n, b) to (..., d)."""
+    return function(x.unflatten(-1, (n, -1)), *parameters).flatten(-2)
+
+
+def share(ratio: float) -> str:
+    """In percent."""
+    return f"{ratio:.0%}"

@@ -1,0 +1,234 @@
+"""Check and measure on this machine's GPU all that the README claims of one: bash scripts/gpu.sh [--short]
+
+Writes report.json, report.png and log.txt (what libraries print), and prints tables in Markdown.
+
+- Each part is a process of its own: one that fails, hangs, or leaves the GPU in a bad state costs no other part. What
+  it measured before that is kept: rows come one by one, and the JSON is written anew after each part.
+- The time that is left is shared among the parts that are left, by weight; a part that needs less leaves more.
+- The command line is plain argparse, as every flag of our others needs jsonargparse, which a machine with no more than
+  torch and lightning does not have.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from eval import gpu_parts, gpu_runs
+from eval.costs import LORA, table
+from eval.gpu_parts import Card, Found, Row, explain
+from lit_gpt.checkpoint import atomic_write, write_json
+
+RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
+SOFT = 0.85
+"""Share of its time after which a part begins nothing new; at the end of it, it is stopped."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the report.
+
+    Attributes:
+        title: for people.
+        measure: yields its rows and notes.
+        weight: its share of the time.
+        needs: packages without which it is left out.
+    """
+
+    title: str
+    measure: Callable[[Card], Found]
+    weight: float
+    needs: tuple[str, ...] = ()
+
+
+PARTS = {
+    "a": Part("What the machine does", gpu_parts.machine, 3),
+    "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 16),
+    "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
+    "d": Part("Training steps", gpu_runs.steps, 24),
+    "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 12, ("peft", "transformers")),
+    "f": Part("Training with finetune/ether.py", gpu_runs.training, 24, ("jsonargparse", "tokenizers")),
+    "g": Part("Generation", gpu_runs.generation, 6),
+    "h": Part("Evaluation", gpu_runs.evaluation, 6, ("lm_eval", "tokenizers")),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ running parts
+def run_part(part: Part, *, seconds: float, short: bool, log: Path) -> dict[str, Any]:
+    """Run one part for at most so many seconds, and return its rows, its notes and the time that it took."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    start = monotonic()
+    missing = [name for name in part.needs if find_spec(name) is None]
+    if missing:
+        notes.append(f"left out: needs {', '.join(missing)}; pip install -r requirements.txt -r tests/requirements.txt")
+    elif seconds < 1:
+        notes.append("left out: no time is left; give more --minutes")
+    else:
+        notes += receive(part, rows, notes, seconds=seconds, short=short, log=log)
+    return {"title": part.title, "seconds": monotonic() - start, "rows": list(map(asdict, rows)), "notes": notes}
+
+
+def receive(part: Part, rows: list[Row], notes: list[str], *, seconds: float, short: bool, log: Path) -> list[str]:
+    """Collect what the part's process sends until it or its time is over; return a note on an early end."""
+    start = monotonic()
+    fork = multiprocessing.get_context("fork")  # what is imported is there already; CUDA starts in the child
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=work, args=(part, sender, log), kwargs=dict(seconds=SOFT * seconds, short=short))
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(max(0.0, seconds - (monotonic() - start))):
+            found = receiver.recv()
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                notes.append(found)
+                print(f"   {found}", flush=True)
+    except EOFError:  # the process is through
+        process.join(5)
+        return [] if process.exitcode == 0 else [f"ended early: exit code {process.exitcode}; see {log}"]
+    finally:
+        with suppress(ProcessLookupError):  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return [f"stopped after {seconds:.0f} s; what was measured until then is kept"]
+
+
+def work(part: Part, sender: Connection, log: Path, *, seconds: float, short: bool) -> None:
+    """Measure a part and send what it finds; of an error, one line. The body of a process."""
+    os.setsid()
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        for found in part.measure(Card.detect(short=short, seconds=seconds)):
+            sender.send(found)
+    except Exception as error:
+        sender.send(explain(error))
+    sender.close()
+    os._exit(0)  # a broken GPU context may hang or abort an orderly end
+
+
+# ----------------------------------------------------------------------------------------------------------- showing
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By table and label the values of rows; those of the same label are joined."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["table"], {}).setdefault(row["label"], {}).update(row["values"])
+    return found
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of a part, in Markdown."""
+    texts = []
+    for title, lines in tables(rows).items():
+        columns = list(dict.fromkeys(name for values in lines.values() for name in values))
+        cells = [[label, *(cell(values.get(name, "")) for name in columns)] for label, values in lines.items()]
+        texts.append(f"{title}\n\n" * bool(title) + table(["", *columns], cells))
+    return "\n\n".join(texts)
+
+
+def cell(value: float | str) -> str:
+    """A value for people: three figures."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+BARS = {
+    "c": ("Bandwidth, % of a copy's", ("forward, of copy", "backward, of copy")),
+    "d": (f"Step time x {LORA}", (f"x {LORA}",)),
+    "e": ("Tokens/s beside PEFT", ("tokens/s",)),
+    "f": ("Memory, GiB", ("peak, GiB", "estimated, GiB")),
+}
+"""What the picture shows of a part: its title, and the columns."""
+
+
+def draw(path: Path, report: Mapping[str, Any]) -> None:
+    """Bars of the parts that have a figure worth one, in one picture."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    for axes, (name, (title, columns)) in zip(figure.subplots(2, 2).flat, BARS.items(), strict=True):
+        found = tables(report["parts"].get(name, {}).get("rows", []))
+        # Of steps, the longer length tells: the last table of each way to run them.
+        series = {
+            f"{column} ({key.rpartition(', ')[2]})" if name == "d" else column: {
+                label: values[column] for label, values in lines.items() if column in values
+            }
+            for key, lines in found.items()
+            for column in columns
+        }
+        labels = list(dict.fromkeys(label for values in series.values() for label in values))
+        for index, (label, values) in enumerate(series.items()):
+            heights = [labels.index(key) + 0.8 * (index + 0.5) / len(series) - 0.4 for key in values]
+            widths = [float(str(value).rstrip("%")) for value in values.values()]
+            drawn = axes.barh(heights, widths, 0.8 / len(series), label=label)
+            axes.bar_label(drawn, [cell(width) for width in widths], padding=3, fontsize=7)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        axes.set_title(title if labels else f"{title}: not measured")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        if len(series) > 1:
+            axes.legend(fontsize=7)
+    figure.suptitle(report["machine"])
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+# ------------------------------------------------------------------------------------------------------------- all
+def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short: bool) -> dict[str, Any]:
+    """Run the parts, print and save what they find as it comes, and return it."""
+    end = monotonic() + 60 * minutes
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / LOG).write_text("", encoding="utf-8")
+    report: dict[str, Any] = {"short": short, "machine": "", "parts": {}}
+    for position, (name, part) in enumerate(parts.items()):
+        weights = [other.weight for other in list(parts.values())[position:]]
+        seconds = (end - monotonic()) * part.weight / sum(weights)
+        print(f"\n== {name}. {part.title} (at most {max(0, seconds):.0f} s)", flush=True)
+        done = run_part(part, seconds=seconds, short=short, log=out_dir / LOG)
+        report["parts"][name] = done
+        if name == "a":
+            report["machine"] = "; ".join(done["notes"])
+        print(f"\n{show(done['rows'])}\n\n   {done['seconds']:.0f} s", flush=True)
+        write_json(out_dir / RESULTS, report)
+    try:
+        draw(out_dir / PICTURE, report)
+    except ImportError as error:
+        print(f"picture {explain(error)}")
+    print(f"\nSaved to {out_dir}: {', '.join(path.name for path in sorted(out_dir.iterdir()))}")
+    return report
+
+
+def setup(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--short", action="store_true", help="Tiny sizes, to see that everything works.")
+    parser.add_argument("--parts", default="".join(PARTS), help=f"Letters of the parts to run, of {''.join(PARTS)}.")
+    parser.add_argument("--minutes", type=float, default=8.0, help="The most time that all parts take together.")
+    parser.add_argument("--out_dir", type=Path, default=Path("logs/gpu"), help="Where the results go.")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"--parts {given.parts}: {', '.join(sorted(unknown))} unknown, expected some of {''.join(PARTS)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    chosen = {name: part for name, part in PARTS.items() if name in given.parts}
+    report_on(chosen, given.out_dir, minutes=given.minutes, short=given.short)
+
+
+if __name__ == "__main__":
+    setup()

@@ -1,0 +1,323 @@
+"""Parts d to h of ``gpu_report.py``: whole models, in training steps, beside PEFT, in runs, generating, evaluated."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any
+
+import torch
+from torch import nn
+
+from eval.costs import FLOOR, LORA, Variant, add_ratios, choose_variants, measure, random_models
+from eval.gpu_parts import (
+    Card,
+    Found,
+    Row,
+    at_fitting_size,
+    attempt,
+    copy_bandwidth,
+    installed,
+    name_of,
+    random_samples,
+    share,
+)
+from lit_gpt.checkpoint import load_state, read_json, save_state, write_json
+from lit_gpt.config import Config
+from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
+from lit_gpt.ether import EtherConfig
+from lit_gpt.generate import generate
+from lit_gpt.lora import LoraConfig
+from lit_gpt.report import read_metrics
+from lit_gpt.resume import checkpoint_folders
+from lit_gpt.train import compile_blocks
+
+REPO = Path(__file__).resolve().parents[1]
+QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"
+RATIOS = {FLOOR: "time_x_floor", LORA: "time_x_lora"}
+Loss = Callable[[torch.Tensor], torch.Tensor]
+QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+def steps(card: Card) -> Found:
+    """Time forward and backward passes of every method in turns, eager and compiled, and in nf4."""
+    lengths = (16, 64) if card.short else (256, 2048)
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(steps_of, card, lengths))
+    if not card.short or installed("bitsandbytes") != "missing":
+        nf4 = partial(steps_of, card, (64,) if card.short else (512,), scheme="bnb.nf4")
+        sized = partial(at_fitting_size, card, card.sizes("Llama-2-7b-hf"), nf4)
+        yield from attempt("nf4", sized)
+
+
+def steps_of(card: Card, lengths: Sequence[int], config: Config, scheme: str | None = None) -> Found:
+    """The same of one model and way of keeping its weights; compiled where they are not quantized."""
+    variants, left_out = choose_variants(
+        config,
+        targets=("query", "value"),
+        blocks=(4,) if card.short else (32,),
+        oft_blocks=(8,) if card.short else (256,),
+    )
+    yield from left_out
+    models = random_models(config, variants, dtype=card.dtype, device=card.device, scheme=scheme)
+    kept = "nf4" if scheme else name_of(card.dtype)
+
+    def timed(how: str) -> Found:
+        for T in lengths:
+            rows: list[dict[str, Any]] = [{"label": variant.label} for variant in variants]
+            for row, times in zip(rows, measure(models, seq_length=T, rounds=2 if card.short else 8), strict=True):
+                row |= times
+            add_ratios(rows)
+            for row in rows:
+                values = {"step, ms": 1e3 * median(row["seconds"])}
+                values |= {f"x {name}": row[key]["median"] for name, key in RATIOS.items()}
+                if "peak_bytes" in row:
+                    values |= {"peak, GB": row["peak_bytes"] / 1e9}
+                    values |= {f"peak x {LORA}": row["peak_bytes"] / rows[1]["peak_bytes"]}
+                yield Row(f"{config.name}, {kept}, q and v, T = {T}, {how}", row["label"], values)
+
+    yield from timed("eager")
+    if scheme is not None or card.left < 20:
+        return
+    if card.short:
+        del models[2:], variants[2:]
+    for model in models:
+        compile_blocks(model)
+    yield from attempt("compiled steps", partial(timed, "compiled"))
+
+
+# --------------------------------------------------------------------------------------------------------------- PEFT
+def beside_peft(card: Card) -> Found:
+    """Optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(beside_peft_of, card))
+
+
+def beside_peft_of(card: Card, config: Config) -> Found:
+    """The same of one model."""
+    n, T, rank = (8, 64, 8) if card.short else (256, 2048, 8)
+    title = f"{config.name}, {name_of(card.dtype)}, q and v, T = {T}, eager, with AdamW"
+    ours = {LORA: LoraConfig(r=rank), f"OFT n={n}": EtherConfig("oft", nb=n)}
+    ours |= {f"ETHER+ two-sided n={n // 8 or 1}": EtherConfig("etherplusHH", nb=max(1, n // 8))}
+    theirs = {LORA: "LoraConfig", f"OFT n={n}": "OFTConfig"}
+    for label, kind in theirs.items():
+        make = partial(peft_loss, card, config, kind, rank=rank, block=config.n_embd // n)
+        yield from attempt(f"PEFT {label}", partial(optimizer_steps, card, title, f"PEFT {label}", make, T))
+    for label, adapter in ours.items():
+        make = partial(our_loss, card, config, adapter)
+        yield from attempt(f"ours, {label}", partial(optimizer_steps, card, title, f"ours, {label}", make, T))
+
+
+def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> tuple[nn.Module, Loss]:
+    """A model of ours, and its loss of (1, T) ids."""
+    (model,) = random_models(config, [Variant("", adapter)], dtype=card.dtype, device=card.device)
+    return model, lambda idx: model(idx, targets=idx.roll(-1, 1))
+
+
+def peft_loss(card: Card, config: Config, kind: str, *, rank: int, block: int) -> tuple[nn.Module, Loss]:
+    """The same of transformers and PEFT; their defaults otherwise."""
+    import peft
+    import transformers
+
+    sizes = transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_query_groups,
+        max_position_embeddings=config.block_size, use_cache=False,
+    )  # fmt: skip
+    with torch.device(card.device):
+        base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=card.dtype)
+    own = {"r": rank, "lora_alpha": 16} if kind == "LoraConfig" else {"r": 0, "oft_block_size": block}
+    model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **own))
+    return model.train(), lambda idx: model(input_ids=idx, labels=idx).loss
+
+
+def optimizer_steps(card: Card, title: str, label: str, make: Callable[[], tuple[nn.Module, Loss]], T: int) -> Found:
+    """Time and memory of whole steps, the first two discarded."""
+    model, loss = make()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    idx = torch.randint(512, (1, T), device=card.device)
+    seconds = []
+    for _ in range(3 if card.short else 8):
+        card.wait()
+        start = perf_counter()
+        loss(idx).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        card.wait()
+        seconds.append(perf_counter() - start)
+    values = {"trained": f"{sum(p.numel() for p in trained):,}", "tokens/s": T / median(seconds[2:])}
+    peak = {"peak, GB": torch.cuda.max_memory_allocated() / 1e9} if card.on_gpu else {}
+    yield Row(title, label, values | peak)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+def training(card: Card) -> Found:
+    """Train through finetune/ether.py, each run a process of its own, then kill one and let it go on."""
+    with tempfile.TemporaryDirectory(prefix="gpu-report-") as name:
+        work = Path(name)
+        config = card.sizes("meta-llama/Llama-3.2-1B")
+        make_work(card, work, config)
+        train = partial(run_training, card, work, f"{config.name}, {card.precision}, ETHER+ two-sided")
+        packed = ["--train.packing", "true"]
+        cases = {"padded": [], "packed": packed, "packed, compiled": [*packed, "--compile", "true"]}
+        cases["packed, checkpointing"] = [*packed, "--train.activation_checkpointing", "true"]
+        cases["packed, nf4"] = [*packed, "--quantize", "bnb.nf4"]
+        for label, flags in cases.items() if not card.short else [*cases.items()][3:4]:
+            yield from attempt(label, partial(train, label, *flags)) if card.left > 25 else [f"{label}: no time left"]
+        yield from attempt("kill and resume", partial(kill_and_resume, card, work))
+
+
+def make_work(card: Card, work: Path, config: Config) -> None:
+    """A base-shaped folder with random weights, and rows of Alpaca's lengths, in ``work``."""
+    from lit_gpt.tokenizer import Tokenizer
+
+    base, data = work / "base", work / "data"
+    write_tokenizer(base, vocab_size=400)
+    (model,) = random_models(config, [Variant(FLOOR, None)], dtype=card.dtype, device=card.device)
+    del model.shift
+    save_state(model.cpu().state_dict(), base / "lit_model.pth")
+    write_json(base / "lit_config.json", config.to_dict())
+    draw = random.Random(0)  # Llama 3's tokens of 7,000 rows: 52, 88 and 167 at the 10th, 50th and 90th percentile
+    lengths = [min(256, int(36 + draw.lognormvariate(3.95, 0.75))) for _ in range(24 if card.short else 1024)]
+    samples = random_samples(lengths, config.vocab_size)
+    save_split(samples[16:], data / TRAIN_FILE)
+    save_split(samples[:16], data / TEST_FILE)
+    facts = {"checkpoint_dir": str(base), "prompt_style": "plain", "tokenizer_sha256": Tokenizer(base).sha256}
+    write_json(data / DATA_CONFIG, facts)
+
+
+def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """A byte-level BPE, trained on the bundled questions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(QUESTIONS.read_text(encoding="utf-8").splitlines(), trainer)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
+
+
+def training_command(card: Card, work: Path, name: str, *flags: str) -> list[str]:
+    """A command line of finetune/ether.py; what it writes goes to ``work / name``."""
+    sizes = ("2", "4", "6", "4") if card.short else ("8", "32", "30", "32")
+    micro, batch, n_steps, n = sizes
+    command = [sys.executable, str(REPO / "finetune" / "ether.py"), "--io.train_data_dir", str(work / "data")]
+    command += ["--io.out_dir", str(work / name), "--precision", card.precision, "--Htype", "etherplusHH"]
+    command += ["--ether_nb", n, "--train.micro_batch_size", micro, "--train.global_batch_size", batch]
+    return [*command, "--train.max_steps", n_steps, "--train.epochs", "9", "--eval.interval", "1000", *flags]
+
+
+def run_training(card: Card, work: Path, title: str, label: str, *flags: str) -> Found:
+    """One run: its rate in the second half, when all is compiled, and the memory estimate against the peak."""
+    name = label.replace(", ", "-")
+    finish(subprocess.Popen(training_command(card, work, name, *flags), **QUIET))
+    summary, rows = read_json(work / name / "summary.json"), read_metrics(work / name / "metrics.csv")
+    rows = [row for row in rows if "loss" in row]
+    half, end = rows[len(rows) // 2 - 1], rows[-1]
+    rate = (end["tokens"] - half["tokens"]) / max(1e-9, end["seconds"] - half["seconds"])
+    values = {"real tokens/s": rate, "padding": share(summary["padding"])}
+    measured, estimated = summary["run_memory_bytes"], summary["estimated_memory_bytes"]
+    values |= {"peak, GiB": measured / 2**30}
+    if estimated:
+        values |= {"estimated, GiB": estimated / 2**30, "off by": f"{estimated / measured - 1:+.0%}"}
+    yield Row(title, label, values)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a run; raise with its last line where it fails."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(([*errors.strip().splitlines()] or [f"exit code {process.returncode}"])[-1])
+
+
+def kill_and_resume(card: Card, work: Path) -> Found:
+    """Kill a run that cannot notice, let it go on, and compare with an unbroken one, bit by bit."""
+    command = partial(training_command, card, work)
+    flags = ("--deterministic", "true", "--train.max_steps", "12", "--train.save_interval", "2")
+    finish(subprocess.Popen(command("unbroken", *flags), **QUIET))
+    killed = subprocess.Popen(command("killed", *flags), **QUIET)
+    while killed.poll() is None and not checkpoint_folders(work / "killed"):
+        sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    if (work / "killed" / "summary.json").exists():
+        yield "kill and resume: the run ended before it could be killed; nothing is shown"
+        return
+    finish(subprocess.Popen(command("killed", *flags, "--resume", "true"), **QUIET))
+    one, other = (load_state(work / name / "lit_model_ether_finetuned.pth")["model"] for name in ("unbroken", "killed"))
+    same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    yield f"killed with SIGKILL and resumed: the adapter {'equals' if same else 'IS NOT'} an unbroken run's, bit by bit"
+
+
+# --------------------------------------------------------------------------------------------- generation, evaluation
+def generation(card: Card) -> Found:
+    """Tokens a second of one conversation, against the rate at which the weights can be read."""
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(generation_of, card))
+
+
+def generation_of(card: Card, config: Config) -> Found:
+    """The same of one model, and with an adapter that is not merged."""
+    n = 4 if card.short else 32
+    variants = [Variant("base, or merged", None), Variant(f"ETHER+ two-sided n={n}", EtherConfig("etherplusHH", nb=n))]
+    models = random_models(config, variants, dtype=card.dtype, device=card.device)
+    embedding = models[0].transformer.wte.weight
+    read = sum(p.nbytes for p in models[0].parameters()) - embedding.nbytes
+    limit = copy_bandwidth(card) / read
+    for variant, model in zip(variants, models, strict=True):
+        for _ in range(2):  # the first one warms up
+            start, ends = perf_counter(), []
+            for _ in generate(model, list(range(100)), max_new_tokens=8 if card.short else 100):
+                ends.append(perf_counter())
+        rate = (len(ends) - 1) / (ends[-1] - ends[0])
+        values = {"tokens/s": rate, "limit": limit, "of limit": share(rate / limit)}
+        values |= {"first token, ms": 1e3 * (ends[0] - start)}
+        yield Row(f"{config.name}, {name_of(card.dtype)}, eager, 100 tokens of prompt", variant.label, values)
+
+
+def evaluation(card: Card) -> Found:
+    """Requests a second of ARC's bundled questions through the model that lm-eval sees."""
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(evaluation_of, card))
+
+
+def evaluation_of(card: Card, config: Config) -> Found:
+    """The same of one model."""
+    from lm_eval.api.instance import Instance
+
+    from eval.harness_model import HarnessModel
+    from lit_gpt.tokenizer import Tokenizer
+
+    config = replace(config, vocab_size=max(4000, config.vocab_size), padded_vocab_size=0)
+    (model,) = random_models(config, [Variant("", None)], dtype=card.dtype, device=card.device)
+    questions = list(map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()))
+    questions = questions[: 4 if card.short else None]
+    pairs = [
+        (f"Question: {row['question']}\nAnswer:", f" {answer}")
+        for row in questions
+        for answer in row["choices"]["text"]
+    ]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    with tempfile.TemporaryDirectory(prefix="gpu-report-") as name:
+        write_tokenizer(Path(name) / "base", vocab_size=4000)
+        tokenizer = Tokenizer(Path(name) / "base")
+        for batch_size in (8,) if card.short else (8, 32):
+            harness = HarnessModel(model.eval(), tokenizer, batch_size=batch_size)
+            harness.loglikelihood(requests[:32])
+            card.wait()
+            start = perf_counter()
+            harness.loglikelihood(requests)
+            rate = len(requests) / (perf_counter() - start)
+            title = f"{config.name}, {name_of(card.dtype)}, {len(requests)} requests of ARC-Challenge, 0-shot"
+            yield Row(title, f"batch size {batch_size}", {"requests/s": rate})
