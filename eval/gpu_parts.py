@@ -34,8 +34,6 @@ from lit_gpt.memory import meta_model
 from lit_gpt.model import GPT
 from lit_gpt.train import compile_blocks
 
-FORMS = ("plain", "products", "triton")
-"""Names that ``reflections.use_form`` takes: how a reflection is computed."""
 TINY = Config(
     name="a tiny model", n_layer=2, n_head=4, n_embd=64, n_query_groups=2, intermediate_size=96, vocab_size=512,
     block_size=256, qkv_bias=True,
@@ -92,7 +90,7 @@ class Card:
     @property
     def forms(self) -> tuple[str, ...]:
         """Those that run here."""
-        return FORMS if self.on_gpu else FORMS[:2]
+        return reflections.FORMS if self.on_gpu else reflections.FORMS[:1]
 
     def sizes(self, name: str) -> Config:
         """A known model's sizes, or the tiny ones."""
@@ -226,39 +224,36 @@ def adapters() -> dict[str, EtherConfig | LoraConfig]:
 
 
 def exactness(card: Card) -> Found:
-    """Compare the device with the CPU in fp64: logits and adapters' gradients of a tiny model."""
+    """Compare the device with the CPU in fp64: logits and adapters' gradients of a tiny model; and packed with padded."""
     torch.backends.cuda.matmul.allow_tf32 = False
     dtypes = [torch.float32, card.dtype] + [torch.float16] * (card.on_gpu and card.dtype != torch.float16)
     chosen = adapters()
     cases = [(label, dtype, "eager") for dtype in dtypes for label in chosen]
-    compiled = ["ether"] if card.short else list(chosen)
-    cases += [(label, card.dtype, form) for form in card.forms for label in ("ether", "etherplus", "etherplusHH")]
-    cases += [(label, dtype, "compiled") for dtype in dtypes[1::-1][: 1 if card.short else 2] for label in compiled]
-    wrong = 0
+    cases += [(label, card.dtype, form) for form in card.forms[1:] for label in ("ether", "etherplus", "etherplusHH")]
+    yield from compare_all(card, cases)
+    yield from attempt("packing", partial(packing, card))
+    compiled = [(label, dtype, "compiled") for dtype in dict.fromkeys((card.dtype, *dtypes)) for label in chosen]
+    yield from compare_all(card, compiled[1:2] if card.short else compiled)
+
+
+def compare_all(card: Card, cases: Sequence[tuple[str, torch.dtype, str]]) -> Found:
+    """Cases of ``compare``, each by itself; the last ones are left out for want of time."""
     for index, (label, dtype, how) in enumerate(cases):
         if card.left < 5:
-            yield f"left out for want of time: {len(cases) - index} of {len(cases)} cases, the compiled ones last"
-            break
-        for found in attempt(
-            f"{label}, {name_of(dtype)}, {how}", partial(compare, card, label, chosen[label], dtype, how)
-        ):
-            wrong += isinstance(found, str)
-            yield found
-    yield f"{wrong} of the cases above failed or are off by more than " + ", ".join(
-        f"{bar:g} ({name_of(dtype)})" for dtype, bar in BARS.items() if dtype in dtypes
-    )
-    yield from attempt("packing", partial(packing, card))
+            yield f"left out for want of time: {len(cases) - index} of {len(cases)} cases, {how}"
+            return
+        yield from attempt(f"{label}, {name_of(dtype)}, {how}", partial(compare, card, label, dtype, how))
 
 
-def compare(card: Card, label: str, adapter: EtherConfig | LoraConfig, dtype: torch.dtype, how: str) -> Found:
+def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
     """One case: the largest error of the logits and of the gradients, relative to the largest value of each tensor."""
-    exact, model = twins(card, adapter, dtype)
+    exact, model = twins(card, adapters()[label], dtype)
     if how == "compiled":
         compile_blocks(model)
     idx = torch.randint(TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
     results = []
     for one in (exact, model):
-        with reflections.use_form(how) if how in FORMS and one is model else nullcontext():
+        with reflections.use_form(how) if how in reflections.FORMS and one is model else nullcontext():
             logits = one(idx.to(one.lm_head.weight.device))
         logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits))
         grads = [p.grad for p in one.parameters() if p.requires_grad]
@@ -267,7 +262,7 @@ def compare(card: Card, label: str, adapter: EtherConfig | LoraConfig, dtype: to
     error = max(of_grads)
     yield Row("", label, {f"{name_of(dtype)}, {how}": f"{of_logits:.0e} / {error:.0e}"})
     if not max(of_logits, error) <= BARS[dtype]:
-        yield f"{label}, {name_of(dtype)}, {how}: off by {of_logits:.2g} (logits), {error:.2g} (gradients)"
+        yield f"{label}, {name_of(dtype)}, {how}: WRONG by {of_logits:.2g} (logits), {error:.2g} (gradients)"
 
 
 def twins(card: Card, adapter: EtherConfig | LoraConfig, dtype: torch.dtype) -> tuple[GPT, GPT]:
@@ -298,7 +293,7 @@ def packing(card: Card) -> Found:
         yield Row("", label, {name: f"{error:.0e}" for name, error in errors.items()})
         for name, error in errors.items():
             if not error <= BARS[torch.float32 if "fp32" in name else card.dtype]:
-                yield f"{label}, {name}: off by {error:.2g} from the same samples padded"
+                yield f"{label}, {name}: WRONG by {error:.2g} beside the same samples padded"
 
 
 def random_samples(lengths: Sequence[int], vocab_size: int) -> list[Sample]:
@@ -312,54 +307,60 @@ def random_samples(lengths: Sequence[int], vocab_size: int) -> list[Sample]:
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 def kernels(card: Card) -> Found:
-    """Time each form of a reflection beside a copy, LoRA's branch and OFT's rotation; all move the same activations.
+    """Time each form of a reflection beside a copy, LoRA's branch and OFT's rotation, on the same activations.
 
-    Bandwidth counts what must move: forward x once in and once out (LoRA's branch also reads W x); backward the
-    gradient and what was kept once in, the gradient once out.
+    Bandwidth counts what must move: forward x in and y out (LoRA's branch also reads W x); backward the gradient and
+    what was kept in, the gradient of x out.
     """
     T, d, n = (32, 64, 4) if card.short else (2048, 4096, 32)
-    cache = 0 if not card.on_gpu else torch.cuda.get_device_properties(card.device).L2_cache_size
-    sets = 2 if card.short else max(4, 4 * cache // (T * d * card.dtype.itemsize))
-    xs, gs = ([torch.randn(T, d, device=card.device, dtype=card.dtype) for _ in range(sets)] for _ in range(2))
-    outs = [torch.empty_like(x) for x in xs]
+    cache = torch.cuda.get_device_properties(card.device).L2_cache_size if card.on_gpu else 0
+    sets = max(2, 4 * cache // (T * d * card.dtype.itemsize))  # more than the cache holds
+    xs, gs, outs = ([torch.randn(T, d, device=card.device).to(card.dtype) for _ in range(sets)] for _ in range(3))
     copied = seconds_of(card, [partial(out.copy_, x) for out, x in zip(outs, xs, strict=True)])
     title = f"x ({T}, {d}), {name_of(card.dtype)}, n = {n}; a copy moves {2 * xs[0].nbytes / copied / 1e9:,.0f} GB/s"
-    u, v = (torch.randn(n, d // n, device=card.device, requires_grad=True) for _ in range(2))
-    a = torch.randn(8 * n, d // n // 8, d // n // 8, device=card.device, requires_grad=True)
-    down, up = (torch.randn(*shape, device=card.device, requires_grad=True) for shape in ((8, d), (d, 8)))
-    branches: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[Tensor]]] = {
-        LORA + " branch": (lambda x: x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2, (down, up)),
-        f"OFT n={8 * n}": (lambda x: in_blocks(x, 8 * n, reflections.rotate, reflections.cayley(a)), (a,)),
-    }
 
-    def timed(label: str, function: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> Found:
+    def timed(label: str, function: Callable[..., Tensor], parameters: Sequence[Tensor], form: str) -> Found:
         def step(x: Tensor, g: Tensor) -> None:
             x = x.detach().requires_grad_()
-            torch.autograd.grad(function(x), (x, *parameters), g)
+            torch.autograd.grad(function(x, *parameters), (x, *parameters), g)
 
-        forward = seconds_of(card, [partial(torch.no_grad()(function), x) for x in xs])
-        backward = seconds_of(card, [partial(step, x, g) for x, g in zip(xs, gs, strict=True)]) - forward
-        passes = 3 if label.startswith(LORA) else 2
-        values = {"forward, µs": forward * 1e6, "forward, of copy": share(passes / 2 * copied / forward)}
+        with reflections.use_form(form):
+            forward = seconds_of(card, [partial(torch.no_grad()(function), x, *parameters) for x in xs])
+            both = seconds_of(card, [partial(step, x, g) for x, g in zip(xs, gs, strict=True)])
+        passes, backward = 1.5 if label.startswith(LORA) else 1, max(1e-9, both - forward)
+        values = {"forward, µs": forward * 1e6, "forward, of copy": share(passes * copied / forward)}
         values |= {"backward, µs": backward * 1e6, "backward, of copy": share(1.5 * copied / backward)}
         yield Row(title, label, values)
 
-    for label, (function, parameters) in branches.items():
-        yield from attempt(label, partial(timed, label, function, parameters))
-    for name, reflect, vectors in (("ETHER", reflections.reflect, (u,)), ("ETHER+", reflections.reflect_plus, (u, v))):
-        apply = lambda x, reflect=reflect, vectors=vectors: in_blocks(x, n, reflect, *vectors)  # noqa: E731
-        for form in card.forms:
-            with reflections.use_form(form):
-                yield from attempt(f"{name}, {form}", partial(timed, f"{name}, {form}", apply, vectors))
-        if card.left > 15 and (name == "ETHER+" or not card.short):
-            label = f"{name}, plain, compiled alone"
-            with reflections.use_form("plain"):
-                yield from attempt(label, partial(timed, label, torch.compile(apply), vectors))
+    for label, function, shapes, form in kernel_cases(card, d, n):
+        parameters = [torch.randn(shape, device=card.device, requires_grad=True) for shape in shapes]
+        if card.left > 5:
+            yield from attempt(label, partial(timed, label, function, parameters, form))
 
 
-def in_blocks(x: Tensor, n: int, function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Apply a function of (..., n, b) to (..., d)."""
-    return function(x.unflatten(-1, (n, -1)), *parameters).flatten(-2)
+def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], str]]:
+    """What ``kernels`` times: a name, a function of x and parameters, their shapes, and the form of reflections."""
+    u, first = (n, d // n), card.forms[0]
+
+    def in_blocks(function: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        return function(x.unflatten(-1, (len(parameters[0]), -1)), *parameters).flatten(-2)
+
+    def branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2
+
+    def plain(x: Tensor, *vectors: Tensor) -> Tensor:  # as the formula is written, with autograd's own backward pass
+        units = [reflections.unit(vector) for vector in vectors]
+        terms = [w * (w * x.float()).sum(-1, keepdim=True) for w in units]
+        return (x.float() - 2 * terms[0] if len(terms) == 1 else x.float() + terms[1] - terms[0]).to(x.dtype)
+
+    found = [(f"{LORA} branch", branch, [(8, d), (d, 8)], first)]
+    found += [
+        (f"OFT n={8 * n}, R x", partial(in_blocks, reflections.rotate), [(8 * n, d // n // 8, d // n // 8)], first)
+    ]
+    for name, reflect, shapes in (("ETHER", reflections.reflect, [u]), ("ETHER+", reflections.reflect_plus, [u, u])):
+        found += [(f"{name}, {form}", partial(in_blocks, reflect), shapes, form) for form in card.forms]
+        found += [(f"{name}, as written", partial(in_blocks, plain), shapes, first)]
+    return [*found, ("ETHER+, as written, compiled", torch.compile(found[-1][1]), *found[-1][2:])]
 
 
 def share(ratio: float) -> str:

@@ -67,43 +67,44 @@ PARTS = {
 # ------------------------------------------------------------------------------------------------------ running parts
 def run_part(part: Part, *, seconds: float, short: bool, log: Path) -> dict[str, Any]:
     """Run one part for at most so many seconds, and return its rows, its notes and the time that it took."""
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     notes: list[str] = []
     start = monotonic()
+    for found in receive(part, seconds=seconds, short=short, log=log):
+        if isinstance(found, Row):
+            rows.append(asdict(found))
+        else:
+            notes.append(found)
+            print(f"   {found}", flush=True)
+    return {"title": part.title, "seconds": monotonic() - start, "rows": rows, "notes": notes}
+
+
+def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
+    """Yield what the part's process sends until it or its time is over, and a note on an early end."""
     missing = [name for name in part.needs if find_spec(name) is None]
-    if missing:
-        notes.append(f"left out: needs {', '.join(missing)}; pip install -r requirements.txt -r tests/requirements.txt")
-    elif seconds < 1:
-        notes.append("left out: no time is left; give more --minutes")
-    else:
-        notes += receive(part, rows, notes, seconds=seconds, short=short, log=log)
-    return {"title": part.title, "seconds": monotonic() - start, "rows": list(map(asdict, rows)), "notes": notes}
-
-
-def receive(part: Part, rows: list[Row], notes: list[str], *, seconds: float, short: bool, log: Path) -> list[str]:
-    """Collect what the part's process sends until it or its time is over; return a note on an early end."""
-    start = monotonic()
-    fork = multiprocessing.get_context("fork")  # what is imported is there already; CUDA starts in the child
+    if missing or seconds < 1:
+        install = "pip install -r requirements.txt -r tests/requirements.txt"
+        yield (
+            f"left out: needs {', '.join(missing)}; {install}" if missing else "left out: no time; give more --minutes"
+        )
+        return
+    end, fork = monotonic() + seconds, multiprocessing.get_context("fork")  # all is imported; CUDA starts in the child
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=work, args=(part, sender, log), kwargs=dict(seconds=SOFT * seconds, short=short))
     process.start()
     sender.close()
     try:
-        while receiver.poll(max(0.0, seconds - (monotonic() - start))):
-            found = receiver.recv()
-            if isinstance(found, Row):
-                rows.append(found)
-            else:
-                notes.append(found)
-                print(f"   {found}", flush=True)
+        while receiver.poll(max(0.0, end - monotonic())):
+            yield receiver.recv()
+        yield f"stopped after {seconds:.0f} s; what was measured until then is kept"
     except EOFError:  # the process is through
-        process.join(5)
-        return [] if process.exitcode == 0 else [f"ended early: exit code {process.exitcode}; see {log}"]
+        process.join()
+        if process.exitcode:
+            yield f"ended early, exit code {process.exitcode}; what was measured until then is kept, see {log}"
     finally:
         with suppress(ProcessLookupError):  # with all that it has started
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-    return [f"stopped after {seconds:.0f} s; what was measured until then is kept"]
 
 
 def work(part: Part, sender: Connection, log: Path, *, seconds: float, short: bool) -> None:
