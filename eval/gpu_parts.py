@@ -117,12 +117,23 @@ def explain(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def at_fitting_size(card: Card, config: Config, measure_it: Callable[[Config], Found]) -> Found:
+def free_memory(card: Card) -> None:
+    """Give back what is no longer used, and count peaks from here on."""
+    gc.collect()
+    if card.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def at_fitting_size(
+    card: Card, config: Config, measure_it: Callable[[Config], Found], *, itemsize: float = 2.0
+) -> Found:
     """Measure a model of as many layers as the memory takes; says so where these are not all."""
     layers = config.n_layer
+    free_memory(card)
     if card.on_gpu:
         free = 0.85 * torch.cuda.mem_get_info()[0]  # the rest is for activations
-        need = sum(p.nbytes for p in meta_model(config, card.dtype).parameters())
+        need = itemsize * sum(p.numel() for p in meta_model(config, card.dtype).parameters())
         layers = config.n_layer if need < free else max(1, int(config.n_layer * free / need))
     while layers:
         if layers < config.n_layer:
@@ -132,8 +143,7 @@ def at_fitting_size(card: Card, config: Config, measure_it: Callable[[Config], F
             return
         except torch.OutOfMemoryError:
             layers //= 2
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory(card)
     yield f"not even one layer of {config.name} fits the memory that is free"
 
 
@@ -175,26 +185,30 @@ def copy_bandwidth(card: Card) -> float:
 
 def machine(card: Card) -> Found:
     """Say what the machine is, and measure what it does: memory's and the products' rate."""
-    compilers = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)]
-    yield f"torch {torch.__version__}, " + ", ".join(
-        f"{name} {installed(name)}" for name in ("lightning", "triton", "transformers", "peft", "bitsandbytes")
-    )
-    if not compilers:
-        yield "no C compiler: Triton cannot build its launcher, so compiled rows and Triton's kernels may be missing"
-    if not card.on_gpu:
-        yield f"no GPU: tiny sizes on a CPU with {torch.get_num_threads()} threads; the figures say nothing about a GPU"
-    else:
-        capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
-        yield f"{torch.cuda.get_device_name()}, {total / 1e9:.0f} GB, capability {capability[0]}.{capability[1]}"
-        if capability < (8, 0):
-            yield f"compute capability {capability[0]}.{capability[1]}: bf16 is emulated, fp16 takes its place"
-        if total - free > 2e9:
-            yield f"another process holds {(total - free) / 1e9:.1f} GB of the card: times below may be too long"
+    yield from describe(card)
     yield Row("", "copy", {"rate": copy_bandwidth(card) / 1e9, "unit": "GB/s"})
     n = 256 if card.short else 8192
     a, b = (torch.randn(n, n, device=card.device, dtype=card.dtype) for _ in range(2))
     product = seconds_of(card, [lambda: a @ b])
     yield Row("", f"product, {name_of(card.dtype)}", {"rate": 2 * n**3 / product / 1e12, "unit": "TFLOP/s"})
+
+
+def describe(card: Card) -> Iterator[str]:
+    """A line on the device, one on the software, and one on each thing that figures suffer from."""
+    capability, (free, total) = (0, 0), (0, 0)
+    if card.on_gpu:
+        capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
+        yield f"{torch.cuda.get_device_name()}, {total / 1e9:.0f} GB, capability {capability[0]}.{capability[1]}"
+    else:
+        yield f"no GPU: tiny sizes on a CPU with {torch.get_num_threads()} threads, which say nothing about a GPU"
+    packages = ("lightning", "triton", "transformers", "peft", "bitsandbytes")
+    yield f"torch {torch.__version__}, " + ", ".join(f"{name} {installed(name)}" for name in packages)
+    if card.on_gpu and capability < (8, 0):
+        yield f"capability {capability[0]}.{capability[1]}: bf16 is emulated, fp16 takes its place"
+    if total - free > 2e9:
+        yield f"another process holds {(total - free) / 1e9:.1f} GB of the card: times may be too long"
+    if not any(name and shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang")):
+        yield "no C compiler: Triton cannot build its launcher; its kernels and what is compiled may be missing"
 
 
 def installed(package: str) -> str:
@@ -224,7 +238,7 @@ def adapters() -> dict[str, EtherConfig | LoraConfig]:
 
 
 def exactness(card: Card) -> Found:
-    """Compare the device with the CPU in fp64: logits and adapters' gradients of a tiny model; and packed with padded."""
+    """Compare the device with the CPU in fp64: a tiny model's logits and gradients; and packed with padded."""
     torch.backends.cuda.matmul.allow_tf32 = False
     dtypes = [torch.float32, card.dtype] + [torch.float16] * (card.on_gpu and card.dtype != torch.float16)
     chosen = adapters()
@@ -232,7 +246,8 @@ def exactness(card: Card) -> Found:
     cases += [(label, card.dtype, form) for form in card.forms[1:] for label in ("ether", "etherplus", "etherplusHH")]
     yield from compare_all(card, cases)
     yield from attempt("packing", partial(packing, card))
-    compiled = [(label, dtype, "compiled") for dtype in dict.fromkeys((card.dtype, *dtypes)) for label in chosen]
+    simple_first = sorted(chosen, key=lambda label: "," in label)
+    compiled = [(label, dtype, "compiled") for dtype in dict.fromkeys((card.dtype, *dtypes)) for label in simple_first]
     yield from compare_all(card, compiled[1:2] if card.short else compiled)
 
 
@@ -249,6 +264,7 @@ def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
     """One case: the largest error of the logits and of the gradients, relative to the largest value of each tensor."""
     exact, model = twins(card, adapters()[label], dtype)
     if how == "compiled":
+        torch._dynamo.reset()  # the graphs of earlier cases
         compile_blocks(model)
     idx = torch.randint(TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
     results = []

@@ -104,6 +104,7 @@ def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
     finally:
         with suppress(ProcessLookupError):  # with all that it has started
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
 
 
@@ -165,9 +166,9 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(13, 11), layout="constrained")
     for axes, (name, (title, columns)) in zip(figure.subplots(2, 2).flat, BARS.items(), strict=True):
         found = tables(report["parts"].get(name, {}).get("rows", []))
-        # Of steps, the longer length tells: the last table of each way to run them.
+        # Steps have a table for each length; of those that keep weights and run alike, the last one stays: the longest.
         series = {
-            f"{column} ({key.rpartition(', ')[2]})" if name == "d" else column: {
+            " ".join(key.split(", ")[1::3]) if name == "d" else column: {
                 label: values[column] for label, values in lines.items() if column in values
             }
             for key, lines in found.items()

@@ -25,6 +25,7 @@ from eval.gpu_parts import (
     at_fitting_size,
     attempt,
     copy_bandwidth,
+    free_memory,
     installed,
     name_of,
     random_samples,
@@ -54,7 +55,7 @@ def steps(card: Card) -> Found:
     yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(steps_of, card, lengths))
     if not card.short or installed("bitsandbytes") != "missing":
         nf4 = partial(steps_of, card, (64,) if card.short else (512,), scheme="bnb.nf4")
-        sized = partial(at_fitting_size, card, card.sizes("Llama-2-7b-hf"), nf4)
+        sized = partial(at_fitting_size, card, card.sizes("Llama-2-7b-hf"), nf4, itemsize=0.8)
         yield from attempt("nf4", sized)
 
 
@@ -140,7 +141,9 @@ def peft_loss(card: Card, config: Config, kind: str, *, rank: int, block: int) -
 
 def optimizer_steps(card: Card, title: str, label: str, make: Callable[[], tuple[nn.Module, Loss]], T: int) -> Found:
     """Time and memory of whole steps, the first two discarded."""
+    free_memory(card)
     model, loss = make()
+    free_memory(card)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     idx = torch.randint(512, (1, T), device=card.device)

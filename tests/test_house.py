@@ -20,7 +20,7 @@ SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / fold
 SCRIPTS = [p for p in SOURCES if "run(setup)" in p.read_text(encoding="utf-8")]
 # What is installed under another name than it is imported by.
 PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
-OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # one line says so where they are missing
+OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # a line says where they miss
 FORBIDDEN = {
     r"\bos\.system\(": "os.system hides failures: subprocess or shutil",
     r"except\s*:": "a bare except hides bugs",
@@ -119,7 +119,9 @@ def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
     assert "--checkpoint_dir" in done.stdout or "--io.checkpoint_dir" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/environment.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu.sh", "scripts/environment.sh", ".ci/run"]
+)
 def test_shell_script_parses(script):
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
 

@@ -1,0 +1,183 @@
+"""The GPU report loses nothing: parts that fail, hang, die or lack something each give a line, and the others go on.
+
+The parts themselves run in CI, by `scripts/gpu.sh --short`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.gpu_parts import BARS, Card, Row, at_fitting_size, compare_all, describe, packing, seconds_of
+from eval.gpu_report import PARTS, Part, draw, receive, report_on, setup, show
+from lit_gpt import GPT, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
+GPU_CARD = Card(torch.device("cuda"), torch.bfloat16, short=False)
+
+
+def two_rows(card):
+    """A part that works."""
+    yield Row("", "first", {"ms": 1234.5})
+    yield Row("", "first", {"of copy": "85%"})
+    yield "a note"
+    yield Row("", "second", {"ms": 0.012345})
+
+
+def one_row_and(then):
+    """A part that measures one row, and then does what it should not."""
+
+    def measure(card):
+        yield Row("", "kept", {"ms": 1.0})
+        then()
+
+    return measure
+
+
+def fails() -> None:
+    raise ValueError("no such\nthing")
+
+
+def needs_a_module() -> None:
+    raise ModuleNotFoundError("no", name="bitsandbytes")
+
+
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs() -> None:
+    subprocess.run(["sleep", "60"])
+
+
+def test_a_part_that_goes_wrong_gives_a_line_keeps_its_rows_and_the_others_go_on(tmp_path, capfd):
+    bad = {"b": fails, "c": needs_a_module, "d": dies, "e": hangs}
+    parts = {name: Part(name, one_row_and(then), 1.0) for name, then in bad.items()}
+    parts |= {"f": Part("f", two_rows, 1.0, ("no_such_package", "torch")), "g": Part("g", two_rows, 1.0)}
+    start = time.monotonic()
+    report = report_on(parts, tmp_path, minutes=0.25, short=True)
+    assert time.monotonic() - start < 15
+    notes = {name: part["notes"] for name, part in report["parts"].items()}
+    assert notes["b"] == ["failed: ValueError: no such thing"]
+    assert notes["c"] == ["left out: needs bitsandbytes, which is not installed"]
+    assert len(notes["d"]) == len(notes["e"]) == len(notes["f"]) == 1
+    assert "exit code -11" in notes["d"][0] and "stopped after" in notes["e"][0]
+    assert notes["f"][0].startswith("left out: needs no_such_package; pip install")
+    for name in bad:
+        assert [row["label"] for row in report["parts"][name]["rows"]] == ["kept"], name
+    assert len(report["parts"]["g"]["rows"]) == 3 and notes["g"] == ["a note"]
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    shown = capfd.readouterr().out
+    assert all(note in shown for part in notes.values() for note in part)
+
+
+def test_the_json_is_there_after_each_part_and_what_is_stopped_leaves_no_process(tmp_path):
+    """The second part looks at the file; the first one's sleeping child must be gone."""
+
+    def reads(card):
+        yield (tmp_path / "report.json").read_text()
+
+    marker = "61.25"
+    parts = {"a": Part("a", one_row_and(lambda: subprocess.run(["sleep", marker])), 1.0), "b": Part("b", reads, 4.0)}
+    report = report_on(parts, tmp_path, minutes=0.1, short=True)
+    assert json.loads(report["parts"]["b"]["notes"][0])["parts"]["a"]["rows"][0]["label"] == "kept"
+    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    assert not any(marker.encode() in command for command in commands)
+
+
+def test_no_time_is_said():
+    notes = list(receive(PARTS["a"], seconds=0.0, short=True, log=Path(os.devnull)))
+    assert notes == ["left out: no time; give more --minutes"]
+
+
+def test_rows_of_one_label_become_one_line():
+    rows = [{"table": "", "label": row.label, "values": row.values} for row in two_rows(CPU) if isinstance(row, Row)]
+    assert show(rows).splitlines() == [
+        "|        |     ms | of copy |",
+        "| ------ | -----: | ------: |",
+        "| first  |  1,234 |     85% |",
+        "| second | 0.0123 |         |",
+    ]
+
+
+def test_picture_is_drawn_of_what_there_is(tmp_path):
+    row = {"table": "Llama, bf16, q and v, T = 256, eager", "label": "LoRA", "values": {"x LoRA r=8": 1.0}}
+    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": [row]}}})
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_old_card_takes_fp16_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10e9, 16e9))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    card = Card.detect(short=False, seconds=9)
+    assert (card.dtype, card.precision, card.short) == (torch.float16, "16-true", False)
+    lines = list(describe(card))
+    assert any("capability 7.5: bf16 is emulated" in line for line in lines)
+    assert any("another process holds 6.0 GB" in line for line in lines)
+    assert any("no C compiler" in line for line in lines)
+
+
+def test_a_model_that_does_not_fit_loses_layers_and_says_so(monkeypatch):
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    config = Config(name="narrow", n_layer=32, n_head=2, n_embd=16, intermediate_size=32, vocab_size=16)
+    n_bytes = 2 * sum(parameter.numel() for parameter in GPT(config).parameters())
+
+    def measure(config):
+        if config.n_layer > 6:
+            raise torch.OutOfMemoryError
+        yield Row("", config.name, {"layers": config.n_layer})
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12.5 / 32 * n_bytes / 0.85, 0))
+    *notes, row = at_fitting_size(GPU_CARD, config, measure)
+    assert [int(note.split()[0]) for note in notes] == [12, 6] and row.values == {"layers": 6}
+    *_, last = at_fitting_size(GPU_CARD, config, lambda config: measure(replace(config, n_layer=7)))
+    assert last == "not even one layer of narrow fits the memory that is free"
+
+
+def test_exactness_is_measured_and_an_error_above_the_bar_is_told(monkeypatch):
+    cases = [("ether", torch.float32, "eager"), ("oft, published layout", torch.bfloat16, "eager")]
+    found = list(compare_all(CPU, cases))
+    assert [row.label for row in found] == [label for label, *_ in cases]
+    errors = [float(text) for row in found for value in row.values.values() for text in value.split(" / ")]
+    assert 0 < max(errors[:2]) < BARS[torch.float32] < min(errors[2:])  # of each its dtype's roundings
+    monkeypatch.setitem(BARS, torch.float32, 1e-9)
+    assert "ether, fp32, eager: WRONG by" in list(compare_all(CPU, cases[:1]))[-1]
+    assert all(isinstance(found, Row) for found in list(packing(CPU))[:1])
+
+
+def test_cases_are_left_out_when_time_is_over():
+    (note,) = compare_all(replace(CPU, deadline=time.monotonic()), [("ether", torch.float32, "eager")] * 3)
+    assert note == "left out for want of time: 3 of 3 cases, eager"
+
+
+def test_time_of_a_call_is_the_fastest_turns_share():
+    assert 0.01 <= seconds_of(CPU, [lambda: time.sleep(0.01)] * 3, repeats=2) < 0.1
+
+
+def test_report_needs_no_more_than_torch_and_lightning():
+    """Its parts may; the first line of each says what is missing."""
+    optional = "jsonargparse tokenizers sentencepiece lm_eval peft bitsandbytes datasets triton".split()
+    code = f"import sys\nsys.modules |= dict.fromkeys({optional})\nimport torch\n"
+    # A process that has asked the driver for GPUs leaves its children without them.
+    code += "def asked(*_): raise SystemExit('asked for GPUs')\n"
+    code += "torch.cuda.is_available = torch.cuda.device_count = asked\nimport eval.gpu_report"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        setup(["--parts", "axz"])
+    assert end.value.code == 2 and "x, z unknown, expected some of abcdefgh" in capsys.readouterr().err
