@@ -147,6 +147,11 @@ def at_fitting_size(
     yield f"not even one layer of {config.name} fits the memory that is free"
 
 
+def on_llama(measure_it: Callable[[Card, Config], Found], card: Card) -> Found:
+    """Measure Llama-2-7B, or as many of its layers as fit."""
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
+
+
 # ------------------------------------------------------------------------------------------------------------- timing
 def seconds_of(card: Card, calls: Sequence[Callable[[], Any]], *, repeats: int = 5) -> float:
     """Seconds of one of these calls: the fastest turn through all of them, by the number of them.

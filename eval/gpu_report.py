@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
-from eval.gpu_parts import Card, Found, Row, explain
+from eval.gpu_parts import Card, Found, Row, explain, on_llama
 from lit_gpt.checkpoint import atomic_write, write_json
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
@@ -54,13 +55,13 @@ class Part:
 
 PARTS = {
     "a": Part("What the machine does", gpu_parts.machine, 3),
-    "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 16),
+    "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
     "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
     "d": Part("Training steps", gpu_runs.steps, 24),
-    "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 12, ("peft", "transformers")),
-    "f": Part("Training with finetune/ether.py", gpu_runs.training, 24, ("jsonargparse", "tokenizers")),
-    "g": Part("Generation", gpu_runs.generation, 6),
-    "h": Part("Evaluation", gpu_runs.evaluation, 6, ("lm_eval", "tokenizers")),
+    "e": Part("Beside PEFT on transformers", partial(on_llama, gpu_runs.beside_peft), 12, ("peft", "transformers")),
+    "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
+    "g": Part("Generation", partial(on_llama, gpu_runs.generation), 6),
+    "h": Part("Evaluation", partial(on_llama, gpu_runs.evaluation), 6, ("lm_eval", "tokenizers")),
 }
 
 

@@ -43,7 +43,8 @@ from lit_gpt.train import compile_blocks
 
 REPO = Path(__file__).resolve().parents[1]
 QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"
-RATIOS = {FLOOR: "time_x_floor", LORA: "time_x_lora"}
+CHECKPOINTING = ("--train.activation_checkpointing", "true")
+NO_NF4 = "nf4: left out: needs bitsandbytes, which is not installed"
 Loss = Callable[[torch.Tensor], torch.Tensor]
 QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -51,39 +52,39 @@ QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
 # -------------------------------------------------------------------------------------------------------------- steps
 def steps(card: Card) -> Found:
     """Time forward and backward passes of every method in turns, eager and compiled, and in nf4."""
-    lengths = (16, 64) if card.short else (256, 2048)
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(steps_of, card, lengths))
-    if not card.short or installed("bitsandbytes") != "missing":
-        nf4 = partial(steps_of, card, (64,) if card.short else (512,), scheme="bnb.nf4")
-        sized = partial(at_fitting_size, card, card.sizes("Llama-2-7b-hf"), nf4, itemsize=0.8)
-        yield from attempt("nf4", sized)
+    llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (16, 64) if card.short else (256, 2048), 64 if card.short else 512
+    yield from at_fitting_size(card, llama, partial(steps_of, card, lengths=bf16))
+    if has_bitsandbytes():
+        quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
+        yield from attempt("nf4", partial(at_fitting_size, card, llama, quantized, itemsize=0.8))
+    else:
+        yield NO_NF4
 
 
-def steps_of(card: Card, lengths: Sequence[int], config: Config, scheme: str | None = None) -> Found:
+def has_bitsandbytes() -> bool:
+    """Whether weights can be quantized here."""
+    return installed("bitsandbytes") != "missing"
+
+
+def steps_of(card: Card, config: Config, *, lengths: Sequence[int], scheme: str | None = None) -> Found:
     """The same of one model and way of keeping its weights; compiled where they are not quantized."""
-    variants, left_out = choose_variants(
-        config,
-        targets=("query", "value"),
-        blocks=(4,) if card.short else (32,),
-        oft_blocks=(8,) if card.short else (256,),
-    )
+    n, oft = (4, 8) if card.short else (32, 256)
+    variants, left_out = choose_variants(config, targets=("query", "value"), blocks=(n,), oft_blocks=(oft,))
     yield from left_out
     models = random_models(config, variants, dtype=card.dtype, device=card.device, scheme=scheme)
-    kept = "nf4" if scheme else name_of(card.dtype)
 
     def timed(how: str) -> Found:
         for T in lengths:
-            rows: list[dict[str, Any]] = [{"label": variant.label} for variant in variants]
-            for row, times in zip(rows, measure(models, seq_length=T, rounds=2 if card.short else 8), strict=True):
-                row |= times
+            rows: list[dict[str, Any]] = measure(models, seq_length=T, rounds=2 if card.short else 8)
             add_ratios(rows)
-            for row in rows:
+            for variant, row in zip(variants, rows, strict=True):
                 values = {"step, ms": 1e3 * median(row["seconds"])}
-                values |= {f"x {name}": row[key]["median"] for name, key in RATIOS.items()}
+                values |= {f"x {FLOOR}": row["time_x_floor"]["median"], f"x {LORA}": row["time_x_lora"]["median"]}
                 if "peak_bytes" in row:
                     values |= {"peak, GB": row["peak_bytes"] / 1e9}
                     values |= {f"peak x {LORA}": row["peak_bytes"] / rows[1]["peak_bytes"]}
-                yield Row(f"{config.name}, {kept}, q and v, T = {T}, {how}", row["label"], values)
+                kept = "nf4" if scheme else name_of(card.dtype)
+                yield Row(f"{config.name}, {kept}, q and v, T = {T}, {how}", variant.label, values)
 
     yield from timed("eager")
     if scheme is not None or card.left < 20:
@@ -96,24 +97,18 @@ def steps_of(card: Card, lengths: Sequence[int], config: Config, scheme: str | N
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
-def beside_peft(card: Card) -> Found:
+def beside_peft(card: Card, config: Config) -> Found:
     """Optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(beside_peft_of, card))
-
-
-def beside_peft_of(card: Card, config: Config) -> Found:
-    """The same of one model."""
-    n, T, rank = (8, 64, 8) if card.short else (256, 2048, 8)
+    n, oft, T = (1, 8, 64) if card.short else (32, 256, 2048)
     title = f"{config.name}, {name_of(card.dtype)}, q and v, T = {T}, eager, with AdamW"
-    ours = {LORA: LoraConfig(r=rank), f"OFT n={n}": EtherConfig("oft", nb=n)}
-    ours |= {f"ETHER+ two-sided n={n // 8 or 1}": EtherConfig("etherplusHH", nb=max(1, n // 8))}
-    theirs = {LORA: "LoraConfig", f"OFT n={n}": "OFTConfig"}
-    for label, kind in theirs.items():
-        make = partial(peft_loss, card, config, kind, rank=rank, block=config.n_embd // n)
-        yield from attempt(f"PEFT {label}", partial(optimizer_steps, card, title, f"PEFT {label}", make, T))
-    for label, adapter in ours.items():
-        make = partial(our_loss, card, config, adapter)
-        yield from attempt(f"ours, {label}", partial(optimizer_steps, card, title, f"ours, {label}", make, T))
+    theirs = {LORA: ("LoraConfig", {"r": 8, "lora_alpha": 16})}
+    theirs[f"OFT n={oft}"] = ("OFTConfig", {"r": 0, "oft_block_size": config.n_embd // oft})
+    ours = {LORA: LoraConfig(r=8), f"OFT n={oft}": EtherConfig("oft", nb=oft)}
+    ours[f"ETHER+ two-sided n={n}"] = EtherConfig("etherplusHH", nb=n)
+    makers = {f"PEFT {label}": partial(peft_loss, card, config, *kind) for label, kind in theirs.items()}
+    makers |= {f"ours, {label}": partial(our_loss, card, config, adapter) for label, adapter in ours.items()}
+    for label, make in makers.items():
+        yield from attempt(label, partial(optimizer_steps, card, title, label, make, T))
 
 
 def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> tuple[nn.Module, Loss]:
@@ -122,7 +117,7 @@ def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> t
     return model, lambda idx: model(idx, targets=idx.roll(-1, 1))
 
 
-def peft_loss(card: Card, config: Config, kind: str, *, rank: int, block: int) -> tuple[nn.Module, Loss]:
+def peft_loss(card: Card, config: Config, kind: str, settings: dict[str, int]) -> tuple[nn.Module, Loss]:
     """The same of transformers and PEFT; their defaults otherwise."""
     import peft
     import transformers
@@ -134,8 +129,7 @@ def peft_loss(card: Card, config: Config, kind: str, *, rank: int, block: int) -
     )  # fmt: skip
     with torch.device(card.device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=card.dtype)
-    own = {"r": rank, "lora_alpha": 16} if kind == "LoraConfig" else {"r": 0, "oft_block_size": block}
-    model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **own))
+    model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings))
     return model.train(), lambda idx: model(input_ids=idx, labels=idx).loss
 
 
@@ -169,13 +163,16 @@ def training(card: Card) -> Found:
         config = card.sizes("meta-llama/Llama-3.2-1B")
         make_work(card, work, config)
         train = partial(run_training, card, work, f"{config.name}, {card.precision}, ETHER+ two-sided")
-        packed = ["--train.packing", "true"]
-        cases = {"padded": [], "packed": packed, "packed, compiled": [*packed, "--compile", "true"]}
-        cases["packed, checkpointing"] = [*packed, "--train.activation_checkpointing", "true"]
-        cases["packed, nf4"] = [*packed, "--quantize", "bnb.nf4"]
-        for label, flags in cases.items() if not card.short else [*cases.items()][3:4]:
-            yield from attempt(label, partial(train, label, *flags)) if card.left > 25 else [f"{label}: no time left"]
+        packed = ("--train.packing", "true")
+        yield from attempt("packed, checkpointing", partial(train, "packed, checkpointing", *packed, *CHECKPOINTING))
         yield from attempt("kill and resume", partial(kill_and_resume, card, work))
+        cases = {"padded": (), "packed": packed, "packed, compiled": (*packed, "--compile", "true")}
+        if has_bitsandbytes():
+            cases["packed, nf4"] = (*packed, "--quantize", "bnb.nf4")
+        else:
+            yield NO_NF4
+        for label, flags in () if card.short else cases.items():
+            yield from attempt(label, partial(train, label, *flags)) if card.left > 20 else [f"{label}: no time left"]
 
 
 def make_work(card: Card, work: Path, config: Config) -> None:
@@ -185,7 +182,7 @@ def make_work(card: Card, work: Path, config: Config) -> None:
     base, data = work / "base", work / "data"
     write_tokenizer(base, vocab_size=400)
     (model,) = random_models(config, [Variant(FLOOR, None)], dtype=card.dtype, device=card.device)
-    del model.shift
+    del model.shift  # of the floor
     save_state(model.cpu().state_dict(), base / "lit_model.pth")
     write_json(base / "lit_config.json", config.to_dict())
     draw = random.Random(0)  # Llama 3's tokens of 7,000 rows: 52, 88 and 167 at the 10th, 50th and 90th percentile
@@ -195,6 +192,7 @@ def make_work(card: Card, work: Path, config: Config) -> None:
     save_split(samples[:16], data / TEST_FILE)
     facts = {"checkpoint_dir": str(base), "prompt_style": "plain", "tokenizer_sha256": Tokenizer(base).sha256}
     write_json(data / DATA_CONFIG, facts)
+    free_memory(card)
 
 
 def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
@@ -215,8 +213,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
 
 def training_command(card: Card, work: Path, name: str, *flags: str) -> list[str]:
     """A command line of finetune/ether.py; what it writes goes to ``work / name``."""
-    sizes = ("2", "4", "6", "4") if card.short else ("8", "32", "30", "32")
-    micro, batch, n_steps, n = sizes
+    micro, batch, n_steps, n = ("2", "4", "6", "4") if card.short else ("8", "32", "24", "32")
     command = [sys.executable, str(REPO / "finetune" / "ether.py"), "--io.train_data_dir", str(work / "data")]
     command += ["--io.out_dir", str(work / name), "--precision", card.precision, "--Htype", "etherplusHH"]
     command += ["--ether_nb", n, "--train.micro_batch_size", micro, "--train.global_batch_size", batch]
@@ -266,18 +263,12 @@ def kill_and_resume(card: Card, work: Path) -> Found:
 
 
 # --------------------------------------------------------------------------------------------- generation, evaluation
-def generation(card: Card) -> Found:
+def generation(card: Card, config: Config) -> Found:
     """Tokens a second of one conversation, against the rate at which the weights can be read."""
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(generation_of, card))
-
-
-def generation_of(card: Card, config: Config) -> Found:
-    """The same of one model, and with an adapter that is not merged."""
     n = 4 if card.short else 32
     variants = [Variant("base, or merged", None), Variant(f"ETHER+ two-sided n={n}", EtherConfig("etherplusHH", nb=n))]
     models = random_models(config, variants, dtype=card.dtype, device=card.device)
-    embedding = models[0].transformer.wte.weight
-    read = sum(p.nbytes for p in models[0].parameters()) - embedding.nbytes
+    read = sum(p.nbytes for p in models[0].parameters()) - models[0].transformer.wte.weight.nbytes  # of it one row
     limit = copy_bandwidth(card) / read
     for variant, model in zip(variants, models, strict=True):
         for _ in range(2):  # the first one warms up
@@ -290,13 +281,8 @@ def generation_of(card: Card, config: Config) -> Found:
         yield Row(f"{config.name}, {name_of(card.dtype)}, eager, 100 tokens of prompt", variant.label, values)
 
 
-def evaluation(card: Card) -> Found:
+def evaluation(card: Card, config: Config) -> Found:
     """Requests a second of ARC's bundled questions through the model that lm-eval sees."""
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(evaluation_of, card))
-
-
-def evaluation_of(card: Card, config: Config) -> Found:
-    """The same of one model."""
     from lm_eval.api.instance import Instance
 
     from eval.harness_model import HarnessModel
@@ -304,13 +290,8 @@ def evaluation_of(card: Card, config: Config) -> Found:
 
     config = replace(config, vocab_size=max(4000, config.vocab_size), padded_vocab_size=0)
     (model,) = random_models(config, [Variant("", None)], dtype=card.dtype, device=card.device)
-    questions = list(map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()))
-    questions = questions[: 4 if card.short else None]
-    pairs = [
-        (f"Question: {row['question']}\nAnswer:", f" {answer}")
-        for row in questions
-        for answer in row["choices"]["text"]
-    ]
+    rows = list(map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()))[: 4 if card.short else None]
+    pairs = [(f"Question: {row['question']}\nAnswer:", f" {text}") for row in rows for text in row["choices"]["text"]]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as name:
         write_tokenizer(Path(name) / "base", vocab_size=4000)

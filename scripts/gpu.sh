@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# What this repository does on a GPU, checked and measured: bash scripts/gpu.sh [--short] [--parts abc] [--minutes N]
+# The GPU report: bash scripts/gpu.sh [--short] [--parts abc] [--minutes 8] [--out_dir logs/gpu]
 #
-# Bandwidth, exactness against fp64, kernels, training steps of Llama-2-7B, PEFT beside us, training as a user would,
-# generation, evaluation. At most eight minutes; nothing is downloaded, weights are random. Results in logs/gpu.
-# Takes $PYTHON, the active environment, or a python3 that has torch; makes .venv only where there is none of these.
+# Checks and measures in at most eight minutes what a GPU does here: bandwidth, exactness against fp64, kernels, training
+# steps of Llama-2-7B, PEFT beside us, training as a user would, generation, evaluation. Weights are random, nothing is
+# downloaded. Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is;
+# only where none has does it make an environment and install.
 # --short, and a machine without a GPU: the same code on tiny sizes (what CI runs).
 set -euo pipefail
-PYTHON_GIVEN="${PYTHON:-}"
+GIVEN="${PYTHON:-}"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-has_torch() { [ -n "$1" ] && "$1" -c 'import lightning, torch' >/dev/null 2>&1; }
+can_report() {
+    "$1" -c 'import sys; from importlib.util import find_spec as find; sys.exit(not (find("torch") and find("lightning")))'
+}
 
 ACTIVE="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
-for PYTHON in "$PYTHON_GIVEN" "${ACTIVE:+$ACTIVE/bin/python}" "$REPO/.venv/bin/python" python3; do
-    if has_torch "$PYTHON"; then break; fi
-    PYTHON=
+for PYTHON in "$GIVEN" "${ACTIVE:+$ACTIVE/bin/python}" "$REPO/.venv/bin/python" python3 ""; do
+    if [ -n "$PYTHON" ] && can_report "$PYTHON" 2>/dev/null; then break; fi
 done
 if [ -z "$PYTHON" ]; then
     use_environment

@@ -168,7 +168,7 @@ def test_time_of_a_call_is_the_fastest_turns_share():
 
 def test_report_needs_no_more_than_torch_and_lightning():
     """Its parts may; the first line of each says what is missing."""
-    optional = "jsonargparse tokenizers sentencepiece lm_eval peft bitsandbytes datasets triton".split()
+    optional = "jsonargparse sentencepiece lm_eval peft bitsandbytes datasets triton".split()
     code = f"import sys\nsys.modules |= dict.fromkeys({optional})\nimport torch\n"
     # A process that has asked the driver for GPUs leaves its children without them.
     code += "def asked(*_): raise SystemExit('asked for GPUs')\n"
