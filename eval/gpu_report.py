@@ -34,6 +34,8 @@ from lit_gpt.checkpoint import atomic_write, write_json
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85
 """Share of its time after which a part begins nothing new; at the end of it, it is stopped."""
+FAULTS = ("failed: ", "WRONG", "ended early", "stopped after")
+"""What the notes on faults hold: with one of them the command ends with exit code 1, after all parts."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         axes.margins(x=0.12)
         if len(series) > 1:
             axes.legend(fontsize=7)
-    figure.suptitle(report["machine"])
+    figure.suptitle(report["machine"], fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
@@ -206,7 +208,7 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
         done = run_part(part, seconds=seconds, short=short, log=out_dir / LOG)
         report["parts"][name] = done
         if name == "a":
-            report["machine"] = "; ".join(done["notes"])
+            report["machine"] = "\n".join(done["notes"][:2])
         print(f"\n{show(done['rows'])}\n\n   {done['seconds']:.0f} s", flush=True)
         write_json(out_dir / RESULTS, report)
     try:
@@ -215,6 +217,12 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
         print(f"picture {explain(error)}")
     print(f"\nSaved to {out_dir}: {', '.join(path.name for path in sorted(out_dir.iterdir()))}")
     return report
+
+
+def faults(report: Mapping[str, Any]) -> list[str]:
+    """The notes that say that something is wrong, with the parts' names."""
+    notes = [f"{name}. {note}" for name, part in report["parts"].items() for note in part["notes"]]
+    return [note for note in notes if any(fault in note for fault in FAULTS)]
 
 
 def setup(arguments: Sequence[str] | None = None) -> None:
@@ -230,7 +238,10 @@ def setup(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {name: part for name, part in PARTS.items() if name in given.parts}
-    report_on(chosen, given.out_dir, minutes=given.minutes, short=given.short)
+    found = faults(report_on(chosen, given.out_dir, minutes=given.minutes, short=given.short))
+    if found:
+        print("\nWrong here:", *found, sep="\n   ", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

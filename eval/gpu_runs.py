@@ -52,7 +52,7 @@ QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
 # -------------------------------------------------------------------------------------------------------------- steps
 def steps(card: Card) -> Found:
     """Time forward and backward passes of every method in turns, eager and compiled, and in nf4."""
-    llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (16, 64) if card.short else (256, 2048), 64 if card.short else 512
+    llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (20, 50) if card.short else (256, 2048), 50 if card.short else 512
     yield from at_fitting_size(card, llama, partial(steps_of, card, lengths=bf16))
     if has_bitsandbytes():
         quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
@@ -259,7 +259,7 @@ def kill_and_resume(card: Card, work: Path) -> Found:
     finish(subprocess.Popen(command("killed", *flags, "--resume", "true"), **QUIET))
     one, other = (load_state(work / name / "lit_model_ether_finetuned.pth")["model"] for name in ("unbroken", "killed"))
     same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    yield f"killed with SIGKILL and resumed: the adapter {'equals' if same else 'IS NOT'} an unbroken run's, bit by bit"
+    yield f"killed with SIGKILL and resumed: the adapter {'equals' if same else 'is WRONG beside'} an unbroken run's, bit by bit"
 
 
 # --------------------------------------------------------------------------------------------- generation, evaluation

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from eval.gpu_parts import BARS, Card, Row, at_fitting_size, compare_all, describe, packing, seconds_of
-from eval.gpu_report import PARTS, Part, draw, receive, report_on, setup, show
+from eval.gpu_report import PARTS, Part, draw, faults, receive, report_on, setup, show
 from lit_gpt import GPT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,7 @@ def test_a_part_that_goes_wrong_gives_a_line_keeps_its_rows_and_the_others_go_on
     for name in bad:
         assert [row["label"] for row in report["parts"][name]["rows"]] == ["kept"], name
     assert len(report["parts"]["g"]["rows"]) == 3 and notes["g"] == ["a note"]
+    assert [line[0] for line in faults(report)] == ["b", "d", "e"]  # what is left out is no fault
     assert json.loads((tmp_path / "report.json").read_text()) == report
     shown = capfd.readouterr().out
     assert all(note in shown for part in notes.values() for note in part)
