@@ -259,7 +259,8 @@ def kill_and_resume(card: Card, work: Path) -> Found:
     finish(subprocess.Popen(command("killed", *flags, "--resume", "true"), **QUIET))
     one, other = (load_state(work / name / "lit_model_ether_finetuned.pth")["model"] for name in ("unbroken", "killed"))
     same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    yield f"killed with SIGKILL and resumed: the adapter {'equals' if same else 'is WRONG beside'} an unbroken run's, bit by bit"
+    verdict = "equals" if same else "is WRONG: not"
+    yield f"killed with SIGKILL and resumed: the adapter {verdict} an unbroken run's, bit by bit"
 
 
 # --------------------------------------------------------------------------------------------- generation, evaluation
