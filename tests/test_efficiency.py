@@ -22,6 +22,8 @@ from eval.costs import (
     count,
     count_model,
     layer_flops,
+    measure,
+    random_models,
     step_loss,
 )
 from lit_gpt.cli import run
@@ -198,6 +200,15 @@ def test_variants_share_the_weights_and_train_their_adapter_alone():
         assert shared <= {p.data_ptr() for p in model.parameters()}
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
     assert not any("lora" in name or "ether" in name for name, _ in base.named_parameters())
+
+
+def test_quantized_random_models_share_their_weights_and_scales():
+    variants = [Variant(LORA, LoraConfig()), TWO_SIDED]
+    models = random_models(TINY, variants, dtype=torch.float32, device=torch.device("cpu"), scheme="bnb.nf4")
+    one, other = (model.transformer.h[1].mlp.fc_1.quantized[0] for model in models)
+    assert one.weight is other.weight and one.weight.quant_state is other.quant_state
+    assert len({layer.weight.data.sum().item() for layer in models[0].transformer.h[0].attn.attn.quantized}) == 3
+    assert [len(row["seconds"]) for row in measure(models, seq_length=12, rounds=2)] == [2, 2]
 
 
 def test_step_loss_is_the_models_own():
