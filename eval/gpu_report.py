@@ -59,7 +59,7 @@ PARTS = {
     "a": Part("What the machine does", gpu_parts.machine, 3),
     "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
     "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
-    "d": Part("Training steps", gpu_runs.steps, 24),
+    "d": Part("Training steps", gpu_runs.steps, 30),
     "e": Part("Beside PEFT on transformers", partial(on_llama, gpu_runs.beside_peft), 12, ("peft", "transformers")),
     "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
     "g": Part("Generation", partial(on_llama, gpu_runs.generation), 6),

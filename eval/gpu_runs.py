@@ -31,6 +31,7 @@ from eval.gpu_parts import (
     random_samples,
     share,
 )
+from lit_gpt import reflections
 from lit_gpt.checkpoint import load_state, read_json, save_state, write_json
 from lit_gpt.config import Config
 from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
@@ -73,9 +74,11 @@ def steps_of(card: Card, config: Config, *, lengths: Sequence[int], scheme: str 
     yield from left_out
     models = random_models(config, variants, dtype=card.dtype, device=card.device, scheme=scheme)
 
-    def timed(how: str) -> Found:
+    def timed(how: str, form: str) -> Found:
+        how = how if form == reflections.FORMS[0] else f"{how} with {form}"
         for T in lengths:
-            rows: list[dict[str, Any]] = measure(models, seq_length=T, rounds=2 if card.short else 8)
+            with reflections.use_form(form):
+                rows: list[dict[str, Any]] = measure(models, seq_length=T, rounds=2 if card.short else 8)
             add_ratios(rows)
             for variant, row in zip(variants, rows, strict=True):
                 values = {"step, ms": 1e3 * median(row["seconds"])}
@@ -86,14 +89,19 @@ def steps_of(card: Card, config: Config, *, lengths: Sequence[int], scheme: str 
                 kept = "nf4" if scheme else name_of(card.dtype)
                 yield Row(f"{config.name}, {kept}, q and v, T = {T}, {how}", variant.label, values)
 
-    yield from timed("eager")
-    if scheme is not None or card.left < 20:
+    yield from timed("eager", card.forms[0])  # too little memory is the caller's to see
+    if scheme is not None:
         return
+    for form in card.forms[1:]:
+        yield from attempt(f"eager with {form}", partial(timed, "eager", form))
     if card.short:
         del models[2:], variants[2:]
     for model in models:
         compile_blocks(model)
-    yield from attempt("compiled steps", partial(timed, "compiled"))
+    for form in card.forms:
+        torch._dynamo.reset()
+        late = [f"compiled steps with {form}: left out for want of time"]
+        yield from attempt("compiled steps", partial(timed, "compiled", form)) if card.left > 20 else late
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
