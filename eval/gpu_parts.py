@@ -7,7 +7,6 @@
 """
 
 import copy
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ from lit_gpt.config import Config
 from lit_gpt.data import Sample
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.lora import LoraConfig
-from lit_gpt.memory import meta_model
 from lit_gpt.model import GPT
 from lit_gpt.train import compile_blocks
 
@@ -116,41 +114,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"left out: needs {error.name}, which is not installed"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def free_memory(card: Card) -> None:
-    """Give back what is no longer used, and count peaks from here on."""
-    gc.collect()
-    if card.on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def at_fitting_size(
-    card: Card, config: Config, measure_it: Callable[[Config], Found], *, itemsize: float = 2.0
-) -> Found:
-    """Measure a model of as many layers as the memory takes; says so where these are not all."""
-    layers = config.n_layer
-    free_memory(card)
-    if card.on_gpu:
-        free = 0.85 * torch.cuda.mem_get_info()[0]  # the rest is for activations
-        need = itemsize * sum(p.numel() for p in meta_model(config, card.dtype).parameters())
-        layers = config.n_layer if need < free else max(1, int(config.n_layer * free / need))
-    while layers:
-        if layers < config.n_layer:
-            yield f"{layers} of {config.n_layer} layers of {config.name}: more do not fit the memory that is free"
-        try:
-            yield from measure_it(replace(config, n_layer=layers))
-            return
-        except torch.OutOfMemoryError:
-            layers //= 2
-        free_memory(card)
-    yield f"not even one layer of {config.name} fits the memory that is free"
-
-
-def on_llama(measure_it: Callable[[Card, Config], Found], card: Card) -> Found:
-    """Measure Llama-2-7B, or as many of its layers as fit."""
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
 
 
 # ------------------------------------------------------------------------------------------------------------- timing

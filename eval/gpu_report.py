@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
-from eval.gpu_parts import Card, Found, Row, explain, on_llama
+from eval.gpu_parts import Card, Found, Row, explain
 from lit_gpt.checkpoint import atomic_write, write_json
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
@@ -60,10 +60,12 @@ PARTS = {
     "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
     "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
     "d": Part("Training steps", gpu_runs.steps, 30),
-    "e": Part("Beside PEFT on transformers", partial(on_llama, gpu_runs.beside_peft), 12, ("peft", "transformers")),
+    "e": Part(
+        "Beside PEFT on transformers", partial(gpu_runs.on_llama, gpu_runs.beside_peft), 12, ("peft", "transformers")
+    ),
     "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
-    "g": Part("Generation", partial(on_llama, gpu_runs.generation), 6),
-    "h": Part("Evaluation", partial(on_llama, gpu_runs.evaluation), 6, ("lm_eval", "tokenizers")),
+    "g": Part("Generation", partial(gpu_runs.on_llama, gpu_runs.generation), 6),
+    "h": Part("Evaluation", partial(gpu_runs.on_llama, gpu_runs.evaluation), 6, ("lm_eval", "tokenizers")),
 }
 
 

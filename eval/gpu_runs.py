@@ -1,5 +1,6 @@
 """Parts d to h of ``gpu_report.py``: whole models, in training steps, beside PEFT, in runs, generating, evaluated."""
 
+import gc
 import json
 import random
 import signal
@@ -22,10 +23,8 @@ from eval.gpu_parts import (
     Card,
     Found,
     Row,
-    at_fitting_size,
     attempt,
     copy_bandwidth,
-    free_memory,
     installed,
     name_of,
     random_samples,
@@ -38,6 +37,7 @@ from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
 from lit_gpt.ether import EtherConfig
 from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
+from lit_gpt.memory import meta_model
 from lit_gpt.report import read_metrics
 from lit_gpt.resume import checkpoint_folders
 from lit_gpt.train import compile_blocks
@@ -48,6 +48,41 @@ CHECKPOINTING = ("--train.activation_checkpointing", "true")
 NO_NF4 = "nf4: left out: needs bitsandbytes, which is not installed"
 Loss = Callable[[torch.Tensor], torch.Tensor]
 QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def free_memory(card: Card) -> None:
+    """Give back what is no longer used, and count peaks from here on."""
+    gc.collect()
+    if card.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def at_fitting_size(
+    card: Card, config: Config, measure_it: Callable[[Config], Found], *, itemsize: float = 2.0
+) -> Found:
+    """Measure a model of as many layers as the memory takes; says so where these are not all."""
+    layers = config.n_layer
+    free_memory(card)
+    if card.on_gpu:
+        free = 0.85 * torch.cuda.mem_get_info()[0]  # the rest is for activations
+        need = itemsize * sum(p.numel() for p in meta_model(config, card.dtype).parameters())
+        layers = config.n_layer if need < free else max(1, int(config.n_layer * free / need))
+    while layers:
+        if layers < config.n_layer:
+            yield f"{layers} of {config.n_layer} layers of {config.name}: more do not fit the memory that is free"
+        try:
+            yield from measure_it(replace(config, n_layer=layers))
+            return
+        except torch.OutOfMemoryError:
+            layers //= 2
+        free_memory(card)
+    yield f"not even one layer of {config.name} fits the memory that is free"
+
+
+def on_llama(measure_it: Callable[[Card, Config], Found], card: Card) -> Found:
+    """Measure Llama-2-7B, or as many of its layers as fit."""
+    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
 
 
 # -------------------------------------------------------------------------------------------------------------- steps

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.gpu_parts import BARS, Card, Row, at_fitting_size, compare_all, describe, largest_error, seconds_of
+from eval.gpu_parts import BARS, Card, Row, compare_all, describe, largest_error, seconds_of
 from eval.gpu_report import PARTS, Part, draw, faults, receive, report_on, setup, show
+from eval.gpu_runs import at_fitting_size
 from lit_gpt import GPT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
