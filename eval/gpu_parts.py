@@ -88,8 +88,19 @@ class Card:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Those that run here."""
-        return reflections.FORMS if self.on_gpu else reflections.FORMS[:1]
+        """Those that run here, without falling back to the first one."""
+        return reflections.FORMS if self.on_gpu and self.kernel_fault is None else reflections.FORMS[:1]
+
+    @property
+    def kernel_fault(self) -> str | None:
+        """Why Triton's kernels do not run here; None where they do."""
+        try:
+            from lit_gpt.kernels import try_on
+
+            try_on(self.device)
+        except Exception as error:  # of Triton, the driver or a compiler
+            return explain(error)
+        return None
 
     def sizes(self, name: str) -> Config:
         """A known model's sizes, or the tiny ones."""
@@ -177,6 +188,8 @@ def describe(card: Card) -> Iterator[str]:
         yield f"no GPU: tiny sizes on a CPU with {torch.get_num_threads()} threads, which say nothing about a GPU"
     packages = ("lightning", "triton", "transformers", "peft", "bitsandbytes")
     yield f"torch {torch.__version__}, " + ", ".join(f"{name} {installed(name)}" for name in packages)
+    if card.on_gpu and card.kernel_fault:
+        yield f"Triton's kernels are left out: {card.kernel_fault}"
     if card.on_gpu and capability < (8, 0):
         yield f"capability {capability[0]}.{capability[1]}: bf16 is emulated, fp16 takes its place"
     if total - free > 2e9:
