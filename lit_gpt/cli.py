@@ -5,6 +5,7 @@ jsonargparse; ``--config file.yaml``, ``--print_config`` and ``--help`` work eve
 line on stderr and a non-zero exit; ``--debug`` shows the traceback, which our own bugs (any other exception) always do.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -49,6 +50,10 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     parser = build_parser(setup)
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    check_encoding(args)
     try:
         parsed = parser.parse_args(args)
         values = parser.instantiate_classes(parsed).as_dict()
@@ -67,6 +72,16 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
         if parsed.debug:
             raise
         fail(one_line(error), code=1)
+
+
+def check_encoding(args: Sequence[str]) -> None:
+    """End with one line where an argument holds bytes that are no text: neither tokenizers nor JSON can take them."""
+    for arg in args:
+        try:
+            arg.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            fail(f"argument {shown} is not valid {sys.getfilesystemencoding()}: give a name in that encoding", code=2)
 
 
 def fail(message: str, *, code: int) -> None:

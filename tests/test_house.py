@@ -152,6 +152,84 @@ def test_old_python_is_refused_in_one_line(bare_machine):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.fixture
+def installing(tmp_path):
+    """The shell's two functions with a `python` that installs nothing and says what it was asked; what they print."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").touch()
+    fake = tmp_path / "env" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(
+        '#!/bin/bash\ncase "$*" in *find_spec*) exit 1 ;; *ether-installed*) echo "$FAKE/stamp" ;; '
+        '*urlopen*) exit "${CPU_INDEX_IS_DOWN:-0}" ;; *"pip install"*) echo "PIP $*" ;; '
+        '*-m\\ venv*) mkdir -p "${@: -1}/bin"; ln -sf "$FAKE/env/bin/python" "${@: -1}/bin/python" ;; '
+        '*version_info*) [ ! -e "$(dirname "$0")/old" ] ;; esac\n'
+    )
+    fake.chmod(0o755)
+
+    def install(**environment: str) -> subprocess.CompletedProcess:
+        code = '. scripts/environment.sh; use_environment; echo "PYTHON=$PYTHON"; install requirements.txt'
+        environment = {"PATH": "/usr/bin:/bin", "FAKE": str(tmp_path), "PYTHON": str(fake)} | environment
+        return subprocess.run(["bash", "-euc", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return install
+
+
+def test_condas_base_environment_is_left_alone(installing, tmp_path):
+    own, venv = tmp_path / "env", tmp_path / ".venv"
+    for environment, expected in (
+        ({"CONDA_PREFIX": own, "CONDA_DEFAULT_ENV": "mine"}, own),
+        ({"CONDA_PREFIX": own, "CONDA_DEFAULT_ENV": "base"}, venv),
+        ({"CONDA_PREFIX": own, "CONDA_DEFAULT_ENV": "base", "VIRTUAL_ENV": own}, own),
+        ({}, venv),
+    ):
+        done = installing(**{name: str(value) for name, value in environment.items()})
+        assert f"PYTHON={expected}/bin/python" in done.stdout, done.stdout + done.stderr
+    (own / "condabin").mkdir()  # base by another name
+    assert f"PYTHON={venv}/bin/python" in installing(CONDA_PREFIX=str(own)).stdout
+
+
+def test_a_virtual_environment_that_was_not_made_here_is_not_cleared(installing, tmp_path):
+    """One without pip, as uv makes them, was emptied; half an environment of ours is made anew."""
+    (tmp_path / ".venv" / "lib").mkdir(parents=True)
+    done = installing()
+    assert done.returncode and "was not made here: activate it, or move it away" in done.stderr
+    assert (tmp_path / ".venv" / "lib").is_dir()
+    (tmp_path / ".venv" / ".ether-made").touch()
+    assert installing().returncode == 0 and not (tmp_path / ".venv" / "lib").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nvidia-smi") is not None, reason="needs Linux without GPU")
+def test_without_an_nvidia_card_torch_comes_without_cuda(installing):
+    asked = installing().stdout
+    assert re.search(r"PIP .*torch==\S+ --index-url https://download.pytorch.org/whl/cpu\n", asked), asked
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nvidia-smi") is not None, reason="needs Linux without GPU")
+def test_where_the_cpu_index_is_down_the_size_is_said_first(installing):
+    asked = installing(CPU_INDEX_IS_DOWN="1").stdout
+    assert re.search(r"may bring 3 GB of CUDA.*PIP .*torch==\S+\n", asked, re.DOTALL), asked
+    assert "--index-url" not in asked
+
+
+def test_a_character_that_the_output_lacks_ends_nothing(tmp_path):
+    """In latin-1, printing a row with curly quotes ended the script with an error after its work."""
+    code = "from lit_gpt.cli import run\ndef setup(*, text: str = 'x'):\n    'Print.'\n    print('“😀” é', text)\n"
+    code += "    raise ValueError('“no”')\nrun(setup)"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, "??? é x\n".encode("latin-1")), done.stderr
+    assert done.stderr == b"error: ?no?\n"
+
+
+def test_an_argument_that_is_no_text_is_one_line():
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_json.py"), b"--data_file_path=d\xe9.json"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stderr.startswith(rb"error: argument --data_file_path=d\xe9.json is not valid utf-8"), done.stderr
+
+
 def test_missing_ensurepip_is_told_in_one_line(bare_machine):
     done = bare_machine('case "$*" in *ensurepip*) exit 1 ;; *) exit 0 ;; esac')
     assert done.returncode != 0
