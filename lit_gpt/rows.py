@@ -5,6 +5,7 @@ holds rows of one kind. What is wrong is told with the file and the rows' number
 """
 
 import csv
+import http.client
 import io
 import json
 import urllib.error
@@ -59,8 +60,8 @@ def _read_text(source: Path | str) -> str:
         try:
             with urllib.request.urlopen(str(source), timeout=60) as reply:
                 data = reply.read()
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", repr(error))
             raise ConnectionError(
                 f"cannot download {source} ({reason}); get the file in another way and give --data_file_path FILE"
             ) from error

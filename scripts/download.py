@@ -8,7 +8,10 @@ that was cut off goes on where it stopped. A model that is not listed works too 
 """
 
 import difflib
+import errno
 import os
+import socket
+import ssl
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,10 @@ def setup(
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise ValueError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
     folder = checkpoint_dir / repo_id
-    token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN")
+    token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN", "")
+    token = token.strip()  # secret files end with a newline
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("the access token holds characters that no token has; copy it again")
     fetch(repo_id, folder, from_safetensors=from_safetensors, token=token or None, revision=revision)
     print(f"{repo_id} -> {folder}")
     print(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
@@ -74,6 +80,13 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
         other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
         raise ValueError(f"{repo_id} has no {what}{other if have[not kind] else ', so nothing that can be converted'}")
     return have[kind] + [name for name in names if name.endswith(SIDE_FILES)]
+
+
+def is_local(error: Exception) -> bool:
+    """Return True for an error of this machine's file system; the others that are OSErrors come from the network."""
+    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    unreachable = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+    return isinstance(error, OSError) and not isinstance(error, network) and error.errno not in (None, *unreachable)
 
 
 def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **options: Any) -> None:
@@ -116,9 +129,19 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **option
         reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
         raise ConnectionError(f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}") from error
     except unreachable as error:
+        if is_local(error):
+            raise OSError(
+                f"cannot write {error.filename or folder}: {error.strerror}; clear that up, or choose another "
+                "--checkpoint_dir, and run the command again (what is complete is kept)"
+            ) from error
         raise ConnectionError(
             f"the Hub could not be reached ({type(error).__name__}): check the network and run the command again (what "
             f"is complete is kept), {by_hand}"
+        ) from error
+    except RuntimeError as error:  # of hf_xet, which moves large files in chunks
+        raise ConnectionError(
+            f"the transfer failed ({' '.join(str(error).split())}): run the command again with HF_HUB_DISABLE_XET=1 "
+            f"(what is complete is kept), {by_hand}"
         ) from error
 
 

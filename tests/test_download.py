@@ -162,6 +162,53 @@ FAILURES = {
 }
 
 
+@pytest.mark.parametrize("space", ["{}\n", "  {} ", "{}\r\n"])
+def test_white_space_around_a_token_is_no_part_of_it(space, endpoint, tmp_path):
+    """Secret files of container systems end with a newline; the headers with it were called a network fault."""
+    done = download("--repo_id", "tiny/gated", endpoint=endpoint, cwd=tmp_path, HF_TOKEN=space.format(TOKEN))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_token_that_cannot_be_one_is_refused_without_showing_it(endpoint, tmp_path):
+    done = download("--repo_id", "tiny/gated", endpoint=endpoint, cwd=tmp_path, HF_TOKEN="hf_a\nhf_é")
+    assert done.returncode == 1 and "holds characters that no token has" in done.stderr and "hf_a" not in done.stderr
+
+
+BROKEN_HUB = """
+import os
+if "BROKEN" in os.environ:
+    import huggingface_hub
+    def broken(*args, **options):
+        raise eval(os.environ["BROKEN"])
+    huggingface_hub.snapshot_download = broken
+"""
+XET = "RuntimeError('Data processing error: the content service answered 500')"
+LOCAL = {
+    "disk full": ("OSError(28, 'No space left on device')", "cannot write .*checkpoints/tiny/both: No space left"),
+    "no right": ("PermissionError(13, 'Permission denied', 'x/y')", "cannot write x/y: Permission denied"),
+    "read only": ("OSError(30, 'Read-only file system', 'x')", "Read-only file system; .*another --checkpoint_dir"),
+    "quota": ("OSError(122, 'Disk quota exceeded')", "Disk quota exceeded"),
+    "transfer": (XET, "transfer failed .Data processing error.*HF_HUB_DISABLE_XET=1.*by hand and go on"),
+    "network": ("OSError(101, 'Network is unreachable')", "could not be reached.*check the network"),
+    "reset": ("ConnectionResetError(104, 'Connection reset')", "could not be reached.*check the network"),
+    "file in the way": ("", "cannot write .*checkpoints.*: (Not a directory|File exists)"),
+}
+
+
+@pytest.mark.parametrize("case", LOCAL)
+def test_a_fault_of_this_machine_is_not_called_the_networks(case, endpoint, tmp_path):
+    """Whatever huggingface_hub raises in the middle of a download; a file in the way is a real one."""
+    error, message = LOCAL[case]
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_HUB)
+    if not error:
+        (tmp_path / "checkpoints").touch()
+    environment = {"PYTHONPATH": str(tmp_path)} | ({"BROKEN": error} if error else {})
+    done = download("--repo_id", "tiny/both", endpoint=endpoint, cwd=tmp_path, **environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(message, lines[0]) and ("the network" in lines[0]) == (case in ("network", "reset"))
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_failure_is_one_line_and_leaves_nothing(case, endpoint, tmp_path):
     flags, environment, message = FAILURES[case]
