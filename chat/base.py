@@ -10,10 +10,12 @@
 - Ctrl-C stops an answer; at the prompt it quits, as Ctrl-D does.
 """
 
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from lit_gpt.prompts import CHAT, check_style, encode_prompt
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPT = ">> "
+PASTE_SECONDS = 0.05  # between two lines of a paste; by hand nobody is so quick
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -192,16 +195,13 @@ def write_out(piece: str) -> None:
 
 def chat_terminal(conversation: Conversation) -> None:
     """Prompts from the terminal until Ctrl-C or Ctrl-D."""
-    import readline  # noqa: F401  (gives ``input`` its line editing and history)
+    with suppress(ImportError):  # Python may have been built without it
+        import readline  # gives ``input`` its line editing and history
 
-    while True:
-        try:
-            text = input(PROMPT)
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not text.strip():
-            continue
+        if os.environ.get("TERM", "dumb") != "dumb":  # let the terminal mark a paste: it may come slowly
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+    for text in read_prompts():
         try:
             reply = conversation.ask(_clean(text), write_out)
             print()
@@ -210,6 +210,27 @@ def chat_terminal(conversation: Conversation) -> None:
             print()
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def read_prompts() -> Iterator[str]:
+    """Yield what is typed or pasted; lines that wait when the first one ends belong to it."""
+    text, ended = "", False
+    while not ended:
+        try:
+            text = input(PROMPT)
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+                text += "\n" + input()
+        except EOFError:
+            ended = True
+        except KeyboardInterrupt:
+            print()
+            return
+        if text.strip():
+            yield text
 
 
 def answer_pipe(conversation: Conversation, text: str) -> None:
@@ -297,7 +318,6 @@ def setup(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, **sampling)
     sys.stdin.reconfigure(errors="surrogateescape")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers
         model = load_adapted_model(folder, precision, quantize=quantize, device=device, **adapter)

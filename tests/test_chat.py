@@ -18,10 +18,11 @@ from chat.base import Conversation, answer, encode, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state, write_json
+from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state
 from lit_gpt.cli import run
 from lit_gpt.data import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.files import write_json
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer
 
@@ -250,10 +251,10 @@ OWN_TERMINAL = (
 class Terminal:
     """The script in a pseudo-terminal."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: object, term: str = "dumb", **more: str) -> None:
         self.master, slave = pty.openpty()
         command = [sys.executable, "-c", OWN_TERMINAL, sys.executable, str(SCRIPT), *map(str, args)]
-        environment = os.environ | {"TERM": "dumb"}
+        environment = os.environ | {"TERM": term} | more
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
         )
@@ -301,6 +302,31 @@ def test_two_turns_in_a_terminal_then_ctrl_c_at_the_prompt(trained_dir):
     terminal.type("\x03")
     assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.seen and "error" not in terminal.seen
+
+
+def test_pasted_lines_are_one_prompt(endless_dir):
+    """At a terminal without bracketed paste (as this one), where the lines come one by one, and with it."""
+    for terminal_name, paste in (("dumb", "one\ntwo\nthree\n"), ("xterm", "\x1b[200~one\ntwo\nthree\x1b[201~\n")):
+        terminal = Terminal("--checkpoint_dir", endless_dir, "--max_new_tokens", 5, term=terminal_name)
+        terminal.wait_for(">> ")
+        time.sleep(0.3)
+        terminal.type(paste)
+        terminal.wait_for("tokens/s.*>> ")
+        time.sleep(0.3)
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
+        assert "tokens/s" not in terminal.seen, "one answer to all three lines"
+
+
+def test_without_the_readline_module_chat_works(endless_dir, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['readline'] = None")
+    terminal = Terminal("--checkpoint_dir", endless_dir, "--max_new_tokens", 5, PYTHONPATH=str(tmp_path))
+    terminal.wait_for(">> ")
+    terminal.type("one\ntwo\n")
+    terminal.wait_for("tokens/s.*>> ")
+    time.sleep(0.3)
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0 and "tokens/s" not in terminal.seen
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_quits(endless_dir):
