@@ -20,18 +20,10 @@ import torch
 
 from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
-from lit_gpt.checkpoint import (
-    atomic_write,
-    check_checkpoint_dir,
-    choose_device,
-    load_config,
-    prepare_out_dir,
-    warn_of_slow_products,
-    weights_dtype,
-    write_json,
-)
+from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.files import atomic_write, prepare_out_dir, write_json
 from lit_gpt.memory import meta_model
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
@@ -211,13 +203,11 @@ def setup(
         rounds: how often every method is timed, in turns.
         compile: time the step with compiled blocks, as training compiles them.
         out_dir: gets efficiency.json and flops.png; by default logs/efficiency/NAME.
-        overwrite: let it replace an efficiency.json that is there.
+        overwrite: let it replace an efficiency.json and a flops.png that are there.
     """
     config = read_config(model_name, checkpoint_dir, n_layer)
     check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds)
-    folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite)
-    if (folder / RESULTS).exists() and not overwrite:
-        raise ValueError(f"{folder} already holds {RESULTS}; choose another --out_dir or give --overwrite true")
+    folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
     dtype, device = weights_dtype(precision), choose_device()
     if time:
         check_memory(config, dtype, device)

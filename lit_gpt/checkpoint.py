@@ -1,7 +1,6 @@
-"""Folders and files: check, load, save.
+"""Checkpoints: check, load, save.
 
 Notable choices:
-- Every file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
 - A file larger than memory can be written too, one tensor at a time (``stream_state``).
 - A base-shaped folder holds ``lit_model.pth``, ``lit_config.json`` and a tokenizer; what a merge or a full finetuning
@@ -10,17 +9,14 @@ Notable choices:
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import struct
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 
-WEIGHTS = "lit_model.pth"
 CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -45,8 +41,6 @@ SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
 )  # fmt: skip
-# What marks a folder as somebody's result: not to be written into without --overwrite.
-RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
 
 
 def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
@@ -103,7 +97,10 @@ def load_state(path: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a file")
     zipped = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        state = map_or_read(
+            lambda: torch.load(path, map_location="cpu", mmap=zipped, weights_only=True),
+            lambda: torch.load(path, map_location="cpu", weights_only=True),
+        )
     except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
         raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
@@ -170,52 +167,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        flush(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
-        temporary.replace(path)
-        flush(path.parent)  # the new name, too
-    except OSError as error:
-        if error.errno and not error.filename:  # "No space left on device" does not say which
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """See to it that a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save_state(state: Mapping[str, Any], path: Path | str) -> None:
     """Write tensors and plain types with ``torch.save``, atomically; shared storage is stored once.
 
@@ -279,64 +230,15 @@ def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> Non
         file.write(struct.pack("<I", record.CRC))
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Raise unless the disk of ``path`` has room for ``needed`` bytes."""
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise OSError(
-            f"{path.parent} is on a disk with {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
-            "make room there or choose a folder on another disk"
-        )
-
-
-def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path | str) -> Any:
-    """Read JSON; an error is one line that names the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def prepare_out_dir(out_dir: Path | str, overwrite: bool = False) -> Path:
-    """Check that a folder may be written into; it is made when the first file is.
-
-    Raises:
-        FileExistsError: it holds a model, a finished run or prepared data, and ``overwrite`` is not set.
-    """
-    folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, a folder was expected")
-    found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
-    if found and not overwrite:
-        raise FileExistsError(f"{folder} already holds {found[0]}; choose another folder or give --overwrite true")
-    return folder
-
-
-@contextmanager
-def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last."""
-    folder = prepare_out_dir(out_dir, overwrite).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        staging = Path(name)
-        yield staging
-        folder.mkdir(exist_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == WEIGHTS):
-            path.replace(folder / path.name)
+def side_files(folder: Path | str) -> list[str]:
+    """Return the names of what a base-shaped folder holds beside its weights."""
+    return sorted(path.name for pattern in SIDE_FILES for path in Path(folder).glob(pattern) if path.is_file())
 
 
 def copy_side_files(source: Path | str, destination: Path | str) -> None:
     """Copy what a base-shaped folder holds beside its weights."""
-    Path(destination).mkdir(parents=True, exist_ok=True)
-    for pattern in SIDE_FILES:
-        for path in Path(source).glob(pattern):
-            shutil.copyfile(path, Path(destination) / path.name)
+    for name in side_files(source):
+        shutil.copyfile(Path(source) / name, Path(destination) / name)
 
 
 def save_prompt_style(checkpoint_dir: Path | str, style: str) -> None:

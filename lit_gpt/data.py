@@ -15,16 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_gpt.checkpoint import (
-    CONFIG,
-    load_config,
-    load_state,
-    prepare_out_dir,
-    read_json,
-    save_state,
-    staged_dir,
-    write_json,
-)
+from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
+from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
 from lit_gpt.rows import FIELDS, read_rows
@@ -182,7 +174,7 @@ def prepare(
     Raises:
         FileNotFoundError, FileExistsError, ConnectionError, ValueError: one line that says what to do.
     """
-    prepare_out_dir(destination_path, overwrite)
+    prepare_out_dir(destination_path, overwrite, names=(TRAIN_FILE, TEST_FILE, DATA_CONFIG))
     tokenizer = Tokenizer(checkpoint_dir)
     _check_arguments(
         tokenizer,

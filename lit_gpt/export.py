@@ -19,17 +19,9 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
 from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
-from lit_gpt.checkpoint import (
-    WEIGHTS,
-    atomic_write,
-    check_checkpoint_dir,
-    load_config,
-    load_state,
-    prepare_out_dir,
-    staged_dir,
-    write_json,
-)
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state
 from lit_gpt.config import Config
+from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_modules
 from lit_gpt.lora import LoraLayer
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
@@ -102,9 +94,7 @@ def export_adapter(
         raise ValueError("nothing to export: give an adapter file with --ether_path or --lora_path")
     adapter, path = found
     config = load_config(check_checkpoint_dir(checkpoint_dir))
-    if out_dir.resolve() == checkpoint_dir.resolve():
-        raise ValueError(f"--out_dir {out_dir} is the checkpoint folder itself; name another folder")
-    prepare_out_dir(out_dir, overwrite)
+    prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
     check_base(adapter, checkpoint_dir, source=path)
     layers = adapted_layers(adapter, config, source=path)
     reasons = obstacles(adapter, config, layers)

@@ -23,6 +23,7 @@ from lit_gpt.adapter import AdapterLayer, adapter_layers, adapter_parameters
 from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter
 from lit_gpt.checkpoint import (
     CONFIG,
+    PROMPT_STYLE,
     WEIGHTS,
     check_checkpoint_dir,
     copy_side_files,
@@ -30,12 +31,12 @@ from lit_gpt.checkpoint import (
     load_config,
     load_state,
     save_prompt_style,
-    staged_dir,
+    side_files,
     stream_state,
     weights_dtype,
-    write_json,
 )
 from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
 from lit_gpt.plan import check_fit
@@ -78,6 +79,8 @@ def merge_adapter(
         raise ValueError("--verify_data_dir is of no use without --verify true")
     adapter = load_adapter(path, kind)
     out_dir = Path(out_dir or Path(path).parent / "merged")
+    names = [*side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
+    prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
         check_base(adapter, check_checkpoint_dir(checkpoint_dir), source=path)
         if "quantize" in adapter.base:

@@ -15,24 +15,16 @@ from typing import Any
 import torch
 
 from lit_gpt.adapter_files import KINDS, load_adapter
-from lit_gpt.checkpoint import (
-    WEIGHTS,
-    check_checkpoint_dir,
-    file_sha256,
-    fingerprint,
-    load_config,
-    load_state,
-    prepare_out_dir,
-    weights_dtype,
-)
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state, weights_dtype
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, length, load_split, read_data_config
 from lit_gpt.devices import STRATEGIES
 from lit_gpt.ether import METHODS
+from lit_gpt.files import file_sha256
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.resume import check_run_folder
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -210,7 +202,8 @@ def make_plan(
     problems.attempt(check_quantize, quantize, precision, full=job.adapter is None)
     name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{io.jobnum or timestamp()}"
     run_dir = Path(io.out_dir or Path(io.log_dir) / name)
-    problems.attempt(check_run_dir, run_dir, io, overwrite=overwrite, resume=resume)
+    sources = [job.init_from, io.checkpoint_dir]
+    problems.attempt(check_run_dir, run_dir, io, sources=sources, overwrite=overwrite, resume=resume)
     n_samples = train.epochs * (train.epoch_size or len(train_set or []))
     n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
     if train.max_steps is not None:
@@ -261,17 +254,18 @@ def timestamp() -> str:
     return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def check_run_dir(folder: Path, io: IOArgs, *, overwrite: bool, resume: bool) -> None:
+def check_run_dir(folder: Path, io: IOArgs, *, sources: Sequence[str | None], overwrite: bool, resume: bool) -> None:
     """Raise where the run folder holds something that neither --resume nor --overwrite allows to go on or to go."""
     if resume and overwrite:
         raise ValueError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
     if resume and not io.out_dir and not io.jobnum:
         raise ValueError("--resume true needs to know the run folder: give --io.out_dir DIR")
-    prepare_out_dir(folder, overwrite or resume)
-    if checkpoint_folders(folder) and not overwrite and not resume:
-        raise FileExistsError(
-            f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
-        )
+    check_run_folder(folder, overwrite=overwrite, resume=resume)
+    for source in filter(None, sources):
+        if overwrite and folder.resolve() in Path(source).resolve().parents:
+            raise ValueError(
+                f"{source} lies in {folder}, which --overwrite true starts anew: give another --io.out_dir"
+            )
 
 
 def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:

@@ -19,7 +19,7 @@ from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from lit_gpt import monitor
-from lit_gpt.checkpoint import atomic_write, write_json
+from lit_gpt.files import atomic_write, write_json
 from lit_gpt.resume import SUMMARY
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import torch
 
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
-from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state, staged_dir
+from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
+from lit_gpt.files import staged_dir
 from lit_gpt.model import GPT
 from lit_gpt.plan import Job, Plan
-
-FINAL = "final"
+from lit_gpt.resume import FINAL
 
 
 def save_result(model: GPT, folder: Path, *, job: Job, plan: Plan) -> int:

@@ -12,26 +12,35 @@ import errno
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import yaml
 from lightning.fabric import Fabric
 
-from lit_gpt.checkpoint import file_sha256, flush, load_state, read_json, write_json
+from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
+from lit_gpt.files import TEMPORARY, WEIGHTS, file_sha256, flush, move, optional, read_json, temporary_name, write_json
 
-CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".lock"
+CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
+FINAL = "final"
+"""The folder of a full finetuning's result."""
+SETTINGS = "hparams.yaml"
+"""The first file that a run writes: what has it, with our settings, is a run folder of ours."""
 SUMMARY = "summary.json"
 """The last file that a run writes: what has it is finished."""
+
+RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{WEIGHTS}", SUMMARY)
+"""What a run has made: none of it is replaced without --overwrite."""
 
 HARMLESS = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
@@ -42,6 +51,41 @@ REPEATED = 2.0
 
 
 # ------------------------------------------------------------------------------------------------ the run folder
+def is_run(folder: Path) -> bool:
+    """Return True for a folder that a run of ours has begun to fill."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and {"method", "io", "train"} <= settings.keys()
+
+
+def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raise unless a run may begin in a folder, or go on: it is new, empty, or a run of ours that may go or go on.
+
+    Raises:
+        FileExistsError: says what it holds, and which flag allows to go on with that.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, a folder was expected")
+    # Hidden files are never ours to replace; a batch system's logs are there before the run.
+    held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
+    if not is_run(folder) and held:
+        raise FileExistsError(
+            f"{folder} is not empty and not a run's folder (it holds {', '.join(held[:3])}"
+            f"{', ...' if len(held) > 3 else ''}): give another --io.out_dir, a new or an empty one"
+        )
+    if overwrite or resume:
+        return
+    results = [str(path.relative_to(folder)) for name in RUN_RESULTS for path in sorted(folder.glob(name))]
+    if results:
+        raise FileExistsError(f"{folder} already holds {results[0]}; choose another folder or give --overwrite true")
+    if checkpoint_folders(folder):
+        raise FileExistsError(
+            f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
+        )
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Keep other processes out of a run folder, which is made where there is none.
@@ -52,12 +96,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:  # or its owner removed it between our opening and locking it
+        if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            # another process has it, or had it and removed it between our opening and locking it
             file.seek(0)
             owner = file.read() or "another process"
             raise ValueError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
@@ -70,16 +110,31 @@ def locked(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def take_lock(file: TextIO) -> bool:
+    """Return False where another process has locked the file; True where we have now, or locks are refused."""
+    with optional("locks", without="nothing keeps a second run out of this folder"):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # the second is CIFS's word for it
+                return False
+            raise
+    return True
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove the temporary files and folders of a process that was killed while it wrote."""
-    for path in (*run_dir.glob(".*.*"), *(run_dir / CHECKPOINTS).glob(".*.*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):
+        for path in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def clear_run(run_dir: Path) -> None:
-    """Remove what a run leaves that a later --resume would go on from or take for its own."""
-    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
-    (run_dir / SUMMARY).unlink(missing_ok=True)
+    """Remove what a run of ours leaves that a later --resume would go on from or take for its own."""
+    for folder in checkpoint_folders(run_dir):
+        shutil.rmtree(folder)
+    if is_run(run_dir):
+        (run_dir / SUMMARY).unlink(missing_ok=True)
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -88,8 +143,10 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or not."""
-    return sorted((run_dir / CHECKPOINTS).glob("step-*"), key=lambda path: (len(path.name), path.name))
+    """Return the checkpoints of a run, oldest first, whole or not; a folder of another name (a copy) is none."""
+    found = (run_dir / CHECKPOINTS).glob("step-*") if is_run(run_dir) else ()
+    ours = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(ours, key=lambda path: (len(path.name), path.name))
 
 
 @contextmanager
@@ -149,7 +206,8 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
     """
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    staging = temporary_name(folder)
+    staging.mkdir()
     try:
         yield staging
         files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
@@ -157,8 +215,7 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
         write_json(staging / MANIFEST, facts)
         for path in (*staging.rglob("*"), staging):
             flush(path)
-        staging.chmod(run_dir.stat().st_mode)  # mkdtemp makes folders for the owner alone
-        staging.replace(folder)
+        move(staging, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

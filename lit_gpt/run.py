@@ -22,9 +22,10 @@ from torch import nn
 
 from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.batches import Batching, group_by_length, n_targets, sample_order
-from lit_gpt.checkpoint import atomic_write, load_state, save_state
+from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, gather, is_sharded, whole_ends
+from lit_gpt.files import atomic_write
 from lit_gpt.generate import generate
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.monitor import measure
@@ -32,6 +33,7 @@ from lit_gpt.plan import Job, Plan
 from lit_gpt.report import Reporter, peak_memory_bytes, write_summary
 from lit_gpt.result import load_result, next_command, save_result
 from lit_gpt.resume import (
+    SETTINGS,
     STATE,
     StopSignal,
     checkpoint_folder,
@@ -155,7 +157,7 @@ class Run:
         run_dir = self.plan.run_dir
         if not state:
             clear_run(run_dir)
-        with atomic_write(run_dir / "hparams.yaml") as temporary:
+        with atomic_write(run_dir / SETTINGS) as temporary:
             temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
         self.reporter = Reporter(
             run_dir, settings=self.settings, n_steps=self.plan.n_steps, step=self.at.step,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from lit_gpt.checkpoint import read_json
+from lit_gpt.files import read_json
 from lit_gpt.templates import compile_template
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.

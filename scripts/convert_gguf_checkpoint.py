@@ -11,7 +11,9 @@ kept.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, atomic_write, save_state, write_json
+from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, save_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.files import map_or_read, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import State, hf_config, hf_to_lit
 from lit_gpt.model import scale_frequencies
 
@@ -47,7 +50,11 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def setup(
-    *, gguf_path: Path, checkpoint_dir: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    *,
+    gguf_path: Path,
+    checkpoint_dir: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Convert a GGUF file of the llama architecture for finetuning, chat and evaluation.
 
@@ -55,7 +62,12 @@ def setup(
         gguf_path: the .gguf file.
         checkpoint_dir: the folder to write lit_model.pth, the configs and the tokenizer into.
         dtype: the type to store weights in.
+        overwrite: replace the model and the configs that are already in checkpoint_dir.
     """
+    keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
+    names = [WEIGHTS, CONFIG, "config.json", "generation_config.json"]
+    names += [] if keep_tokenizer else ["tokenizer_config.json", "tokenizer.json"]
+    prepare_out_dir(checkpoint_dir, overwrite, names=names)
     metadata, tensors = read_gguf(gguf_path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama" or metadata.get("llama.expert_count", 0):
@@ -63,19 +75,18 @@ def setup(
         raise ValueError(f"{gguf_path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
     config = model_config(metadata, tensors, gguf_path)
     config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
-    keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
     tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
     lit = hf_to_lit(hf_weights(tensors, config, getattr(torch, dtype), gguf_path), config)
 
-    save_state(lit, checkpoint_dir / WEIGHTS)
-    write_json(checkpoint_dir / CONFIG, config.to_dict())
-    described = {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype}
-    write_json(checkpoint_dir / "config.json", described)
-    write_json(checkpoint_dir / "generation_config.json", generation_config(metadata))
-    if tokenizer is not None:  # tokenizer.json last: where it is there, all of the tokenizer is
-        write_json(checkpoint_dir / "tokenizer_config.json", tokenizer_config(metadata, config))
-        with atomic_write(checkpoint_dir / "tokenizer.json") as temporary:
-            temporary.write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    with staged_dir(checkpoint_dir, overwrite) as staging:
+        save_state(lit, staging / WEIGHTS)
+        write_json(staging / CONFIG, config.to_dict())
+        described = {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype}
+        write_json(staging / "config.json", described)
+        write_json(staging / "generation_config.json", generation_config(metadata))
+        if tokenizer is not None:
+            write_json(staging / "tokenizer_config.json", tokenizer_config(metadata, config))
+            (staging / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: python chat/base.py --checkpoint_dir {checkpoint_dir}")
 
@@ -88,10 +99,14 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     import gguf
 
+    def read_copy() -> gguf.GGUFReader:
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays after its name has gone
+            return gguf.GGUFReader(shutil.copyfile(path, Path(folder) / path.name))
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; a .gguf file was expected")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = map_or_read(lambda: gguf.GGUFReader(path), read_copy)
         return {key: field.contents() for key, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # what NumPy says of a short file
         raise ValueError(f"{path} is not a GGUF file, or cut short ({error}); get it again") from error

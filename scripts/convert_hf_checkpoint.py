@@ -16,9 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import load_state, read_json, save_state, write_json
+from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.files import map_or_read, read_json, write_json
 from lit_gpt.hf import State, hf_modules, hf_to_lit
 
 
@@ -90,10 +91,10 @@ def read_weights(path: Path) -> State:
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
 
         try:
-            return load_file(path)
+            return map_or_read(lambda: load_file(path), lambda: load(path.read_bytes()))
         except SafetensorError as error:
             raise ValueError(f"{path} is corrupt or truncated ({error}); download it again") from error
     return load_state(path)

@@ -7,6 +7,7 @@ Face checkpoint there and back gives the same tensors, bit for bit.
     python scripts/convert_lit_checkpoint.py --checkpoint_dir path/to/merged_model --out_dir path/to/hf_model
 """
 
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -17,23 +18,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import (
-    CONFIG,
-    atomic_write,
-    check_checkpoint_dir,
-    copy_side_files,
-    load_config,
-    load_state,
-    prepare_out_dir,
-    read_json,
-    staged_dir,
-    write_json,
-)
+from lit_gpt.checkpoint import CONFIG, check_checkpoint_dir, copy_side_files, load_config, load_state, side_files
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
 
 SHARD_SIZE = "5GB"
+OUR_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+"""What ``write_weights`` calls its files."""
 
 
 def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:
@@ -45,8 +38,7 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         overwrite: replace a model that is already in out_dir.
     """
     check_checkpoint_dir(checkpoint_dir)
-    if out_dir.resolve() == checkpoint_dir.resolve():
-        raise ValueError(f"--out_dir {out_dir} is the checkpoint folder itself; name another folder")
+    prepare_out_dir(out_dir, overwrite, names=["config.json", *side_files(checkpoint_dir)], source=checkpoint_dir)
     described = read_json(checkpoint_dir / "config.json") if (checkpoint_dir / "config.json").is_file() else None
     config = load_config(checkpoint_dir)
     if described is not None:
@@ -54,7 +46,6 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     weights = load_state(checkpoint_dir / "lit_model.pth")
     if config.tie_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
         config = replace(config, tie_embeddings=False)
-    prepare_out_dir(out_dir, overwrite)
     hf_weights = lit_to_hf(weights, config)
     with staged_dir(out_dir, overwrite) as staging:
         copy_side_files(checkpoint_dir, staging)
@@ -63,8 +54,9 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         write_json(staging / "config.json", corrected(described, hf_weights, config))
         write_weights(hf_weights, staging)
         current = {path.name for path in staging.iterdir()}
-    for stale in {*out_dir.glob("model*.safetensors*")} - {out_dir / name for name in current}:
-        stale.unlink()  # of a larger model that was here before: transformers would mix them
+    for path in out_dir.iterdir():
+        if re.fullmatch(OUR_WEIGHTS, path.name) and path.name not in current:
+            path.unlink()  # of a larger model that was here before: transformers would mix them
     print(f"{config.name}: {config.architecture} -> {out_dir}")
     print(f"next: AutoModelForCausalLM.from_pretrained('{out_dir}') in transformers, or: vllm serve {out_dir}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import run
+from lit_gpt.files import refuse_existing
 from lit_gpt.report import METRICS, compare_runs, read_metrics
 
 LABELS = {
@@ -21,14 +22,18 @@ LABELS = {
 }
 
 
-def setup(*, runs: list[str], out: str = "compare.png", column: str = "val_response_loss") -> None:
+def setup(
+    *, runs: list[str], out: str = "compare.png", column: str = "val_response_loss", overwrite: bool = False
+) -> None:
     """Draw the validation curves of several runs.
 
     Args:
         runs: Run folders, each with a metrics.csv; they may stand first, without the flag.
         out: The picture to write.
         column: What to draw, a column of metrics.csv: val_response_loss, val_loss, loss, grad_norm or learning_rate.
+        overwrite: Replace a picture that is there.
     """
+    refuse_existing([Path(out)], overwrite)
     curves = {}
     for name, folder in labels([Path(folder) for folder in runs]).items():
         rows = read_metrics(folder / METRICS)

@@ -12,8 +12,9 @@ import torch
 from hf_models import CASES, build, save
 from safetensors.torch import load_file, save_file
 
-from lit_gpt.checkpoint import load_config, load_state, read_json, save_state, write_json
+from lit_gpt.checkpoint import load_config, load_state, save_state
 from lit_gpt.config import ARCHITECTURES, Config
+from lit_gpt.files import read_json, write_json
 from lit_gpt.hf import hf_config, hf_modules, lit_to_hf, parameter_shapes, split_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 

@@ -1,6 +1,8 @@
 """Preparing data: rows of every kind and format, the mask, the counts, the files, and every refusal."""
 
+import contextlib
 import csv
+import http.client
 import json
 import random
 import shutil
@@ -422,7 +424,7 @@ def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(bpe_dir, tmp_pa
 
 def test_the_length_defaults_to_the_models_context(bpe_dir, tmp_path):
     from lit_gpt import Config
-    from lit_gpt.checkpoint import write_json
+    from lit_gpt.files import write_json
 
     folder = tmp_path / "model"
     shutil.copytree(bpe_dir, folder)
@@ -495,6 +497,25 @@ def test_messages_need_the_models_template_and_no_other_style(bpe_dir, spm_dir, 
     with pytest.raises(ValueError, match="one data file holds messages and the other instructions"):
         held_out = write(tmp_path / "test.json", ROWS)
         prepare(path, checkpoint_dir=bpe_dir, test_data_file_path=held_out, **options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [http.client.IncompleteRead(b"{", 999), http.client.BadStatusLine("no answer"), http.client.LineTooLong("header")],
+    ids=["cut off", "no HTTP", "endless header"],
+)
+def test_a_download_that_breaks_off_is_one_line(bpe_dir, tmp_path, capsys, monkeypatch, error):
+    """http.client's errors are neither OSErrors nor urllib's: a connection that closed early was a traceback."""
+
+    class Reply(contextlib.nullcontext):
+        def read(self) -> bytes:
+            raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda address, timeout: Reply(Reply()))
+    flags = ["--destination_path", tmp_path / "out", "--checkpoint_dir", bpe_dir, "--max_seq_length", 200]
+    text = failure(capsys, prepare_json, "--data_file_path", "https://host/rows.jsonl", *flags)
+    assert f"cannot download https://host/rows.jsonl ({type(error).__name__}(" in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", [prepare_alpaca, prepare_dolly])

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import KINDS, load_adapted_model, save_adapter
-from lit_gpt.checkpoint import fingerprint, load_model, load_state, read_json
+from lit_gpt.checkpoint import fingerprint, load_model, load_state
 from lit_gpt.cli import run
 from lit_gpt.export import Export, report
+from lit_gpt.files import read_json
 from lit_gpt.hf import lit_to_hf
 from lit_gpt.reflections import low_rank, reflection_factors
 from scripts import convert_hf_checkpoint, export_lora

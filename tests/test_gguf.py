@@ -19,8 +19,9 @@ from conftest import CHATML
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
-from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, load_state, read_json
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, load_state
 from lit_gpt.cli import run
+from lit_gpt.files import read_json
 from lit_gpt.generate import generate
 from lit_gpt.model import scale_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint

@@ -18,9 +18,10 @@ from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
 from lit_gpt.batches import micro_batches, n_targets, sample_order
-from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state, write_json
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import run
 from lit_gpt.data import load_split, prepare, save_split
+from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.run import learning_rate
 

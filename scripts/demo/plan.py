@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 import torch
 
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import atomic_write, choose_device, load_model
+from lit_gpt.checkpoint import choose_device, load_model
 from lit_gpt.cli import run
 from lit_gpt.data import load_split, read_data_config
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
+from lit_gpt.files import atomic_write
 
 TRAINING_SECONDS = 240  # of ten minutes; the rest is for the answers, the evaluations, the validations and the merge
 ROWS_PER_STEP, MICRO_BATCH = 8, 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder
 
-from lit_gpt.checkpoint import read_json
 from lit_gpt.cli import run
+from lit_gpt.files import read_json
 
 
 def accuracy(path: Path) -> str:

@@ -1,0 +1,218 @@
+"""Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes.
+
+Notable choices:
+- A file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
+- What is there already is written over only with ``overwrite``; what is cleaned up carries our prefix (``TEMPORARY``).
+- A file system that refuses a service (fsync, chmod, rename, locks) costs that service and one line, never the file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+WEIGHTS = "lit_model.pth"
+# What marks a folder as somebody's result: not to be written into without --overwrite.
+RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
+TEMPORARY = ".ether-tmp-"
+"""How the names of our temporary files and folders begin."""
+
+# How file systems (NFS, CIFS, Lustre, FUSE, mounted buckets) refuse what they do not do. A full or broken disk is none.
+REFUSALS = {
+    errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOLCK, errno.EBADF,
+    errno.ENOTTY, errno.EISDIR, errno.ENODEV,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- what may be refused
+@cache  # so that a text is said once
+def say_once(text: str) -> None:
+    """Print a line on stderr, the first time only."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def optional(service: str, *, without: str) -> Iterator[None]:
+    """Go on where the file system refuses what is done inside, and say once what is missing then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        say_once(f"this file system refuses {service} ({os.strerror(error.errno)}): {without}")
+
+
+def flush(path: Path) -> None:
+    """See to it that a file's bytes, or a folder's names, are on the disk."""
+    with optional("fsync", without="a power cut may lose what was written last"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; where that is refused, copy the file, or move what the folder holds."""
+    try:
+        source.replace(target)
+        return
+    except OSError as error:
+        if error.errno not in {*REFUSALS, errno.EXDEV, errno.EMFILE}:  # mounted buckets count a folder's files
+            raise
+        say_once(f"this file system refuses a rename ({error.strerror}): a kill may leave a file half-written")
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+        for path in sorted(source.iterdir()):
+            move(path, target / path.name)
+    else:
+        shutil.copyfile(source, target)
+        flush(target)
+
+
+def map_or_read(mapped: Callable[[], T], whole: Callable[[], T]) -> T:
+    """Return what ``mapped`` gives, or ``whole`` where the file system refuses to map a file into memory."""
+    try:
+        return mapped()
+    except (OSError, RuntimeError) as error:  # safetensors' and torch's have the system's text, and no number
+        if not any(os.strerror(number) in str(error) for number in REFUSALS):
+            raise
+        result = whole()
+        say_once("this file system refuses to map files (mmap): they are read whole, which takes more memory")
+        return result
+
+
+# ------------------------------------------------------------------------------------------------- writing
+def temporary_name(path: Path) -> Path:
+    """Return a new name beside ``path``, with our prefix; torch.save stores what is before the last dot."""
+    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        flush(temporary)
+        if temporary.stat().st_mode != mode:  # safetensors puts a file of its own there, for the owner alone
+            with optional("chmod", without="files may be readable by their owner alone"):
+                temporary.chmod(mode)
+        move(temporary, path)
+        flush(path.parent)  # the new name, too
+    except OSError as error:
+        if error.errno and not error.filename:  # "No space left on device" does not say which
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise unless the disk of ``path`` has room for ``needed`` bytes."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise OSError(
+            f"{path.parent} is on a disk with {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
+            "make room there or choose a folder on another disk"
+        )
+
+
+def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise where a file that is to be written is there and ``overwrite`` is not set, or a folder has its name."""
+    for path in paths:
+        if path.is_dir():
+            raise FileExistsError(f"{path} is a folder, and a file of that name is to be written; move it away")
+        if os.path.lexists(path) and not overwrite:
+            raise FileExistsError(
+                f"{path.parent} already holds {path.name}; choose another place or give --overwrite true"
+            )
+
+
+def prepare_out_dir(
+    out_dir: Path | str, overwrite: bool = False, *, names: Iterable[str] = (), source: Path | str | None = None
+) -> Path:
+    """Check that a folder may be written into; it is made when the first file is.
+
+    Args:
+        out_dir: the folder.
+        overwrite: what is to be written may replace what has the same names.
+        names: of the files to be written.
+        source: the checkpoint folder that is read, which stays as it is in any case.
+
+    Raises:
+        FileExistsError: it holds such a file, a model, an adapter or prepared data, and ``overwrite`` is not set.
+        ValueError: it is the source.
+    """
+    folder = Path(out_dir)
+    if source is not None and folder.resolve() == Path(source).resolve():
+        raise ValueError(f"--out_dir {folder} is the checkpoint folder itself; name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, a folder was expected")
+    found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
+    if found and not overwrite:
+        raise FileExistsError(f"{folder} already holds {found[0]}; choose another folder or give --overwrite true")
+    refuse_existing((folder / name for name in names), overwrite)
+    return folder
+
+
+@contextmanager
+def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last.
+
+    It lies in ``out_dir``, which may be a disk of its own. What must not be replaced is best found before the work, by
+    ``prepare_out_dir`` with the files' names; here it is looked for once more.
+    """
+    folder = prepare_out_dir(out_dir, overwrite)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    staging = temporary_name(folder / "staging")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.
+        files = sorted(staging.iterdir(), key=lambda path: (path.name == WEIGHTS, path.name == "tokenizer.json"))
+        refuse_existing([folder / path.name for path in files], overwrite)
+        for path in files:
+            move(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for each in made:
+            with suppress(OSError):  # it holds the result
+                each.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------- JSON, hashes
+def write_json(path: Path | str, content: Any) -> None:
+    """Write JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON; an error is one line that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
