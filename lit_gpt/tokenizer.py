@@ -8,7 +8,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -94,6 +94,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special)
+
+    def check_ids(self, ids: Iterable[int], rows: int) -> None:
+        """Raise ValueError where a model with so many rows has none for some of the ids; the tokens are named."""
+        beyond = sorted({i for i in ids if i >= rows})
+        if beyond:
+            names = ", ".join(f"{self._backend.id_token(i)} is id {i}" for i in beyond[:4])
+            raise ValueError(
+                f"{names}{', ...' if len(beyond) > 4 else ''}: the model has {rows} rows; {self.dir} needs the "
+                "tokenizer that its model was made with, or text and a prompt style without these tokens"
+            )
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
