@@ -52,8 +52,9 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     if described is not None:
         config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
     weights = load_state(checkpoint_dir / "lit_model.pth")
-    if config.tie_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
-        config = replace(config, tie_embeddings=False)
+    shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
+    if config.tie_embeddings or shared:
+        config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
     prepare_out_dir(out_dir, overwrite)
     hf_weights = lit_to_hf(weights, config)
     with staged_dir(out_dir, overwrite) as staging:
