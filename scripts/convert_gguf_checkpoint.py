@@ -1,16 +1,18 @@
 """Turn a llama.cpp GGUF file into a base-shaped folder: weights, configs and tokenizer, with no other source.
 
-Weights are dequantized (what the quantization lost stays lost). GGUF stores the rows of q and k in the order in which
-llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where the first half of a head pairs with
-the second. The tokenizer is rebuilt from the metadata: a GGUF names its pre-tokenizer (``tokenizer.ggml.pre``) but
-does not hold it, so the table below holds those that are known here. Where the folder has a tokenizer already, it is
-kept.
+Weights are dequantized (what the quantization lost stays lost), one tensor at a time: memory holds the largest one in
+fp32, whatever the model's size. Of a model in several files any one may be named. GGUF stores the
+rows of q and k in the order in which llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where
+the first half of a head pairs with the second. The tokenizer is rebuilt from the metadata: a GGUF names its
+pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. Where
+the folder has a tokenizer already, it is kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, atomic_write, save_state, write_json
+from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, atomic_write, stream_state, write_json
 from lit_gpt.cli import run
 from lit_gpt.config import Config
-from lit_gpt.hf import State, hf_config, hf_to_lit
+from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
 
 # llama.cpp's names of tensors, and those of a LlamaForCausalLM.
@@ -42,6 +44,7 @@ TENSORS = {
     "ffn_down": "model.layers.{i}.mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type that are matched whole, before the text is split.
 CONTROL, USER_DEFINED = 3, 4
 
@@ -65,9 +68,15 @@ def setup(
     config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
     keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
     tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
-    lit = hf_to_lit(hf_weights(tensors, config, getattr(torch, dtype), gguf_path), config)
+    names = hf_tensor_names(tensors, gguf_path)
+    shapes = {name: tensors[theirs].shape.tolist()[::-1] for name, theirs in names.items()}
+    blanks = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape in shapes.items()}
+    template = hf_to_lit(blanks, config)
 
-    save_state(lit, checkpoint_dir / WEIGHTS)
+    def make(key: str) -> torch.Tensor:
+        return lit_tensor(key, lambda name: dequantized(tensors[names[name]], config), config).to(getattr(torch, dtype))
+
+    stream_state(template, make, checkpoint_dir / WEIGHTS)
     write_json(checkpoint_dir / CONFIG, config.to_dict())
     described = {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype}
     write_json(checkpoint_dir / "config.json", described)
@@ -83,6 +92,8 @@ def setup(
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metadata of a GGUF file in plain types, and its tensors (memory-mapped, quantized) by name.
 
+    Of a model in several files all are read, whichever is named; the first one's metadata describe it.
+
     Raises:
         FileNotFoundError, ValueError: one line that names the file.
     """
@@ -90,11 +101,48 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; a .gguf file was expected")
-    try:
-        reader = gguf.GGUFReader(path)
-        return {key: field.contents() for key, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # what NumPy says of a short file
-        raise ValueError(f"{path} is not a GGUF file, or cut short ({error}); get it again") from error
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in gguf_parts(path):
+        try:
+            reader = gguf.GGUFReader(part)
+            metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
+            tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            MemoryError,
+        ) as error:  # what NumPy says of a short file
+            raise ValueError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
+    expected = metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected or (metadata.get("split.count", 1) > 1 and not SPLIT_NAME.search(path.name)):
+        raise ValueError(
+            f"{path} is part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model: give all parts "
+            "their own names again (NAME-00001-of-00003.gguf and so on), in one folder"
+        )
+    return metadata, tensors
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of the model, by their names.
+
+    Raises:
+        FileNotFoundError: the name says that there are more files than there are.
+    """
+    match = SPLIT_NAME.search(path.name)
+    if not match:
+        return [path]
+    count = int(match[1])
+    stem = path.name[: match.start()]
+    parts = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{path} is one of {count} parts, {', '.join(missing)} missing beside it; get all parts"
+        )
+    return parts
 
 
 def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) -> Config:
@@ -158,23 +206,28 @@ def rope_scaling(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) 
     return scaling
 
 
-def hf_weights(tensors: dict[str, Any], config: Config, dtype: torch.dtype, path: Path) -> State:
-    """Dequantized tensors under a ``LlamaForCausalLM``'s names, rows of q and k in its order."""
-    import gguf
-
-    weights: State = {}
-    for name, tensor in tensors.items():
+def hf_tensor_names(tensors: dict[str, Any], path: Path) -> dict[str, str]:
+    """The names of a ``LlamaForCausalLM``'s tensors, each with the GGUF's name of it."""
+    names = {}
+    for name in tensors:
         if name == ROPE_FACTORS:
             continue
         layer, _, rest = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
         module, _, kind = rest.rpartition(".")
         if module not in TENSORS:
             raise ValueError(f"{path}: tensor {name} is not known in a llama GGUF; convert its HF folder instead")
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if module in ("attn_q", "attn_k"):
-            values = undo_permutation(values, config.n_head if module == "attn_q" else config.n_query_groups)
-        weights[f"{TENSORS[module].format(i=layer)}.{kind}"] = values.to(dtype)
-    return weights
+        names[f"{TENSORS[module].format(i=layer)}.{kind}"] = name
+    return names
+
+
+def dequantized(tensor: Any, config: Config) -> torch.Tensor:
+    """A tensor of the file in fp32, rows of q and k in the order of a ``LlamaForCausalLM``."""
+    import gguf
+
+    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}
+    part = tensor.name.split(".")[-2]
+    return undo_permutation(values, heads[part]) if part in heads else values
 
 
 def undo_permutation(rows: torch.Tensor, n_head: int) -> torch.Tensor:
