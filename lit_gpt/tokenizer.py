@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from lit_gpt.checkpoint import read_json
+from lit_gpt.checkpoint import read_json, write_json
 from lit_gpt.templates import compile_template
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
@@ -59,6 +59,8 @@ class Tokenizer:
         self.eos_id = self._special_id("eos")
         self.pad_id = self._special_id("pad")
         self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
+        if self.eos_id != self._backend.default_id("bos"):
+            self.eos_ids -= {self._backend.default_id("bos")}
         self.stop_ids = self._find_stop_ids()
         self.adds_bos = self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
         self.chat_template = self._find_chat_template()
@@ -121,6 +123,18 @@ class Tokenizer:
         """A fingerprint of the file that the ids come from: data and model belong together where it is the same."""
         return hashlib.sha256(self._backend.path.read_bytes()).hexdigest()
 
+    def answer_end(self, style: str) -> int | None:
+        """The id that ends an answer in training data of this prompt style: EOS, or what the chat template writes."""
+        if style == "chat" and self.chat_template is not None:
+            try:
+                text = self.render_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            except ValueError:  # a template for other conversations: its own files have to tell
+                return self.eos_id
+            for i in self.stop_ids:
+                if text.rstrip().endswith(self._backend.id_token(i)):
+                    return i
+        return self.eos_id
+
     def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
         """The text of a conversation in the model's own format, as transformers' `apply_chat_template` makes it.
 
@@ -180,13 +194,14 @@ class Tokenizer:
         return content
 
     def _special_id(self, name: str) -> int | None:
-        """The id of the bos, eos or pad token: its name in the tokenizer's files, or else the model's own files."""
+        """The id of the bos, eos or pad token: as the tokenizer's files say, or else the model's.
+
+        First-generation LLaMA folders name none, and their config.json has ids that are off by one.
+        """
         token = self.special_tokens.get(f"{name}_token")
-        found = self._backend.token_id(token) if token else None
+        found = self._backend.token_id(token) if token else self._backend.default_id(name)
         if found is None:
             found = next(iter(self._model_ids(f"{name}_token_id")), None)
-        if found is None and not token:
-            found = self._backend.default_id(name)
         if found is not None:
             self.special_tokens.setdefault(f"{name}_token", self._backend.id_token(found))
         return found
@@ -220,6 +235,26 @@ class Tokenizer:
                 f"the tokenizer of {self.dir} has no {name.upper()} token; name one in tokenizer_config.json"
             )
         return token_id
+
+
+def list_answer_end(folder: Path, style: str) -> None:
+    """Add the token that ends an answer of this prompt style to a finetuned model's generation_config.json.
+
+    transformers and vLLM end an answer at what that file lists (config.json where there is none): the base's EOS, while
+    answers in a chat template end with another token.
+    """
+    tokenizer = Tokenizer(folder)
+    path, end = folder / "generation_config.json", tokenizer.answer_end(style)
+    content = tokenizer._read_optional("generation_config.json")
+    listed = content.get("eos_token_id", tokenizer._read_optional("config.json").get("eos_token_id"))
+    listed = listed if isinstance(listed, list) else [listed]
+    if end is None or end in listed:
+        return
+    if "eos_token_id" not in content:
+        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        content, listed = {key: i for key, i in ids.items() if i is not None} | content, sorted(tokenizer.eos_ids)
+    ends = [*(i for i in listed if i in tokenizer.eos_ids), end]
+    write_json(path, content | {"eos_token_id": list(dict.fromkeys(ends))})
 
 
 class _JsonBackend:

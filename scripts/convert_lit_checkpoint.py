@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import (
     CONFIG,
+    PROMPT_STYLE,
     atomic_write,
     check_checkpoint_dir,
     copy_side_files,
     load_config,
+    load_prompt_style,
     load_state,
     prepare_out_dir,
     read_json,
@@ -32,6 +34,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
+from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
 
@@ -62,6 +65,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
         described = described or synthesised(checkpoint_dir, config)
         write_json(staging / "config.json", corrected(described, hf_weights, config))
+        if (staging / PROMPT_STYLE).is_file():
+            list_answer_end(staging, load_prompt_style(staging))
         write_weights(hf_weights, staging)
         current = {path.name for path in staging.iterdir()}
     for stale in {*out_dir.glob("model*.safetensors*")} - {out_dir / name for name in current}:
