@@ -126,7 +126,9 @@ def export_adapter(
     tokenizer = Tokenizer(checkpoint_dir)
     end = tokenizer.answer_end(adapter.prompt_style) if adapter.prompt_style else None
     if end is not None and end not in tokenizer.eos_ids:
-        print(f"its answers end with token {end}, which the base's files do not tell: ask with stop_token_ids = [{end}]")
+        print(
+            f"its answers end with token {end}, which the base's files do not tell: ask with stop_token_ids = [{end}]"
+        )
     report(export, config, checkpoint_dir=checkpoint_dir, out_dir=out_dir)
 
 

@@ -1,14 +1,15 @@
 """Text to token ids and back, and conversations to text: Hugging Face's and SentencePiece's files behind one class.
 
 - `tokenizer.json` (the `tokenizers` library) is read where there is one, `tokenizer.model` (SentencePiece) otherwise.
-- `encode(text)` gives what transformers' `AutoTokenizer(text)` gives, the BOS token included or not. The one exception:
-  SentencePiece text that begins with a space keeps it (transformers 5 drops it), so that decoding gives the text back.
+- `encode(text)` gives what transformers' `AutoTokenizer(text)` gives, the BOS token included or not. Two exceptions:
+  SentencePiece text that begins with a space keeps it (transformers 5 drops it), so that decoding gives the text back;
+  and a BOS that `tokenizer_config.json` asks for is added beside a tokenizer.json too (as transformers 4 does).
 - A conversation is rendered by the model's own chat template, see templates.py.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -23,9 +24,10 @@ END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>"),
     *("<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>"),
 )
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
 ANCHORS = ("\n", "|", "0")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # how an added token matches a text
 
 
 class Tokenizer:
@@ -53,11 +55,18 @@ class Tokenizer:
         self.special_tokens = {
             name: text for name in SPECIAL_NAMES if (text := _token_text(self.config.get(name, special_map.get(name))))
         }
-        self._backend = _open_backend(self.dir, self.config, self.special_tokens)
+        more = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens")
+        more = more or special_map.get("additional_special_tokens") or []
+        more = more.values() if isinstance(more, dict) else more
+        special = dict.fromkeys([*self.special_tokens.values(), *map(_token_text, more)])
+        added = self._read_added_tokens(special)
+        self._backend = _open_backend(self.dir, self.config, self.special_tokens, added=added, special=special)
         self.vocab_size: int = self._backend.vocab_size
         self.bos_id = self._special_id("bos")
         self.eos_id = self._special_id("eos")
         self.pad_id = self._special_id("pad")
+        if self.config.get("add_bos_token") is True and self.bos_id is not None and self.bos_id not in self.encode(""):
+            self._backend.head = [self.bos_id]
         self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
         if self.eos_id != self._backend.default_id("bos"):
             self.eos_ids -= {self._backend.default_id("bos")}
@@ -120,8 +129,9 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """A fingerprint of the file that the ids come from: data and model belong together where it is the same."""
-        return hashlib.sha256(self._backend.path.read_bytes()).hexdigest()
+        """A fingerprint of what the ids come from: data and model belong together where it is the same."""
+        more = repr(sorted(self._backend.beside.items())) if self._backend.beside else ""
+        return hashlib.sha256(self._backend.path.read_bytes() + more.encode()).hexdigest()
 
     def answer_end(self, style: str) -> int | None:
         """The id that ends an answer in training data of this prompt style: EOS, or what the chat template writes."""
@@ -193,6 +203,17 @@ class Tokenizer:
             raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; get the file again")
         return content
 
+    def _read_added_tokens(self, special: Container[str]) -> dict[str, dict]:
+        """The tokens that tokenizer_config.json and added_tokens.json add, by their text: "id", and how they match."""
+        found = {
+            text: {"id": i, "special": text in special, "normalized": text not in special}
+            for text, i in self._read_optional("added_tokens.json").items()
+        }
+        for i, token in self.config.get("added_tokens_decoder", {}).items():
+            flags = token if isinstance(token, dict) else {"special": True}
+            found[_token_text(token)] = {"id": int(i)} | {name: flags[name] for name in FLAGS if name in flags}
+        return found
+
     def _special_id(self, name: str) -> int | None:
         """The id of the bos, eos or pad token: as the tokenizer's files say, or else the model's.
 
@@ -260,7 +281,13 @@ def list_answer_end(folder: Path, style: str) -> None:
 class _JsonBackend:
     """`tokenizer.json`, read by the `tokenizers` library."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, added: dict[str, dict], special: Iterable[str]) -> None:
+        """`added` and `special` are tokens that other files add: all that they say of them, and special ones' texts.
+
+        Raises:
+            ValueError: the file is corrupt, or an added token would get another id than the other files say.
+        """
+        from tokenizers import AddedToken
         from tokenizers import Tokenizer as HFTokenizer
 
         self.path = path
@@ -271,12 +298,30 @@ class _JsonBackend:
         # What a file says of cutting and padding is meant for batches of its author
         self.processor.no_truncation()
         self.processor.no_padding()
-        self.special_ids = {i for i, token in self.processor.get_added_tokens_decoder().items() if token.special}
+        before = {token.content for token in self.processor.get_added_tokens_decoder().values()}
+        new = sorted((text for text in added if self.token_id(text) is None), key=lambda text: added[text]["id"])
+        old = [text for text in added if self.token_id(text) is not None]
+        flags = {text: {name: token[name] for name in FLAGS if name in token} for text, token in added.items()}
+        self.processor.add_tokens([AddedToken(text, **flags[text]) for text in [*old, *new]])
+        for text in new:
+            if self.token_id(text) != added[text]["id"]:
+                raise ValueError(
+                    f"{path} gives the token {text} the id {self.token_id(text)}, tokenizer_config.json or "
+                    f"added_tokens.json says {added[text]['id']}: these files are not of one model, get them again"
+                )
+        self.processor.add_special_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in special if text not in before | {*added}]
+        )
+        decoder = self.processor.get_added_tokens_decoder()
+        self.beside = {token.content: i for i, token in decoder.items() if token.content not in before}
+        self.special_ids = {i for i, token in decoder.items() if token.special}
         self.vocab_size = max(self.processor.get_vocab().values(), default=-1) + 1
+        self.head: list[int] = []
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
-        """`add_special`: run the file's post-processor, which is what adds BOS."""
-        return [e.ids for e in self.processor.encode_batch_fast(list(texts), add_special_tokens=add_special)]
+        """`add_special`: run the file's post-processor, which is what adds BOS, or else put `head` in front."""
+        encodings = self.processor.encode_batch_fast(list(texts), add_special_tokens=add_special)
+        return [self.head + e.ids if add_special else e.ids for e in encodings]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self.processor.decode(ids, skip_special_tokens=skip_special)
@@ -295,30 +340,44 @@ class _JsonBackend:
 class _SentencePieceBackend:
     """`tokenizer.model`, read by the `sentencepiece` library, with the special tokens that other files add to it."""
 
-    def __init__(self, path: Path, *, config: dict, special_tokens: dict[str, str], added: dict[str, int]) -> None:
-        """`config` is `tokenizer_config.json`; `added` maps the tokens that are not in the model to their ids."""
+    def __init__(
+        self, path: Path, *, config: dict, names: dict[str, str], added: dict[str, dict], special: Iterable[str]
+    ) -> None:
+        """`config` is `tokenizer_config.json`, `names` its special tokens; the rest as in `_JsonBackend`."""
         from sentencepiece import SentencePieceProcessor
 
         self.path = path
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is corrupt or not a SentencePiece model; get the file again") from error
-        pieces = self.processor.get_piece_size()
-        self.added = dict(added)
-        for token in [*special_tokens.values(), *map(_token_text, config.get("additional_special_tokens") or [])]:
-            if (found := self.token_id(token)) is not None:
-                self.added[token] = found
+            raise ValueError(_no_sentencepiece(path)) from error
+        self.pieces = pieces = self.processor.get_piece_size()
+        own = [i for i in range(pieces) if self.processor.is_control(i) or self.processor.is_unknown(i)]
+        self.added = {self.processor.id_to_piece(i): i for i in own}
+        self.added |= {text: token["id"] for text, token in added.items()}
+        for text in special:
+            if text not in self.added:  # one that no file gives an id comes behind all others
+                found = self.token_id(text)
+                self.added[text] = max(pieces - 1, *self.added.values()) + 1 if found is None else found
+        self.beside = {text: i for text, i in self.added.items() if i >= pieces}
         self.added_tokens = {i: token for token, i in self.added.items()}
-        self.special_ids = {i for i in range(pieces) if self.processor.is_control(i)} | set(self.added_tokens)
+        plain = {text for text, token in added.items() if not token.get("special") and text not in special}
+        self.special_ids = {i for text, i in self.added.items() if text not in plain}
         self.vocab_size = max(pieces, max(self.added_tokens, default=-1) + 1)
         # As in LlamaTokenizer, whose `legacy` puts a space before the text after a special token, too
         self.legacy = bool(config.get("legacy", False))
-        ends = {name: self.token_id(special_tokens.get(f"{name}_token", "")) for name in ("bos", "eos")}
+        self.prefix = config.get("add_prefix_space") is not False
+        ends = {name: self.token_id(names.get(f"{name}_token", "")) for name in ("bos", "eos")}
         ends = {name: self.default_id(name) if found is None else found for name, found in ends.items()}
         self.head = [ends["bos"]] if config.get("add_bos_token") and ends["bos"] is not None else []
         self.tail = [ends["eos"]] if config.get("add_eos_token") and ends["eos"] is not None else []
-        self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
+        spaces = {
+            text: [r"\s*" * bool(token.get(flag)) for flag in ("lstrip", "rstrip")] for text, token in added.items()
+        }
+        patterns = [
+            re.escape(text).join(spaces.get(text, ["", ""])) for text in sorted(self.added, key=len, reverse=True)
+        ]
+        self.split = re.compile(f"({'|'.join(patterns)})")
         self.dummy_prefix = self.processor.encode("a", out_type=str)[0].startswith("▁")
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
@@ -329,9 +388,10 @@ class _SentencePieceBackend:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for number, part in enumerate(self.split.split(text) if self.added else [text]):
-            if part in self.added:
-                ids.append(self.added[part])
-            elif part and number and self.dummy_prefix and not self.legacy:
+            token = part if part in self.added else part.strip()  # with the spaces that it takes along
+            if token in self.added:
+                ids.append(self.added[token])
+            elif part and (number or not self.prefix) and self.dummy_prefix and not self.legacy:
                 ids += self._encode_inside(part)
             else:
                 ids += self.processor.encode(part)
@@ -339,8 +399,10 @@ class _SentencePieceBackend:
 
     def _encode_inside(self, text: str) -> list[int]:
         """The ids of a text that follows a special token: the space that SentencePiece puts first is not wanted."""
+        if text == " ":
+            return [self.processor.piece_to_id("▁")]
         if text.startswith(" "):
-            return self.processor.encode(text[1:]) or self.processor.encode(text)[1:]
+            return self.processor.encode(text[1:])
         for anchor in ANCHORS:
             head, ids = self.processor.encode([anchor, anchor + text])
             if ids[: len(head)] == head:
@@ -350,12 +412,13 @@ class _SentencePieceBackend:
     def decode(self, ids: list[int], skip_special: bool) -> str:
         """As in transformers, each byte of a run of byte pieces that is no UTF-8 gives U+FFFD."""
         # A model has more rows than its tokenizer has ids: what those padded rows stand for is no text
-        ids = [i for i in ids if i < self.vocab_size and not (skip_special and i in self.special_ids)]
+        ids = [i for i in ids if i < self.pieces or i in self.added_tokens]
+        ids = [i for i in ids if not (skip_special and i in self.special_ids)]
         text = ""
         for is_byte, run in groupby(ids, key=self._is_byte):
             pieces = [self.added_tokens.get(i) or self.processor.id_to_piece(i) for i in run]
             text += _bytes_text(pieces) if is_byte else "".join(pieces).replace("▁", " ")
-        return text[1:] if self.dummy_prefix and text.startswith(" ") else text
+        return text[1:] if self.dummy_prefix and self.prefix and text.startswith(" ") else text
 
     def _is_byte(self, token_id: int) -> bool:
         return token_id not in self.added_tokens and self.processor.is_byte(token_id)
@@ -375,20 +438,29 @@ class _SentencePieceBackend:
         return found if found >= 0 else None
 
 
-def _open_backend(folder: Path, config: dict, special_tokens: dict[str, str]) -> _JsonBackend | _SentencePieceBackend:
+def _open_backend(
+    folder: Path, config: dict, names: dict[str, str], *, added: dict[str, dict], special: Collection[str]
+) -> _JsonBackend | _SentencePieceBackend:
     """Whichever of the two files `folder` has."""
     if (folder / "tokenizer.json").is_file():
-        return _JsonBackend(folder / "tokenizer.json")
+        return _JsonBackend(folder / "tokenizer.json", added=added, special=special)
     if not (folder / "tokenizer.model").is_file():
         what = "no tokenizer.json and no tokenizer.model" if folder.is_dir() else "not a folder: expected one"
         raise FileNotFoundError(
             f"{folder}: {what} to read the tokenizer from; get the model with "
             "`python scripts/download.py --repo_id <org>/<name>`"
         )
-    added = {_token_text(token): int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    if (folder / "added_tokens.json").is_file():
-        added |= read_json(folder / "added_tokens.json")
-    return _SentencePieceBackend(folder / "tokenizer.model", config=config, special_tokens=special_tokens, added=added)
+    return _SentencePieceBackend(folder / "tokenizer.model", config=config, names=names, added=added, special=special)
+
+
+def _no_sentencepiece(path: Path) -> str:
+    """Why a file is no SentencePiece model."""
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
+        return (
+            f"{path} is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
+            "tokenizer.json of the model's Hugging Face repository into the folder"
+        )
+    return f"{path} is corrupt or not a SentencePiece model; get the file again"
 
 
 def _bytes_text(pieces: list[str]) -> str:
