@@ -269,7 +269,7 @@ def list_answer_end(folder: Path, style: str) -> None:
     content = tokenizer._read_optional("generation_config.json")
     listed = content.get("eos_token_id", tokenizer._read_optional("config.json").get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed]
-    if end is None or end in listed:
+    if end is None or end in listed or not (path.is_file() or (folder / "config.json").is_file()):
         return
     if "eos_token_id" not in content:
         ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
