@@ -135,15 +135,15 @@ class Tokenizer:
 
     def answer_end(self, style: str) -> int | None:
         """The id that ends an answer in training data of this prompt style: EOS, or what the chat template writes."""
-        if style == "chat" and self.chat_template is not None:
-            try:
-                text = self.render_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-            except ValueError:  # a template for other conversations: its own files have to tell
-                return self.eos_id
-            for i in self.stop_ids:
-                if text.rstrip().endswith(self._backend.id_token(i)):
-                    return i
-        return self.eos_id
+        if style != "chat" or self.chat_template is None:
+            return self.eos_id
+        answer = "qzanswerzq"  # no template writes this
+        try:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+            tail = self.render_chat(turns).rpartition(answer)[2]
+        except ValueError:  # a template for other conversations
+            return self.eos_id
+        return next((i for i in self._backend.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
 
     def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
         """The text of a conversation in the model's own format, as transformers' `apply_chat_template` makes it.

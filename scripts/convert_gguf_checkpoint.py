@@ -224,7 +224,11 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
     """A tensor of the file in fp32, rows of q and k in the order of a ``LlamaForCausalLM``."""
     import gguf
 
-    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    try:
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
+    values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}
     part = tensor.name.split(".")[-2]
     return undo_permutation(values, heads[part]) if part in heads else values
