@@ -46,9 +46,7 @@ def evaluate(
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model in memory; ``setup`` documents the arguments, ``run_tasks`` the result."""
-    loaded = load_tasks(
-        tasks, data_dir=data_dir, num_fewshot=num_fewshot, confirm_run_unsafe_code=confirm_run_unsafe_code
-    )
+    loaded = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     return run_tasks(
         model, tokenizer, loaded=loaded, limit=limit, batch_size=batch_size, apply_chat_template=apply_chat_template
     )
@@ -154,9 +152,7 @@ def setup(
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise ValueError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    loaded = load_tasks(
-        eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, confirm_run_unsafe_code=confirm_run_unsafe_code
-    )
+    loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
     adapter = {"ether_path": ether_path, "lora_path": lora_path}
     model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)

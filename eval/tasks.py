@@ -45,7 +45,7 @@ def load_tasks(
     *,
     data_dir: Path | str | None = None,
     num_fewshot: int | None = None,
-    confirm_run_unsafe_code: bool = False,
+    run_code: bool = False,
 ) -> dict:
     """Load tasks and their data.
 
@@ -54,7 +54,7 @@ def load_tasks(
         data_dir: read data sets from this folder instead of the Hub.
         num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
             examples keeps none, as in the harness.
-        confirm_run_unsafe_code: load tasks that run what the model writes, too.
+        run_code: load tasks that run what the model writes, too.
 
     Returns:
         What the harness's ``TaskManager.load`` returns: ``tasks`` and ``groups`` by name.
@@ -68,7 +68,7 @@ def load_tasks(
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
     with quiet_harness(), harness_seeds():
         manager, resolved = resolve_names(names)
-        manager._factory = Factory(confirm_run_unsafe_code)
+        manager._factory = Factory(run_code)
         with data_sets_from(data_dir):
             loaded = manager.load(resolved)
     for task in loaded["tasks"].values():

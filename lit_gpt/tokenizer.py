@@ -16,7 +16,7 @@ import jinja2
 
 from lit_gpt.checkpoint import read_json, write_json
 from lit_gpt.templates import compile_template
-from lit_gpt.tokenizer_files import ANCHORS, FLAGS, open_backend, token_text
+from lit_gpt.tokenizer_files import ANCHORS, open_backend, token_text
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
 END_TOKENS = (
@@ -206,8 +206,7 @@ class Tokenizer:
             for text, i in self._read_optional("added_tokens.json").items()
         }
         for i, token in self.config.get("added_tokens_decoder", {}).items():
-            flags = token if isinstance(token, dict) else {"special": True}
-            found[token_text(token)] = {"id": int(i)} | {name: flags[name] for name in FLAGS if name in flags}
+            found[token_text(token)] = {**(token if isinstance(token, dict) else {"special": True}), "id": int(i)}
         return found
 
     def _special_id(self, name: str) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 # A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
 ANCHORS = ("\n", "|", "0")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # how an added token matches a text
+FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
 
 
 class JsonBackend:
@@ -36,15 +36,16 @@ class JsonBackend:
         self.processor.no_truncation()
         self.processor.no_padding()
         before = {token.content for token in self.processor.get_added_tokens_decoder().values()}
-        new = sorted((text for text in added if self.token_id(text) is None), key=lambda text: added[text]["id"])
-        old = [text for text in added if self.token_id(text) is not None]
-        flags = {text: {name: token[name] for name in FLAGS if name in token} for text, token in added.items()}
-        self.processor.add_tokens([AddedToken(text, **flags[text]) for text in [*old, *new]])
+        texts = sorted(added, key=lambda text: added[text]["id"])  # new ids are given in this order
+        new = [text for text in texts if self.token_id(text) is None]
+        self.processor.add_tokens(
+            [AddedToken(text, **{k: added[text][k] for k in FLAGS & {*added[text]}}) for text in texts]
+        )
         for text in new:
-            if self.token_id(text) != added[text]["id"]:
+            if self.token_id(text) != (said := added[text]["id"]):
                 raise ValueError(
                     f"{path} gives the token {text} the id {self.token_id(text)}, tokenizer_config.json or "
-                    f"added_tokens.json says {added[text]['id']}: these files are not of one model, get them again"
+                    f"added_tokens.json says {said}: these files are not of one model, get them again"
                 )
         self.processor.add_special_tokens(
             [AddedToken(text, special=True, normalized=False) for text in special if text not in before | {*added}]

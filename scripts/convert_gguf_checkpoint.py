@@ -1,11 +1,11 @@
 """Turn a llama.cpp GGUF file into a base-shaped folder: weights, configs and tokenizer, with no other source.
 
 Weights are dequantized (what the quantization lost stays lost), one tensor at a time: memory holds the largest one in
-fp32, whatever the model's size. Of a model in several files any one may be named. GGUF stores the
-rows of q and k in the order in which llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where
-the first half of a head pairs with the second. The tokenizer is rebuilt from the metadata: a GGUF names its
-pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. Where
-the folder has a tokenizer already, it is kept.
+fp32, whatever the model's size. Of a model in several files any one may be named. GGUF stores the rows of q and k in
+the order in which llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where the first half of
+a head pairs with the second. The tokenizer is rebuilt from the metadata: a GGUF names its pre-tokenizer
+(``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. Where the folder has
+a tokenizer already, it is kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -44,6 +44,7 @@ TENSORS = {
     "ffn_down": "model.layers.{i}.mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type that are matched whole, before the text is split.
 CONTROL, USER_DEFINED = 3, 4
@@ -108,13 +109,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             reader = gguf.GGUFReader(part)
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            MemoryError,
-        ) as error:  # what NumPy says of a short file
+        except CUT_SHORT as error:
             raise ValueError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected or (metadata.get("split.count", 1) > 1 and not SPLIT_NAME.search(path.name)):
@@ -134,14 +129,11 @@ def gguf_parts(path: Path) -> list[Path]:
     match = SPLIT_NAME.search(path.name)
     if not match:
         return [path]
-    count = int(match[1])
-    stem = path.name[: match.start()]
-    parts = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
+    numbers = range(1, int(match[1]) + 1)
+    parts = [path.with_name(f"{path.name[: match.start()]}-{i:05}-of-{match[1]}.gguf") for i in numbers]
+    missing = ", ".join(part.name for part in parts if not part.is_file())
     if missing:
-        raise FileNotFoundError(
-            f"{path} is one of {count} parts, {', '.join(missing)} missing beside it; get all parts"
-        )
+        raise FileNotFoundError(f"{path} is one of {len(parts)} parts, {missing} missing beside it; get all parts")
     return parts
 
 

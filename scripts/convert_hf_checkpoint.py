@@ -38,16 +38,11 @@ def setup(
     files = weight_files(checkpoint_dir)
     config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
     weights: State = {}
-    owners: dict[str, Path] = {}
     for file in files:
         found = read_weights(file)
-        if twice := owners.keys() & found:
-            raise ValueError(
-                f"{owners[min(twice)]} and {file} both hold {min(twice)}: these are files of two models; remove the "
-                "older one's"
-            )
+        if twice := weights.keys() & found:
+            raise ValueError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
-        owners |= dict.fromkeys(found, file)
     weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
     config = untie_where_different(weights, config)
     lit = hf_to_lit(weights, config)

@@ -537,10 +537,10 @@ def test_tasks_that_run_code_are_refused_before_they_are_loaded_and_run_when_ask
     with pytest.raises(ValueError, match=r"task humaneval runs the code .*--confirm_run_unsafe_code true"):
         eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"task humaneval can't be loaded: .*code_eval"):  # it is on the Hub
-        eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, confirm_run_unsafe_code=True)
+        eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, run_code=True)
     (tmp_path / "code_eval").mkdir()
     (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
-    loaded = eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, confirm_run_unsafe_code=True)
+    loaded = eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, run_code=True)
     loaded["tasks"]["humaneval"].set_config("generation_kwargs", {"max_gen_toks": 4}, update=True)
     tokenizer = Tokenizer(bpe_dir)
     model = GPT(Config(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, intermediate_size=8))
