@@ -54,7 +54,7 @@ class Tokenizer:
         more = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens")
         more = more or special_map.get("additional_special_tokens") or []
         more = more.values() if isinstance(more, dict) else more
-        special = dict.fromkeys([*self.special_tokens.values(), *map(token_text, more)])
+        special = dict.fromkeys(filter(None, [*self.special_tokens.values(), *map(token_text, more)]))
         added = self._read_added_tokens(special)
         self._backend = open_backend(self.dir, self.config, self.special_tokens, added=added, special=special)
         self.vocab_size: int = self._backend.vocab_size
