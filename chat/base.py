@@ -91,6 +91,7 @@ def answer(
         ValueError: a prompt that does not fit the context, a style or a setting that does not exist.
     """
     prompt = encode(tokenizer, style, messages)
+    tokenizer.check_ids(prompt, model.config.padded_vocab_size)
     context = model.config.block_size
     if len(prompt) >= context:
         raise ValueError(

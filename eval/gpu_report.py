@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
 from eval.gpu_parts import Card, Found, Row, explain
-from lit_gpt.checkpoint import atomic_write, write_json
+from lit_gpt.files import atomic_write, write_json
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85

@@ -31,10 +31,11 @@ from eval.gpu_parts import (
     share,
 )
 from lit_gpt import reflections
-from lit_gpt.checkpoint import load_state, read_json, save_state, write_json
+from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
 from lit_gpt.ether import EtherConfig
+from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
 from lit_gpt.memory import meta_model

@@ -33,6 +33,9 @@ from lit_gpt.tokenizer import Tokenizer
 HEAD_ROWS = 512
 """Positions whose logits are in memory at once; a vocabulary of 128k takes 256 MB in fp32."""
 
+CONTINUE_HERE = "CONTINUE_HERE "
+"""Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""
+
 
 class Input(NamedTuple):
     """One row for the model: ``head + tail``. The states of the tail's tokens are what gets scored."""
@@ -61,6 +64,7 @@ class HarnessModel(TemplateLM):
         # Every answer to a question is encoded with the question, and behind it
         self._encode = lru_cache(maxsize=64)(self._encode)
         self.n_requests = 0
+        self.left_out_system = False
 
     # Text to tokens, as the Hugging Face backend does it
 
@@ -88,13 +92,37 @@ class HarnessModel(TemplateLM):
     def _encode(self, string: str, bos: bool | None) -> list[int]:
         return self.tokenizer.encode(string, bos=bos)
 
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids, which the model has rows for."""
+        self.tokenizer.check_ids(ids, self.model.config.padded_vocab_size)
+        return ids
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without the generation prompt, it ends within the last message, to go on."""
-        text = self.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+        """The text of a conversation; without the generation prompt, it ends within the last message, to go on.
+
+        A template that refuses the conversation is asked again without its system message (a task's description), as
+        the Hugging Face backend does.
+        """
+        try:
+            return self._render(chat_history, add_generation_prompt)
+        except ValueError as error:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            if not self.left_out_system:
+                print(f"note: {error}; it is asked without the system message (the description)", file=sys.stderr)
+            self.left_out_system = True
+            return self._render(without, add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"]
-        return text[: text.rindex(last.strip()) + len(last.lstrip())]
+            return self.tokenizer.render_chat(messages, add_generation_prompt=True)
+        *before, last = messages
+        text = self.tokenizer.render_chat([*before, {**last, "content": last["content"] + CONTINUE_HERE}])
+        head, found, tail = text.rpartition(CONTINUE_HERE.strip())
+        if not found:
+            raise ValueError(f"the chat template of {self.tokenizer.dir} leaves out the beginning of an answer")
+        return head if tail.startswith(" ") else head.rstrip()  # a template that strips the message strips its space
 
     # Log-likelihoods
 
@@ -147,7 +175,7 @@ class HarnessModel(TemplateLM):
                     f"{self.max_length}"
                 )
             # The last token is only predicted; one more than the context holds can be scored
-            tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            tokens = tuple((self.checked(context) + self.checked(continuation))[-(self.max_length + 1) : -1])
             requests_of[tokens].append(number)
             tail_length[tokens] = max(tail_length[tokens], len(continuation))
         cuts = {tokens: len(tokens) - tail_length[tokens] for tokens in requests_of}
@@ -240,10 +268,9 @@ class HarnessModel(TemplateLM):
                 f"the model's context of {self.max_length}"
             )
         tokens: list[int] = []
-        text = ""
         for token in generate(
             self.model,
-            self.tok_encode(context)[-room:],
+            self.checked(self.tok_encode(context)[-room:]),
             max_new_tokens=settings["max_gen_toks"],
             temperature=settings.get("temperature", 0.0),
             top_k=settings.get("top_k") or None,
@@ -252,9 +279,10 @@ class HarnessModel(TemplateLM):
             generator=self.generator,
         ):
             tokens.append(token)
-            text = self.tokenizer.decode(tokens)
+            text = self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token
             if any(stop in text for stop in stops):
                 break
+        text = self.tokenizer.decode(tokens)
         return postprocess_generated_text(text, stop=stops, think_end_token=None)
 
 

@@ -44,9 +44,10 @@ def evaluate(
     limit: float | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model in memory; ``setup`` documents the arguments, ``run_tasks`` the result."""
-    loaded = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    loaded = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     return run_tasks(
         model, tokenizer, loaded=loaded, limit=limit, batch_size=batch_size, apply_chat_template=apply_chat_template
     )
@@ -82,6 +83,7 @@ def run_tasks(
                 log_samples=False,
                 apply_chat_template=apply_chat_template,
                 fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=True,  # load_tasks has asked
             )
     finally:
         for module in training:
@@ -114,6 +116,7 @@ def setup(
     batch_size: int = 8,
     data_dir: Path | None = None,
     apply_chat_template: bool = False,
+    confirm_run_unsafe_code: bool = False,
 ) -> None:
     """Evaluate a model on tasks of the lm-evaluation-harness.
 
@@ -131,6 +134,7 @@ def setup(
         batch_size: rows computed at once.
         data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
         apply_chat_template: ask in the model's chat format, examples as turns.
+        confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
     """
     problems = value_problems(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     problems += file_problems(save_filepath, overwrite)
@@ -149,7 +153,7 @@ def setup(
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise ValueError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
     adapter = {"ether_path": ether_path, "lora_path": lora_path}
     model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)

@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,15 +26,27 @@ import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
+from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 """Folders of the harness that hold the tasks of the paper."""
-OLD_NAMES = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"], "hendrycksTest-*": ["mmlu"]}
+OLD_NAMES = {
+    "truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"],
+    **{name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "hendrycksTest-*")},
+}
 OLD_MMLU = "hendrycksTest-"
 
 
-def load_tasks(names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None) -> dict:
+def load_tasks(
+    names: Sequence[str],
+    *,
+    data_dir: Path | str | None = None,
+    num_fewshot: int | None = None,
+    run_code: bool = False,
+) -> dict:
     """Load tasks and their data.
 
     Args:
@@ -41,18 +54,21 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | str | None = None, num_
         data_dir: read data sets from this folder instead of the Hub.
         num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
             examples keeps none, as in the harness.
+        run_code: load tasks that run what the model writes, too.
 
     Returns:
         What the harness's ``TaskManager.load`` returns: ``tasks`` and ``groups`` by name.
 
     Raises:
-        ValueError: names that match nothing, with the nearest that exist; no names; data that doesn't fit the task.
+        ValueError: names that match nothing, with the nearest that exist; no names; data that doesn't fit the task; a
+            task that can't be loaded, or that runs code unasked.
         FileNotFoundError: a data set that is not there, with the command that gets it.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
     with quiet_harness(), harness_seeds():
         manager, resolved = resolve_names(names)
+        manager._factory = Factory(run_code)
         with data_sets_from(data_dir):
             loaded = manager.load(resolved)
     for task in loaded["tasks"].values():
@@ -61,6 +77,33 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | str | None = None, num_
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
+
+
+class Factory(TaskFactory):
+    """The harness's, with errors that name the task, and that come before a task's own code is imported.
+
+    Args:
+        run_code: allow tasks that run what the model writes.
+    """
+
+    def __init__(self, run_code: bool) -> None:
+        super().__init__()
+        self.run_code = run_code
+        if run_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of these tasks asks for
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
+        described = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
+        if described.get("unsafe_code") and not self.run_code:
+            raise ValueError(
+                f"task {entry.name} runs the code that the model writes, on this machine: give "
+                "--confirm_run_unsafe_code true where that may happen, or leave the task out"
+            )
+        try:
+            return super()._build_task(entry, overrides)
+        except Exception as error:  # tasks are code of others, which raises anything for want of a package or a file
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"task {entry.name} can't be loaded: {error or type(error).__name__}") from error
 
 
 @lru_cache
@@ -130,21 +173,20 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
         if "data_files" in options or Path(path).is_dir():  # a file format or a folder, not a name on the Hub
             return original(path, name, **options)
         folder = Path("DIR" if data_dir is None else data_dir) / path
-        command = f"`hf download {path} --repo-type dataset --local-dir {folder}`"
+        command = f"hf download {path} --repo-type dataset --local-dir {folder}"
         if data_dir is not None and not folder.is_dir():
-            raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: {command}")
+            raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
+        source = path if data_dir is None else str(folder)
+        if data_dir is not None:
+            options["cache_dir"] = cache_of(folder)
+            copy = folder / (name or "default")
+            if copy.is_dir() and not (folder / "README.md").is_file():  # the Hub's own parquet copy names nothing
+                source, name = str(copy), None
         try:
-            if data_dir is not None:
-                options["cache_dir"] = cache_of(folder)
-            found = original(path if data_dir is None else str(folder), name, **options)
-        except (OSError, ValueError) as error:
-            config = f" (configuration {name})" if name else ""
-            if data_dir is not None:
-                raise ValueError(f"{folder}{config} can't be read: {error}; get it again: {command}") from error
-            raise FileNotFoundError(
-                f"data set {path}{config} is not to be had from the Hub ({error}); on a machine without internet give "
-                f"--data_dir DIR, filled where there is internet: {command}"
-            ) from error
+            found = original(source, name, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            what = f"{source}{f' (configuration {name})' if name else ''}"
+            raise explain(error, what, command, local=data_dir is not None) from error
         if isinstance(found, datasets.DatasetDict):
             found = Splits(found)
             found.source = f"data set {path if data_dir is None else folder}{f' ({name})' if name else ''}"
@@ -155,6 +197,22 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+def explain(error: Exception, what: str, command: str, *, local: bool) -> Exception:
+    """What to raise where the data set `what` can't be read from its folder, or else from the Hub."""
+    if any(sign in str(error) for sign in ("ataset script", "trust_remote_code")):
+        return ValueError(
+            f"data set {what} is a loading script, which `datasets` does not run any more; give a parquet copy under "
+            f"--data_dir where the Hub has one (into an empty folder: `{command} --revision refs/convert/parquet`), "
+            "or leave the task out"
+        )
+    if local:
+        return ValueError(f"{what} can't be read: {error}; get it again: `{command}`")
+    return FileNotFoundError(
+        f"data set {what} is not to be had from the Hub ({error}); on a machine without internet give "
+        f"--data_dir DIR, filled where there is internet: `{command}`"
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Config:
     name: str = ""
     """The model's name, for people."""
     architecture: str = "LlamaForCausalLM"
-    """The Hugging Face class whose weights these are."""
+    """The Hugging Face class whose weights these are; empty where none that is known here has such layers."""
     block_size: int = 4096
     """Longest context, in tokens."""
     vocab_size: int = 32000
@@ -141,14 +141,29 @@ class Config:
             for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
                 stored[new] = stored.pop(old)
             stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
-            if stored["mlp_class"] == "GptNeoxMLP":
-                stored["architecture"] = "GPTNeoXForCausalLM"
+            stored["architecture"] = _original_architecture(stored)
+            if stored.get("rope_condense_ratio", 1) != 1:
+                stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in stored.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return asdict(self)
+
+
+def _original_architecture(stored: dict[str, Any]) -> str:
+    """The Hugging Face class of a model that the original code describes; empty where no class here has such layers."""
+    layers = (stored["norm_class"], stored["mlp_class"], stored["bias"])
+    if stored.get("scale_embeddings") or layers[1] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"):
+        raise ValueError(
+            f"{stored.get('name')}: layers of the original code that are not supported here ({layers[1]}; Gemma)"
+        )
+    phi = {stored.get("shared_attention_norm", False), stored.get("lm_head_bias", False)}
+    if layers == ("LayerNorm", "GptNeoxMLP", True) and len(phi) == 1:
+        return "PhiForCausalLM" if phi == {True} else "GPTNeoXForCausalLM"
+    llamas = {"LLaMAMLP": "LlamaForCausalLM", "LLaMAMoE": "MixtralForCausalLM"}
+    return llamas.get(layers[1], "") if layers[::2] == ("RMSNorm", False) and phi == {False} else ""
 
 
 def _shared_fields(hf: dict[str, Any], name: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
+from lit_gpt.config import Config
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
@@ -132,6 +133,14 @@ def _make_samples(
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
+def check_ids(samples: Sequence[Sample], tokenizer: Tokenizer, config: Config) -> None:
+    """Raise ValueError where samples hold ids that the model has no row for; a token in no text may have such an id."""
+    rows = config.padded_vocab_size
+    if tokenizer.vocab_size > rows:
+        found = (sample["input_ids"][sample["input_ids"] >= rows].tolist() for sample in samples)
+        tokenizer.check_ids(chain.from_iterable(found), rows)
+
+
 def cut(samples: Sequence[Sample], max_seq_length: int) -> tuple[list[Sample], int, int]:
     """The samples cut at `max_seq_length`, those with nothing left to learn dropped; how many were cut, and dropped."""
     n_cut = sum(length(sample) > max_seq_length for sample in samples)
@@ -191,6 +200,8 @@ def prepare(
         encode_rows(tokenizer, rows, style=style, mask_inputs=mask_inputs, source=source)
         for rows, source in zip(files, sources, strict=True)
     ]
+    if (tokenizer.dir / CONFIG).is_file():
+        check_ids([sample for samples in encoded for sample in samples], tokenizer, load_config(checkpoint_dir))
     facts = {
         **{"checkpoint_dir": str(tokenizer.dir.resolve()), "base_name": tokenizer.dir.resolve().name},
         **{"prompt_style": style, "mask_inputs": mask_inputs, "seed": seed, "tokenizer_sha256": tokenizer.sha256},

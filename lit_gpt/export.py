@@ -26,6 +26,7 @@ from lit_gpt.hf import hf_modules
 from lit_gpt.lora import LoraLayer
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
 from lit_gpt.reflections import reflection_factors
+from lit_gpt.tokenizer import Tokenizer
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be."""
@@ -112,6 +113,12 @@ def export_adapter(
             save_file(export.tensors, temporary, metadata={"format": "pt"})
     style = f", prompt style {adapter.prompt_style}" if adapter.prompt_style else ""
     print(f"{out_dir}: {path} as a LoRA of {base}{style}")
+    tokenizer = Tokenizer(checkpoint_dir)
+    end = tokenizer.answer_end(adapter.prompt_style) if adapter.prompt_style else None
+    if end is not None and end not in tokenizer.eos_ids:
+        print(
+            f"its answers end with token {end}, which the base's files do not tell: ask with stop_token_ids = [{end}]"
+        )
     report(export, config, checkpoint_dir=checkpoint_dir, out_dir=out_dir)
 
 

@@ -9,6 +9,7 @@ Everything here is a pure function of tensors and dicts; what is not listed is r
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +78,16 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
 
 
 def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
-    """Our module names to Hugging Face's: one name each, or three (q, k, v) for an attention kept apart."""
+    """Our module names to Hugging Face's: one name each, or three (q, k, v) for an attention kept apart.
+
+    Raises:
+        ValueError: the model is one of the original code's that no class known here can hold.
+    """
+    if config.architecture not in LAYOUTS:
+        raise ValueError(
+            f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
+            f"known here ({', '.join(LAYOUTS)}): it can be finetuned, merged and talked to, but not exported"
+        )
     modules = {}
     for ours, theirs in LAYOUTS[config.architecture].items():
         theirs = (theirs,) if isinstance(theirs, str) else theirs
@@ -119,8 +129,7 @@ def hf_to_lit(weights: State, config: Config) -> State:
         if absent:
             missing[key] = absent
             continue
-        parts = [left.pop(name) for name in names]
-        lit[key] = parts[0] if len(parts) == 1 else interleave_qkv(_stack(parts, config, name=names[0]), config)
+        lit[key] = _join([left.pop(name) for name in names], config, name=names[0])
         _check_shape(names[0], lit[key], shape)
     shared = lit.get(EMBEDDING, lit.get(HEAD))
     if config.tie_embeddings and shared is not None:
@@ -129,6 +138,15 @@ def hf_to_lit(weights: State, config: Config) -> State:
     unknown = [key for key in left if not _BUFFERS.search(key)]
     _refuse(f"a {config.architecture}", missing=[name for names in missing.values() for name in names], unknown=unknown)
     return lit
+
+
+def lit_tensor(key: str, read: Callable[[str], torch.Tensor], config: Config) -> torch.Tensor:
+    """One tensor of ``hf_to_lit``'s result, from a function that reads a Hugging Face tensor by its name.
+
+    Where the embeddings are tied, HEAD and EMBEDDING are both the embedding.
+    """
+    names = hf_names(EMBEDDING if key == HEAD and config.tie_embeddings else key, hf_modules(config))
+    return _join([read(name) for name in names], config, name=names[0])
 
 
 def lit_to_hf(weights: State, config: Config) -> State:
@@ -168,6 +186,11 @@ def split_qkv(tensor: torch.Tensor, config: Config) -> tuple[torch.Tensor, ...]:
 def _check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the model's config asks for {tuple(shape)}")
+
+
+def _join(parts: list[torch.Tensor], config: Config, *, name: str) -> torch.Tensor:
+    """The one tensor, or q, k and v as ours."""
+    return parts[0] if len(parts) == 1 else interleave_qkv(_stack(parts, config, name=name), config)
 
 
 def _stack(parts: list[torch.Tensor], config: Config, *, name: str) -> torch.Tensor:

@@ -41,7 +41,7 @@ from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
 from lit_gpt.plan import check_fit
 from lit_gpt.quantize import describe_merge
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
 PROBE = "A reflection turns a vector over at a plane, and keeps its length: what it does twice, it undoes."
@@ -93,6 +93,7 @@ def merge_adapter(
         write_json(staging / CONFIG, merge.config.to_dict())
         if adapter.prompt_style:
             save_prompt_style(staging, adapter.prompt_style)
+            list_answer_end(staging, adapter.prompt_style)
         stream_state(merge.template(), merge.tensor, staging / WEIGHTS)
         print(merge.report())
         if rows:

@@ -17,7 +17,7 @@ import torch
 from lit_gpt.adapter_files import KINDS, load_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state, weights_dtype
 from lit_gpt.config import Config
-from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, length, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
 from lit_gpt.devices import STRATEGIES
 from lit_gpt.ether import METHODS
 from lit_gpt.files import file_sha256
@@ -216,7 +216,10 @@ def make_plan(
     sample_ids: list[int] = []
     if config and train_set and val_set:
         problems.attempt(check_fit, base_dir, config, data=data, samples=train_set + val_set)
-        sample_ids = problems.attempt(sample_prompt, eval, base_dir, style=data["prompt_style"], samples=val_set)
+        problems.attempt(check_validation, io, data)
+        sample_ids = problems.attempt(
+            sample_prompt, eval, base_dir, style=data["prompt_style"], samples=val_set, rows=config.padded_vocab_size
+        )
         if len(sample_ids or []) >= config.block_size:
             problems.append(f"--eval.sample_prompt has {len(sample_ids)} tokens; the context is {config.block_size}")
     if train.monitor and job.adapter is None:
@@ -316,10 +319,13 @@ def parse_duration(text: str | float | None) -> float:
     return total
 
 
-def sample_prompt(eval: EvalArgs, base_dir: Path, *, style: str, samples: list[Sample]) -> list[int]:
+def sample_prompt(eval: EvalArgs, base_dir: Path, *, style: str, samples: list[Sample], rows: int) -> list[int]:
     """The ids that sample generations answer: of --eval.sample_prompt, or of a held-out sample up to its response."""
     if eval.sample_prompt is not None:
-        return encode_prompt(Tokenizer(base_dir), style, instruction=eval.sample_prompt)
+        tokenizer = Tokenizer(base_dir)
+        ids = encode_prompt(tokenizer, style, instruction=eval.sample_prompt)
+        tokenizer.check_ids(ids, rows)
+        return ids
     for sample in samples:
         ids, response = sample["input_ids"].tolist(), sample["response"].tolist()
         if any(response[1:]):
@@ -328,15 +334,29 @@ def sample_prompt(eval: EvalArgs, base_dir: Path, *, style: str, samples: list[S
 
 
 def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: list[Sample]) -> None:
-    """Raise where the data was not made for this model: another tokenizer, or samples beyond its context."""
-    if Tokenizer(base_dir).sha256 != data["tokenizer_sha256"]:
+    """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
+    tokenizer = Tokenizer(base_dir)
+    if tokenizer.sha256 != data["tokenizer_sha256"]:
         raise ValueError(
             f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
             f"prepare it again with --checkpoint_dir {base_dir}"
         )
+    check_ids(samples, tokenizer, config)
     longest = max(map(length, samples))
     if longest > config.block_size:
         raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
+
+
+def check_validation(io: IOArgs, data: dict[str, Any]) -> None:
+    """Raise where --io.val_data_dir was prepared otherwise than the training data: its losses would mean nothing."""
+    other = read_data_config(io.val_data_dir or io.train_data_dir)
+    for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
+        if other[key] != data[key]:
+            values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
+            raise ValueError(
+                f"--io.val_data_dir {io.val_data_dir} was prepared with another {what}{values} than "
+                f"--io.train_data_dir {io.train_data_dir}; prepare it again as that was"
+            )
 
 
 def settle_adapter(job: Job) -> Job:

@@ -11,6 +11,7 @@ from lit_gpt.files import staged_dir
 from lit_gpt.model import GPT
 from lit_gpt.plan import Job, Plan
 from lit_gpt.resume import FINAL
+from lit_gpt.tokenizer import list_answer_end
 
 
 def save_result(model: GPT, folder: Path, *, job: Job, plan: Plan) -> int:
@@ -23,6 +24,7 @@ def save_result(model: GPT, folder: Path, *, job: Job, plan: Plan) -> int:
     with staged_dir(folder / FINAL, overwrite=True) as staging:
         copy_side_files(plan.base_dir, staging)
         save_prompt_style(staging, style)
+        list_answer_end(staging, style)
         save_state(model.state_dict(), staging / WEIGHTS)
     return (folder / FINAL / WEIGHTS).stat().st_size
 

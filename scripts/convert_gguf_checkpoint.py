@@ -1,20 +1,23 @@
 """Turn a llama.cpp GGUF file into a base-shaped folder: weights, configs and tokenizer, with no other source.
 
-Weights are dequantized (what the quantization lost stays lost). GGUF stores the rows of q and k in the order in which
-llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where the first half of a head pairs with
-the second. The tokenizer is rebuilt from the metadata: a GGUF names its pre-tokenizer (``tokenizer.ggml.pre``) but
-does not hold it, so the table below holds those that are known here. Where the folder has a tokenizer already, it is
-kept.
+Weights are dequantized (what the quantization lost stays lost), one tensor at a time: memory holds the largest one in
+fp32, whatever the model's size. Of a model in several files any one may be named. GGUF stores the rows of q and k in
+the order in which llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where the first half of
+a head pairs with the second. The tokenizer is rebuilt from the metadata: a GGUF names its pre-tokenizer
+(``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. Where the folder has
+a tokenizer already, it is kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, save_state
+from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.files import map_or_read, prepare_out_dir, staged_dir, write_json
-from lit_gpt.hf import State, hf_config, hf_to_lit
+from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
 
 # llama.cpp's names of tensors, and those of a LlamaForCausalLM.
@@ -45,6 +48,8 @@ TENSORS = {
     "ffn_down": "model.layers.{i}.mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
+SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type that are matched whole, before the text is split.
 CONTROL, USER_DEFINED = 3, 4
 
@@ -76,10 +81,16 @@ def setup(
     config = model_config(metadata, tensors, gguf_path)
     config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
     tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
-    lit = hf_to_lit(hf_weights(tensors, config, getattr(torch, dtype), gguf_path), config)
+    names = hf_tensor_names(tensors, gguf_path)
+    shapes = {name: tensors[theirs].shape.tolist()[::-1] for name, theirs in names.items()}
+    blanks = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape in shapes.items()}
+    template = hf_to_lit(blanks, config)
+
+    def make(key: str) -> torch.Tensor:
+        return lit_tensor(key, lambda name: dequantized(tensors[names[name]], config), config).to(getattr(torch, dtype))
 
     with staged_dir(checkpoint_dir, overwrite) as staging:
-        save_state(lit, staging / WEIGHTS)
+        stream_state(template, make, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())
         described = {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype}
         write_json(staging / "config.json", described)
@@ -94,22 +105,52 @@ def setup(
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metadata of a GGUF file in plain types, and its tensors (memory-mapped, quantized) by name.
 
+    Of a model in several files all are read, whichever is named; the first one's metadata describe it.
+
     Raises:
         FileNotFoundError, ValueError: one line that names the file.
     """
     import gguf
 
-    def read_copy() -> gguf.GGUFReader:
+    def read_copy(part: Path) -> gguf.GGUFReader:
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays after its name has gone
-            return gguf.GGUFReader(shutil.copyfile(path, Path(folder) / path.name))
+            return gguf.GGUFReader(shutil.copyfile(part, Path(folder) / part.name))
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; a .gguf file was expected")
-    try:
-        reader = map_or_read(lambda: gguf.GGUFReader(path), read_copy)
-        return {key: field.contents() for key, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # what NumPy says of a short file
-        raise ValueError(f"{path} is not a GGUF file, or cut short ({error}); get it again") from error
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in gguf_parts(path):
+        try:
+            reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
+            metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
+            tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        except CUT_SHORT as error:
+            raise ValueError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
+    expected = metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected or (metadata.get("split.count", 1) > 1 and not SPLIT_NAME.search(path.name)):
+        raise ValueError(
+            f"{path} is part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model: give all parts "
+            "their own names again (NAME-00001-of-00003.gguf and so on), in one folder"
+        )
+    return metadata, tensors
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """Return all files of the model, by their names.
+
+    Raises:
+        FileNotFoundError: the name says that there are more files than there are.
+    """
+    match = SPLIT_NAME.search(path.name)
+    if not match:
+        return [path]
+    numbers = range(1, int(match[1]) + 1)
+    parts = [path.with_name(f"{path.name[: match.start()]}-{i:05}-of-{match[1]}.gguf") for i in numbers]
+    missing = ", ".join(part.name for part in parts if not part.is_file())
+    if missing:
+        raise FileNotFoundError(f"{path} is one of {len(parts)} parts, {missing} missing beside it; get all parts")
+    return parts
 
 
 def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) -> Config:
@@ -173,23 +214,32 @@ def rope_scaling(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) 
     return scaling
 
 
-def hf_weights(tensors: dict[str, Any], config: Config, dtype: torch.dtype, path: Path) -> State:
-    """Dequantized tensors under a ``LlamaForCausalLM``'s names, rows of q and k in its order."""
-    import gguf
-
-    weights: State = {}
-    for name, tensor in tensors.items():
+def hf_tensor_names(tensors: dict[str, Any], path: Path) -> dict[str, str]:
+    """The names of a ``LlamaForCausalLM``'s tensors, each with the GGUF's name of it."""
+    names = {}
+    for name in tensors:
         if name == ROPE_FACTORS:
             continue
         layer, _, rest = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
         module, _, kind = rest.rpartition(".")
         if module not in TENSORS:
             raise ValueError(f"{path}: tensor {name} is not known in a llama GGUF; convert its HF folder instead")
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if module in ("attn_q", "attn_k"):
-            values = undo_permutation(values, config.n_head if module == "attn_q" else config.n_query_groups)
-        weights[f"{TENSORS[module].format(i=layer)}.{kind}"] = values.to(dtype)
-    return weights
+        names[f"{TENSORS[module].format(i=layer)}.{kind}"] = name
+    return names
+
+
+def dequantized(tensor: Any, config: Config) -> torch.Tensor:
+    """A tensor of the file in fp32, rows of q and k in the order of a ``LlamaForCausalLM``."""
+    import gguf
+
+    try:
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
+    values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
+    heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}
+    part = tensor.name.split(".")[-2]
+    return undo_permutation(values, heads[part]) if part in heads else values
 
 
 def undo_permutation(rows: torch.Tensor, n_head: int) -> torch.Tensor:

@@ -40,7 +40,10 @@ def setup(
     config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
     weights: State = {}
     for file in files:
-        weights |= read_weights(file)
+        found = read_weights(file)
+        if twice := weights.keys() & found:
+            raise ValueError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
+        weights |= found
     weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
     config = untie_where_different(weights, config)
     lit = hf_to_lit(weights, config)
@@ -52,7 +55,7 @@ def setup(
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The weights' files of a Hugging Face folder: those an index names, or all of one kind.
+    """The weights' files of a Hugging Face folder: the whole one, those an index names, or all of one kind.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
@@ -63,7 +66,11 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     for kind, main in (("safetensors", "model"), ("bin", "pytorch_model")):
-        index = checkpoint_dir / f"{main}.{kind}.index.json"
+        whole, index = checkpoint_dir / f"{main}.{kind}", checkpoint_dir / f"{main}.{kind}.index.json"
+        if whole.is_file():  # before an index, as in transformers
+            if index.is_file():
+                print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
+            return [whole]
         if index.is_file():
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             absent = [name for name in shards if not (checkpoint_dir / name).is_file()]

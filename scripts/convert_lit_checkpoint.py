@@ -18,11 +18,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, check_checkpoint_dir, copy_side_files, load_config, load_state, side_files
+from lit_gpt.checkpoint import (
+    CONFIG,
+    PROMPT_STYLE,
+    check_checkpoint_dir,
+    copy_side_files,
+    load_config,
+    load_prompt_style,
+    load_state,
+    side_files,
+)
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
+from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
 OUR_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -44,14 +54,17 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     if described is not None:
         config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
     weights = load_state(checkpoint_dir / "lit_model.pth")
-    if config.tie_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
-        config = replace(config, tie_embeddings=False)
+    shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
+    if config.tie_embeddings or shared:
+        config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
     hf_weights = lit_to_hf(weights, config)
     with staged_dir(out_dir, overwrite) as staging:
         copy_side_files(checkpoint_dir, staging)
         (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
         described = described or synthesised(checkpoint_dir, config)
         write_json(staging / "config.json", corrected(described, hf_weights, config))
+        if (staging / PROMPT_STYLE).is_file():
+            list_answer_end(staging, load_prompt_style(staging))
         write_weights(hf_weights, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():

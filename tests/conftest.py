@@ -61,7 +61,7 @@ def write_bpe_tokenizer(folder: Path, *, vocab_size: int = 400) -> Path:
     return folder
 
 
-def write_spm_tokenizer(folder: Path, *, vocab_size: int = 400) -> Path:
+def write_spm_tokenizer(folder: Path, *, vocab_size: int = 400, **training) -> Path:
     """Write a SentencePiece `tokenizer.model` (BPE, byte fallback) and a Llama-2-like `tokenizer_config.json`."""
     import sentencepiece
 
@@ -78,6 +78,7 @@ def write_spm_tokenizer(folder: Path, *, vocab_size: int = 400) -> Path:
             allow_whitespace_only_pieces=True,
             split_digits=True,
             minloglevel=2,
+            **training,
         )
     config = {
         "tokenizer_class": "LlamaTokenizer",

@@ -12,13 +12,19 @@ import torch
 from hf_models import CASES, build, save
 from safetensors.torch import load_file, save_file
 
-from lit_gpt.checkpoint import load_config, load_state, save_state
+from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import ARCHITECTURES, Config
 from lit_gpt.files import read_json, write_json
 from lit_gpt.hf import hf_config, hf_modules, lit_to_hf, parameter_shapes, split_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+# Fields that the original code's lit_config.json has under our names.
+ORIGINAL_FIELDS = (
+    "name block_size vocab_size padded_vocab_size n_layer n_head head_size n_embd rotary_percentage parallel_residual "
+    "lm_head_bias n_query_groups shared_attention_norm norm_eps gelu_approximate intermediate_size rope_base n_expert "
+    "n_expert_per_token"
+).split()
 
 
 def convert(folder: Path, **options) -> dict[str, torch.Tensor]:
@@ -95,6 +101,58 @@ def test_export_works_without_a_config_json(llama, tmp_path, bpe_dir):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same(model.state_dict(), build("llama_tied_gqa").state_dict())
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+
+
+def original_config(folder: Path, **changes) -> None:
+    """Make a folder one of the original code's: its lit_config.json, and no config.json."""
+    config = load_config(folder).to_dict()
+    stored = {key: config[key] for key in ORIGINAL_FIELDS} | {"bias": config["qkv_bias"], "rope_condense_ratio": 1}
+    stored |= {"_norm_class": config["norm_class"], "_mlp_class": config["mlp_class"], "scale_embeddings": False}
+    write_json(folder / "lit_config.json", stored | changes)
+    (folder / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama_tied_gqa", "mixtral", "neox_parallel", "phi"])
+@torch.inference_mode()
+def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_path, bpe_dir):
+    """Phi was exported as a GPT-NeoX, and Mixtral as a Llama: transformers loaded other models than they are."""
+    import transformers
+
+    theirs = save(case, tmp_path / "hf")
+    convert(tmp_path / "hf")
+    original_config(tmp_path / "hf")
+    assert load_config(tmp_path / "hf").architecture == type(theirs).__name__
+    export(tmp_path / "hf", tmp_path / "out", bpe_dir)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    idx = torch.arange(1, 30)[None]
+    torch.testing.assert_close(loaded(idx).logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(load_model(tmp_path / "hf")(idx), theirs(idx).logits)
+
+
+def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_exported(llama, tmp_path, bpe_dir):
+    """As StableLM (LayerNorm with SwiGLU) and Falcon; Gemma's layers are not here at all."""
+    convert(llama)
+    keep = (llama / "lit_config.json").read_text()
+    original_config(llama, rope_condense_ratio=4)
+    assert load_config(llama).rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    for changes in (
+        {"_norm_class": "LayerNorm"},
+        {"bias": True},
+        {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": False, "shared_attention_norm": True},
+        {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": True, "lm_head_bias": True},
+    ):
+        (llama / "lit_config.json").write_text(keep)
+        original_config(llama, **changes)
+        assert load_config(llama).architecture == ""
+        with pytest.raises(ValueError, match="has no Hugging Face class that is known here"):
+            export(llama, tmp_path / "out", bpe_dir)
+        assert not (tmp_path / "out").exists()
+    for changes in ({"scale_embeddings": True}, {"_mlp_class": "GemmaMLP"}):
+        (llama / "lit_config.json").write_text(keep)
+        original_config(llama, **changes)
+        with pytest.raises(ValueError, match=r"not supported here .*Gemma"):
+            load_config(llama)
 
 
 def test_export_in_shards_loads_and_replaces_what_was_there(llama, tmp_path, bpe_dir, monkeypatch):
@@ -391,6 +449,40 @@ def test_a_folder_below_checkpoints_names_the_repo_to_download(tmp_path):
 
 
 def test_index_that_names_nothing(llama):
+    (llama / "model.safetensors").rename(llama / "model-00001-of-00001.safetensors")
     (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(FileNotFoundError, match="names files"):
+        convert(llama)
+
+
+@pytest.mark.parametrize("shards", [True, False])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_whole_file_counts_and_not_an_older_uploads_index(llama, tmp_path, kind, shards, capsys):
+    """With the older shards there, they were converted in silence; without, the folder was refused."""
+    import transformers
+
+    expected = convert(llama)
+    weights = load_file(llama / "model.safetensors")
+    name = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    if kind == "bin":
+        bin_instead(llama)
+    older = f"{name}-00001-of-00001.{kind}"
+    write_json(llama / f"{name}.{kind}.index.json", {"metadata": {}, "weight_map": dict.fromkeys(weights, older)})
+    if shards:
+        zeros = {key: tensor * 0 for key, tensor in weights.items()}
+        (torch.save if kind == "bin" else save_file)(zeros, llama / older)
+    capsys.readouterr()
+    assert same(convert(llama), expected)
+    assert f"{name}.{kind} and an index" in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    assert torch.equal(theirs["model.norm.weight"], expected["transformer.ln_f.weight"])
+
+
+def test_two_files_with_the_same_tensor_are_refused(llama):
+    """Shards of two uploads without an index: the last one's would count."""
+    weights = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    save_file(weights, llama / "model-00001-of-00001.safetensors")
+    save_file({NORM: weights[NORM] * 0}, llama / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=rf"00002.safetensors holds {NORM} as another file does"):
         convert(llama)

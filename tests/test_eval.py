@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -15,9 +16,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
+from eval import harness_model
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
-from eval.lm_eval_harness import evaluate, setup
+from eval.lm_eval_harness import evaluate, run_tasks, setup
+from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state
@@ -197,18 +200,42 @@ def test_greedy_generation_equals_the_hugging_face_backend(ours, theirs):
     assert ours.generate_until(requests) == reference
 
 
-def test_generation_goes_past_ends_of_turns_that_are_not_the_models_eos(ours, theirs):
-    (prompt,) = requests_for("generate_until", [("the river", {"until": [], "max_gen_toks": 8})])
+@contextmanager
+def likeliest_first(ours, theirs, token: int):
+    """Both models, with their answer to "the river" beginning with this token."""
     likeliest = int(ours.model(torch.tensor([ours.tok_encode("the river")]))[0, -1].argmax())
-    end_of_turn = 0  # <|endoftext|> or <unk>: special, and not these tokenizers' EOS
     heads = [ours.model.lm_head.weight.data, theirs.model.lm_head.weight.data]
     for head in heads:
-        head[[likeliest, end_of_turn]] = head[[end_of_turn, likeliest]]
+        head[[likeliest, token]] = head[[token, likeliest]]
     try:
-        assert ours.generate_until([prompt]) == theirs.generate_until([prompt], disable_tqdm=True) != [""]
+        yield
     finally:
         for head in heads:
-            head[[likeliest, end_of_turn]] = head[[end_of_turn, likeliest]]
+            head[[likeliest, token]] = head[[token, likeliest]]
+
+
+def test_generation_goes_past_ends_of_turns_that_are_not_the_models_eos(ours, theirs):
+    (prompt,) = requests_for("generate_until", [("the river", {"until": [], "max_gen_toks": 8})])
+    with likeliest_first(ours, theirs, 0):  # <|endoftext|> or <unk>: special, and not these tokenizers' EOS
+        assert ours.generate_until([prompt]) == theirs.generate_until([prompt], disable_tqdm=True) != [""]
+
+
+@pytest.mark.parametrize("before", ["", " "])
+def test_a_stop_string_that_is_a_special_token_ends_an_answer(ours, theirs, before, monkeypatch):
+    """gsm8k's `<|im_end|>`: it is left out of the text, where it was looked for, and the answer ran to its limit."""
+    special = before + ours.tokenizer.decode([0], skip_special=False)
+    arguments = [("the river", {"until": until, "max_gen_toks": 8}) for until in ([special], ["never", special], [])]
+    requests = requests_for("generate_until", arguments)
+    drawn = []
+    original = harness_model.generate
+    monkeypatch.setattr(
+        harness_model, "generate", lambda *args, **options: (drawn.append(i) or i for i in original(*args, **options))
+    )
+    with likeliest_first(ours, theirs, 0):
+        reference = [theirs.generate_until([request], disable_tqdm=True)[0] for request in requests]
+        assert ours.generate_until(requests[:2]) == reference[:2]
+        assert before or (reference[:2] == ["", ""] and drawn == [0, 0])
+        assert ours.generate_until(requests[2:]) == reference[2:] != [""]
 
 
 def test_sampling_follows_temperature_and_has_a_seed(checkpoint):
@@ -322,6 +349,53 @@ def test_transformers_is_not_needed(bpe_dir, data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+# Conversations
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def without_system(bpe_dir, tmp_path):
+    """Our model and the Hugging Face backend's, with a template that refuses a system message."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = make_checkpoint(tmp_path / "model", bpe_dir)
+    (folder / "chat_template.jinja").write_text(NO_SYSTEM)
+    ours = HarnessModel(load_model(folder), Tokenizer(folder), batch_size=3)
+    return ours, HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
+
+
+def test_a_description_is_left_out_where_the_template_has_no_system_role(without_system, data_dir, monkeypatch, capsys):
+    """The Hugging Face backend goes on without it; the evaluation ended."""
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
+    ours, theirs = without_system
+    options = {"apply_chat_template": True, "num_fewshot": 1}
+    manager, names = eval_tasks.resolve_names([f"mmlu_{SUBJECTS[0]}"])
+    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+        reference = evaluator.simple_evaluate(
+            theirs, tasks=names, task_manager=manager, fewshot_as_multiturn=True, log_samples=False, **options
+        )
+    capsys.readouterr()
+    found = evaluate(ours.model, ours.tokenizer, tasks=names, data_dir=data_dir, **options)
+    assert found["results"][names[0]] == pytest.approx(reference["results"][names[0]], abs=1e-6)
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1 and "no system role" in notes[0] and "without the system message" in notes[0]
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, NO_SYSTEM.replace(" | trim", "")])
+@pytest.mark.parametrize("beginning", ["Answer:", " the answer is ", "a", "", "end"])
+def test_an_answers_beginning_is_rendered_as_by_the_hugging_face_backend(without_system, template, beginning):
+    ours, theirs = without_system
+    ours.tokenizer.chat_template = theirs.tokenizer.chat_template = template
+    chat = [{"role": "user", "content": "the river?"}, {"role": "assistant", "content": beginning}]
+    rendered = ours.apply_chat_template(chat, add_generation_prompt=False)
+    assert rendered == theirs.apply_chat_template(chat, add_generation_prompt=False)
+
+
 # Names
 
 
@@ -336,6 +410,7 @@ def test_old_names_are_understood():
         "truthfulqa_mc2",
         "mmlu",
     ]
+    assert names_of("hendrycksTest*") == names_of("hendrycksTest") == ["mmlu"]
     assert names_of("hendrycksTest-abstract_algebra") == ["mmlu_abstract_algebra"]
     subjects = names_of("hendrycksTest-high_school_*", "hendrycksTest-high_school_physics")
     assert len(subjects) == 14
@@ -424,6 +499,62 @@ def test_without_internet_and_data_folder_the_message_says_what_to_do():
         eval_tasks.load_tasks(["arc_challenge"])
     with pytest.raises(FileNotFoundError, match="--data_dir nowhere is not a folder"):
         eval_tasks.load_tasks(["arc_challenge"], data_dir="nowhere")
+
+
+def test_a_data_set_with_a_loading_script_is_one_line_and_its_parquet_copy_is_read(ours, tmp_path):
+    folder = tmp_path / "EleutherAI" / "logiqa"
+    folder.mkdir(parents=True)
+    (folder / "logiqa.py").write_text("import datasets")
+    with pytest.raises(ValueError, match=r"task logiqa .*EleutherAI/logiqa .*loading script.*--revision refs/convert"):
+        eval_tasks.load_tasks(["logiqa"], data_dir=tmp_path)
+    (folder / "logiqa.py").unlink()
+    row = {"label": "a", "context": "the river", "question": "a?", "options": ["one", "two", "three", "four"]}
+    for split in ("train", "validation", "test"):  # as the Hub's own copy lies
+        (folder / "logiqa" / split).mkdir(parents=True)
+        datasets.Dataset.from_list([row] * 3).to_parquet(folder / "logiqa" / split / "0000.parquet")
+    found = evaluate(ours.model, ours.tokenizer, tasks=["logiqa"], data_dir=tmp_path)
+    assert found["n-samples"]["logiqa"]["effective"] == 3
+
+
+CODE_EVAL = """
+import datasets
+import evaluate
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Sequence(datasets.Value("string")),
+                                      "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+    def _compute(self, predictions, references, k=(1,), **options):
+        return {f"pass@{k[0]}": 1.0}, {}
+"""
+
+
+def test_tasks_that_run_code_are_refused_before_they_are_loaded_and_run_when_asked(bpe_dir, tmp_path, monkeypatch):
+    row = {"task_id": "0", "prompt": "def f():", "test": "", "entry_point": "f", "canonical_solution": ""}
+    write_split(tmp_path / "openai" / "openai_humaneval", "openai_humaneval", {"test": [row, row]})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    with pytest.raises(ValueError, match=r"task humaneval runs the code .*--confirm_run_unsafe_code true"):
+        eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"task humaneval can't be loaded: .*code_eval"):  # it is on the Hub
+        eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, run_code=True)
+    (tmp_path / "code_eval").mkdir()
+    (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+    loaded = eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, run_code=True)
+    loaded["tasks"]["humaneval"].set_config("generation_kwargs", {"max_gen_toks": 4}, update=True)
+    tokenizer = Tokenizer(bpe_dir)
+    model = GPT(Config(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, intermediate_size=8))
+    results = run_tasks(model, tokenizer, loaded=loaded)["results"]["humaneval"]
+    assert results["pass@1,create_test"] == 1.0
+
+
+def test_ids_that_the_model_has_no_row_for_are_named(bpe_dir):
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=8, block_size=64)
+    harness = HarnessModel(GPT(Config(vocab_size=300, **sizes)), Tokenizer(bpe_dir))
+    with pytest.raises(ValueError, match=r" is id 3\d\d.*: the model has 300 rows"):
+        harness.loglikelihood(requests_for("loglikelihood", [("the river", " house")]))
+    with pytest.raises(ValueError, match=r" is id 3\d\d.*: the model has 300 rows"):
+        harness.generate_until(requests_for("generate_until", [("the river house", {"until": [], "max_gen_toks": 2})]))
 
 
 # The script

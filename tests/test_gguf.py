@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -60,10 +61,11 @@ def permuted(rows: torch.Tensor, n_head: int) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch="llama", **more
-):
+    path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch="llama", split=0,
+    **more,
+):  # fmt: skip
     """Write a transformers Llama as llama.cpp's converter does; returns the weights as a reader dequantizes them."""
-    config, writer = model.config, gguf.GGUFWriter(path, arch)
+    config, writer = model.config, gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -200,6 +202,47 @@ def test_the_folder_is_complete_and_goes_on_to_hugging_face(tmp_path, bpe_dir):
     tokenizer, original = (transformers.AutoTokenizer.from_pretrained(d) for d in (tmp_path / "hf", bpe_dir))
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == original.apply_chat_template(turns, tokenize=False)
+
+
+def test_only_what_one_tensor_needs_is_held_in_memory(tmp_path, bpe_dir, monkeypatch):
+    """The whole model was, in fp32."""
+    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
+    read, held, original = [], [], convert_gguf_checkpoint.dequantized
+
+    def dequantized(*args):
+        read.append(weakref.ref(tensor := original(*args)))
+        held.append(sum(other() is not None for other in read))
+        return tensor
+
+    monkeypatch.setattr(convert_gguf_checkpoint, "dequantized", dequantized)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert len(read) > 15 and max(held) <= 4  # q, k and v, and the tensor before them
+
+
+@pytest.mark.parametrize("named", [1, 2, 3])
+def test_a_model_in_several_files_is_read_whole_whichever_is_named(tmp_path, bpe_dir, named):
+    (tmp_path / "parts").mkdir()
+    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
+    write_gguf(tmp_path / "parts" / "m.gguf", llama(), tokenizer_dir=bpe_dir, split=8)
+    parts = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert parts == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    convert(tmp_path / "m.gguf", tmp_path / "whole")
+    convert(tmp_path / "parts" / parts[named - 1], tmp_path / "out")
+    whole, found = (load_state(tmp_path / name / "lit_model.pth") for name in ("whole", "out"))
+    assert whole.keys() == found.keys() and all(torch.equal(whole[key], found[key]) for key in whole)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "whole" / "tokenizer.json").read_bytes()
+
+
+def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_dir):
+    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir, split=8)
+    first, second, _ = sorted(tmp_path.iterdir())
+    second.rename(tmp_path / "second.gguf")
+    with pytest.raises(FileNotFoundError, match=r"is one of 3 parts, m-00002-of-00003.gguf missing beside it"):
+        convert(first, tmp_path / "out")
+    for name in (first, tmp_path / "second.gguf"):
+        with pytest.raises(ValueError, match=r"part [12] of 3 of a model"):
+            convert(name.rename(tmp_path / "alone.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):

@@ -1,6 +1,7 @@
 """The tokenizer against transformers' on the same folders: ids, texts, and rendered conversations."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -180,6 +181,110 @@ def test_sentencepiece_reads_special_tokens_in_a_text_as_transformers_does(tmp_p
         assert ours.encode(text, bos=False) == theirs(text, add_special_tokens=False).input_ids
     assert ours.vocab_size == len(theirs) == 402
     assert ours.stop_ids == {2, 401}
+
+
+def described(start: int = 400, **tokens: bool) -> dict:
+    """An added_tokens_decoder with these tokens, by name, and whether each is special."""
+    shared = {"lstrip": False, "rstrip": False, "single_word": False}
+    return {
+        str(i): {"content": f"<|{name}|>", "special": special, "normalized": not special, **shared}
+        for i, (name, special) in enumerate(tokens.items(), start=start)
+    }
+
+
+ADDED = {  # what stands in tokenizer_config.json, and in added_tokens.json
+    "described": ({"added_tokens_decoder": described(a=True, b=True)}, {}),
+    "described, not special": ({"added_tokens_decoder": described(a=False, b=True)}, {}),
+    "numbered": ({}, {"<|a|>": 400, "<|b|>": 401}),
+    "numbered and named": ({"additional_special_tokens": ["<|a|>"]}, {"<|a|>": 400, "<|b|>": 401}),
+    "named": ({"additional_special_tokens": ["<|a|>", "<|b|>"]}, {}),
+    "a pad token": ({"pad_token": "<|a|>"}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+@pytest.mark.parametrize("where", ADDED)
+def test_tokens_that_other_files_add_are_those_of_transformers(request, tmp_path, kind, where):
+    """They were split into pieces beside a tokenizer.json, and those that are not special vanished in decoding."""
+    shutil.copytree(request.getfixturevalue(f"{kind}_dir"), tmp_path, dirs_exist_ok=True)
+    before = Tokenizer(tmp_path).sha256
+    config, numbered = ADDED[where]
+    edit_json(tmp_path / "tokenizer_config.json", **config)
+    if numbered:
+        edit_json(tmp_path / "added_tokens.json", **numbered)
+    ours, theirs = Tokenizer(tmp_path), oracle(tmp_path)
+    assert ours.vocab_size == len(theirs) == (401 if where == "a pad token" else 402)
+    assert ours.pad_id == theirs.pad_token_id
+    for text in ("the river<|a|>the <|b|> house", "<|a|>\n<|b|>x<|a|> "):
+        ids = theirs(text).input_ids
+        assert 400 in ids and ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+    assert ours.sha256 != before, "data of one do not belong to the other"
+
+
+SENTENCEPIECE = {  # what the model is trained with, and what stands in tokenizer_config.json
+    "plain": ({}, {}),
+    "added": ({}, {"added_tokens_decoder": described(a=True, b=False)}),
+    "added, taking spaces along": (
+        {},
+        {"added_tokens_decoder": {k: v | {"rstrip": True} for k, v in described(a=True, b=True).items()}},
+    ),
+    "control symbols": ({"control_symbols": ["<|a|>", "<|b|>"]}, {}),
+    "not named": ({}, {"bos_token": None, "eos_token": None, "unk_token": None}),
+    "no space in front": ({}, {"add_prefix_space": False}),
+}
+
+
+@pytest.mark.parametrize("case", SENTENCEPIECE)
+def test_sentencepiece_around_special_tokens_gives_the_ids_of_transformers_and_the_text_back(tmp_path, case):
+    """A space after a special token was lost where nothing came behind it; control symbols were split into pieces."""
+    train, config = SENTENCEPIECE[case]
+    write_spm_tokenizer(tmp_path, **train)
+    edit_json(tmp_path / "tokenizer_config.json", **config)
+    ours, theirs, rng = Tokenizer(tmp_path), oracle(tmp_path), random.Random(0)
+    pieces = "<s>,</s>,<|a|>,<|b|>,<unk>, ,  ,   ,the,the river, house,\n,12,[INST],x.,é".split(",")
+    texts = {"".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(200)}
+    for text in (text for text in texts if not text.startswith(" ")):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, bos=False) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+        assert "taking" in case or ours.decode(ids, skip_special=False) == text
+
+
+def test_sentencepieces_own_bos_and_eos_come_before_config_json(tmp_path):
+    """First LLaMA folders name none, and config.json counts from 0: <s> was learned as the end of every answer."""
+    write_spm_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", bos_token="", eos_token="", unk_token="", add_bos_token=None)
+    edit_json(tmp_path / "config.json", bos_token_id=0, eos_token_id=1, pad_token_id=-1)
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
+    assert tokenizer.eos_ids == tokenizer.stop_ids == {2}
+    assert tokenizer.encode("<s></s>", eos=True) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("asks", [True, False, None])
+def test_a_bos_that_only_tokenizer_config_asks_for_is_added(bpe_dir, tmp_path, asks):
+    """As in transformers 4; version 5 believes tokenizer.json alone."""
+    shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "tokenizer_config.json", add_bos_token=asks)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.adds_bos == (asks is True)
+    assert tokenizer.encode("the") == [1] * (asks is True) + tokenizer.encode("the", bos=False)
+
+
+def test_files_that_give_a_token_two_ids_are_refused(bpe_dir, tmp_path):
+    shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "added_tokens.json", **{"<|a|>": 405})
+    with pytest.raises(ValueError, match=r"gives the token <\|a\|> the id 400, .*added_tokens.json says 405"):
+        Tokenizer(tmp_path)
+
+
+def test_a_tiktoken_file_is_called_what_it_is(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(ValueError, match=r"tokenizer.model is a tiktoken vocabulary .*tokenizer.json"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["smollm", "llama-2", "llama-3", "neox"])
