@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import jinja2
@@ -26,6 +26,8 @@ END_TOKENS = (
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
 ANCHORS = ("\n", "|", "0")
+# Stands for an answer, to see what a chat template writes around one
+PROBE = "qzanswerzq"
 
 
 class Tokenizer:
@@ -35,7 +37,6 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         bos_id, eos_id, pad_id: ids, or None where the model has no such token.
         eos_ids: ids at which transformers ends a generation: EOS, and all of `generation_config.json`.
-        stop_ids: ids at which an answer ends: `eos_ids`, and known end-of-turn tokens.
         adds_bos: whether `encode(text)` puts BOS in front.
         chat_template: the Jinja source, or None.
     """
@@ -59,7 +60,6 @@ class Tokenizer:
         self.eos_id = self._special_id("eos")
         self.pad_id = self._special_id("pad")
         self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
-        self.stop_ids = self._find_stop_ids()
         self.adds_bos = self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
         self.chat_template = self._find_chat_template()
 
@@ -138,6 +138,21 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template of {self.dir} refuses the conversation: {error}") from error
 
+    def chat_tail(self, messages: Sequence[dict]) -> str:
+        """What the template writes behind the assistant's answer to `messages`; the answer comes last, if it can."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._tails:
+            answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
+            _, shown, tail = self.render_chat([*messages, answer]).rpartition(PROBE)
+            if not shown:  # a template that leaves the last answer out; behind an earlier one, before the user's text
+                tail = [*self.render_chat([*messages, answer, user]).split(PROBE), ""][1]
+            self._tails[roles] = tail
+        return self._tails[roles]
+
+    @cached_property
+    def _tails(self) -> dict[tuple[str, ...], str]:
+        return {}
+
     @cached_property
     def _template(self) -> jinja2.Template:
         return compile_template(self.chat_template)
@@ -189,9 +204,27 @@ class Tokenizer:
             ids += value if isinstance(value, list) else [value]
         return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size]
 
-    def _find_stop_ids(self) -> set[int]:
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """Ids at which an answer ends: `eos_ids`, known end-of-turn tokens, and the chat template's own."""
         found = {self._backend.token_id(token) for token in END_TOKENS}
-        return self.eos_ids | (found & self._backend.special_ids)
+        known = self.eos_ids | (found & self._backend.special_ids)
+        return known | self._template_end(known)
+
+    def _template_end(self, known: set[int]) -> set[int]:
+        """The special token that the chat template writes behind every answer, where none there is known."""
+        user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+        try:
+            prompt = self.render_chat([user], add_generation_prompt=True)
+            last, earlier = (self.render_chat(turns) for turns in ([user, answer], [user, answer, user]))
+        except ValueError:
+            return set()
+        tails = self._backend.encode_batch([text.rpartition(PROBE)[2] for text in (last, earlier)])
+        shared = [i for i, j in takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))]
+        # A token that the answer itself begins with does not end it
+        lead = last.removeprefix(prompt).partition(PROBE)[0] if last.startswith(prompt) else ""
+        ends = [i for i in shared if i in self._backend.special_ids and self._backend.id_token(i) not in lead]
+        return set() if known.intersection(shared) else set(ends[:1])
 
     def _find_chat_template(self) -> str | None:
         """`chat_template.jinja` first, as transformers does; else the config's text, or the default of its list."""
