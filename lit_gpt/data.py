@@ -113,7 +113,7 @@ def prepare(
         write_json(folder / DATA_CONFIG, facts)
     notes = sum((samples.notes for samples in encoded), Counter({BLANK: sum(found.blank for found in problems)}))
     for note, count in notes.items():
-        print(f"note, rows {count}: {note}")
+        print(f"{count} rows: {note}")
     _report(facts, tokenizer, train[0], destination_path)
 
 

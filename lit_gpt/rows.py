@@ -35,7 +35,8 @@ class Problems:
     """The rows of a file that cannot be used."""
 
     source: Path | str
-    shown: list[str] = field(default_factory=list)
+    first: list[tuple[int, str]] = field(default_factory=list)
+    """The first rows, by number, and what is wrong with them."""
     count: int = 0
     blank: int = 0
     """Rows without text, left out."""
@@ -43,12 +44,12 @@ class Problems:
     def add(self, number: int, problem: object) -> None:
         """Note what is wrong with a row."""
         self.count += 1
-        if self.count <= SHOWN_PROBLEMS:
-            self.shown.append(f"row {number}: {problem}")
+        self.first = sorted([*self.first, (number, str(problem))])[:SHOWN_PROBLEMS]
 
     def __str__(self) -> str:
-        more = self.count - len(self.shown)
-        return f"{self.source}, {'; '.join(self.shown + [f'and {more} more rows'] * (more > 0))}"
+        shown = [f"row {number}: {problem}" for number, problem in self.first]
+        more = self.count - len(shown)
+        return f"{self.source}, {'; '.join(shown + [f'and {more} more rows'] * (more > 0))}"
 
     def check(self) -> None:
         """Raise ValueError with the first problems and how many more there are, if there are any."""

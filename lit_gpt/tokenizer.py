@@ -294,7 +294,10 @@ class _SentencePieceBackend:
             raise ValueError(f"{path} is corrupt or not a SentencePiece model; get the file again") from error
         pieces = self.processor.get_piece_size()
         self.added = dict(added)
-        for token in [*special_tokens.values(), *map(_token_text, config.get("additional_special_tokens") or [])]:
+        # Where no file names bos and eos, templates write those of the model itself
+        unnamed = {name: self.default_id(name) for name in ("bos", "eos") if f"{name}_token" not in special_tokens}
+        own = [self.processor.id_to_piece(i) for i in unnamed.values() if i is not None]
+        for token in [*special_tokens.values(), *own, *map(_token_text, config.get("additional_special_tokens") or [])]:
             if (found := self.token_id(token)) is not None:
                 self.added[token] = found
         self.added_tokens = {i: token for token, i in self.added.items()}

@@ -20,7 +20,7 @@ from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state, write_json
 from lit_gpt.cli import run
-from lit_gpt.data import encode_rows
+from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def tiny_model(**overrides) -> GPT:
 @pytest.fixture(scope="module")
 def trained_dir(bpe_dir, tmp_path_factory) -> Path:
     """A model that knows one conversation by heart, from the `messages` encoding of the training data."""
-    samples = encode_rows(Tokenizer(bpe_dir), [{"messages": TALK}], style="chat", mask_inputs=True)
+    samples = encode_rows(Tokenizer(bpe_dir), [(1, {"messages": TALK})], style="chat", mask_inputs=True)
     idx, targets = collate(samples)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
