@@ -202,7 +202,7 @@ def test_all_rows_that_cannot_be_used_are_told_at_once(bpe_dir, tmp_path, capsys
     shutil.copytree(bpe_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(LLAMA_2)
     rows = [{"messages": CHAT[1:]} for _ in range(60)]
-    rows[9] = {"messages": CHAT[:2]}
+    rows[9] = {"messages": CHAT[:3]}
     rows[19] = {"messages": [{"role": "tool", "content": ""}]}
     rows[29:] = [3] * 31
     path = write(tmp_path / "d.jsonl", rows)
