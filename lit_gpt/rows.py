@@ -84,7 +84,8 @@ def read_rows(
             # Spreadsheets put a byte order mark in front
             text = TextIOWrapper(file, encoding="utf-8-sig", newline="" if suffix == ".csv" else "\n")
             for number, row in enumerate(readers[suffix](text), start=1):
-                chat = isinstance(row, dict) and "messages" in row if chat is None else chat
+                if chat is None and isinstance(row, dict):
+                    chat = "messages" in row
                 try:
                     if isinstance(row, ValueError):
                         raise row
@@ -92,7 +93,7 @@ def read_rows(
                 except ValueError as error:
                     found.add(number, error)
                     continue
-                if not chat and not "".join(row.values()).strip():
+                if not "".join([m["content"] for m in row["messages"]] if chat else row.values()).strip():
                     found.blank += 1
                     continue
                 n_good += 1

@@ -148,6 +148,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ("d.csv", "instruction,output\nhi,Hello, you\n", "row 1: 3 fields, the header has 2; quote a text that holds"),
         ("d.csv", "instruction,output,output\na,b,\n", "the header has 'output' twice; give every column its own name"),
         ("d.csv", "instruction,output\n,\n , \n", "d.csv holds no rows with text"),
+        ("d.json", '[{"messages": [{"role": "user", "content": " "}]}]', "d.json holds no rows with text"),
+        (
+            "d.jsonl",
+            '{"mess\n{"messages": [{"role": "user", "content": "a"}]}',
+            "row 1: line 1 is not valid JSON[^;]*$",
+        ),
         (
             "d.json",
             '[{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]}]',
