@@ -171,7 +171,8 @@ class Conversation:
         except (ValueError, KeyboardInterrupt):
             self.turns = before
             raise
-        self.turns.append({"role": "assistant", "content": reply.text})
+        # Templates write white space around an answer, which is no part of it; not all trim what comes back
+        self.turns.append({"role": "assistant", "content": reply.text.strip()})
         if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
             self.turns = before
         return reply

@@ -147,7 +147,8 @@ def _encode_chat(
         try:
             found, own_notes = find_answers(tokenizer, messages)
         except ValueError as error:
-            problems.add(number, error)
+            way = "; a template without a system role takes its text in the first user message"
+            problems.add(number, f"{error}{way if messages[0]['role'] == 'system' else ''}")
             continue
         good.append((number, row))
         answers.append(found)
