@@ -9,10 +9,11 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from lit_gpt.rows import LEARN_KEYS
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.tokenizer import PROBE, Tokenizer
 
 Piece = tuple[list[int], bool]  # ids, and whether they are a response's
 
@@ -65,7 +66,8 @@ def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
 
 def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
     """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
-    shown, tail = tokenizer.render_chat([*before, message]), tokenizer.chat_tail(before)
+    shown = tokenizer.render_chat([*before, message])
+    tail = _render_tail(tokenizer, tuple(turn["role"] for turn in before))
     ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
     text = message["content"]
     if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
@@ -84,6 +86,18 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
                 "model is to write it; put it into content, between <think> and </think>"
             )
     return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends), as_written
+
+
+@lru_cache(maxsize=1000)
+def _render_tail(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+    """Return what the template writes behind an answer to turns of these roles."""
+    answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
+    turns = [*({"role": role, "content": "?"} for role in roles), answer]
+    _, shown, tail = tokenizer.render_chat(turns).rpartition(PROBE)
+    if shown:
+        return tail
+    # A template that leaves the last answer out: what stands between an earlier one and the user's next text
+    return [*tokenizer.render_chat([*turns, user]).split(PROBE), ""][1]
 
 
 def encode_answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[Answer]]) -> list[list[list[Piece]]]:

@@ -85,25 +85,18 @@ def prepare(
         fraction=test_split_fraction,
         test_file=test_data_file_path,
     )
-    problems = [Problems(path) for path in (data_file_path, test_data_file_path) if path is not None]
-    files = [read_rows(found.source, fields, found) for found in problems]
-    first = [next(rows, None) for rows in files]
-    if None in first:  # no good row
-        _check_all(problems)
-    style = _choose_style([row for _, row in first], prompt_style, tokenizer)
-    mask_inputs = mask_inputs or "messages" in first[0][1]
-    max_seq_length = max_seq_length or load_config(checkpoint_dir).block_size
-    options = {"style": style, "mask_inputs": mask_inputs, "max_seq_length": max_seq_length}
-    encoded = [
-        encode_rows(tokenizer, chain([one], rows), problems=found, **options)
-        for one, rows, found in zip(first, files, problems, strict=True)
-    ]
-    _check_all(problems)
+    encoded, options = _encode_files(
+        [path for path in (data_file_path, test_data_file_path) if path is not None],
+        tokenizer,
+        fields=fields,
+        style=prompt_style,
+        mask_inputs=mask_inputs,
+        max_seq_length=max_seq_length or load_config(checkpoint_dir).block_size,
+    )
     facts = {
         **{"checkpoint_dir": str(tokenizer.dir.resolve()), "base_name": tokenizer.dir.resolve().name},
-        **{"prompt_style": style, "mask_inputs": mask_inputs, "seed": seed, "tokenizer_sha256": tokenizer.sha256},
+        **{**options, "seed": seed, "tokenizer_sha256": tokenizer.sha256},
         **{"source": str(data_file_path), "test_source": str(test_data_file_path) if test_data_file_path else None},
-        "max_seq_length": max_seq_length,
         "test_split_fraction": None if test_data_file_path else test_split_fraction or TEST_FRACTION,
     }
     train, test = _select(encoded, facts)
@@ -111,16 +104,38 @@ def prepare(
         save_split(train, folder / TRAIN_FILE)
         save_split(test, folder / TEST_FILE)
         write_json(folder / DATA_CONFIG, facts)
-    notes = sum((samples.notes for samples in encoded), Counter({BLANK: sum(found.blank for found in problems)}))
-    for note, count in notes.items():
-        print(f"{count} rows: {note}")
-    _report(facts, tokenizer, train[0], destination_path)
+    _report(facts, encoded, tokenizer=tokenizer, sample=train[0], destination_path=destination_path)
 
 
-def _check_all(problems: Sequence[Problems]) -> None:
-    """Raise ValueError with the problems of all files, if there are any."""
+def _encode_files(
+    sources: Sequence[Path | str],
+    tokenizer: Tokenizer,
+    *,
+    fields: Mapping[str, str],
+    style: str | None,
+    mask_inputs: bool,
+    max_seq_length: int,
+) -> tuple[list[Samples], dict[str, str | bool | int]]:
+    """Return the samples of each file, and the settings that all were made with.
+
+    Raises:
+        ValueError: rows that cannot be used, of all files.
+    """
+    problems = [Problems(source) for source in sources]
+    files = [read_rows(found.source, fields, found) for found in problems]
+    first = [next(rows, None) for rows in files]
+    if None not in first:
+        style = _choose_style([row for _, row in first], style, tokenizer)
+        options = {"mask_inputs": mask_inputs or "messages" in first[0][1], "max_seq_length": max_seq_length}
+        encoded = [
+            encode_rows(tokenizer, chain([one], rows), style=style, problems=found, **options)
+            for one, rows, found in zip(first, files, problems, strict=True)
+        ]
     if told := [str(found) for found in problems if found.count]:
         raise ValueError("; ".join(told))
+    for samples, found in zip(encoded, problems, strict=True):
+        samples.notes.update({BLANK: found.blank} if found.blank else {})
+    return encoded, {"prompt_style": style, **options}
 
 
 def _select(encoded: Sequence[Samples], facts: dict) -> tuple[Samples, Samples]:
@@ -193,10 +208,14 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {f"p{p}": lengths[round(last * p / 100)] for p in (50, 90, 99)} | {"max": lengths[last]}
 
 
-def _report(facts: Mapping, tokenizer: Tokenizer, sample: Sample, destination_path: Path) -> None:
+def _report(
+    facts: Mapping, encoded: Sequence[Samples], *, tokenizer: Tokenizer, sample: Sample, destination_path: Path
+) -> None:
     """Say on the terminal what became of the rows, and show one of them."""
     lengths, limit = facts["lengths"], facts["max_seq_length"]
     print(f"{facts['n_rows']} rows: {facts['n_train']} to train on, {facts['n_test']} to test with")
+    for note, count in sum((samples.notes for samples in encoded), Counter()).items():
+        print(f"{count} rows: {note}")
     print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
     print(f"cut at {limit} tokens: {facts['n_cut']}; dropped, because nothing to learn was left: {facts['n_dropped']}")
     if facts["n_cut"] > MANY_CUT * facts["n_rows"]:

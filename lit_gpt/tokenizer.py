@@ -26,7 +26,7 @@ END_TOKENS = (
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
 ANCHORS = ("\n", "|", "0")
-# Stands for an answer, to see what a chat template writes around one
+# Stands for an answer, to see what a chat template writes around one.
 PROBE = "qzanswerzq"
 
 
@@ -137,21 +137,6 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template of {self.dir} refuses the conversation: {error}") from error
-
-    def chat_tail(self, messages: Sequence[dict]) -> str:
-        """What the template writes behind the assistant's answer to `messages`; the answer comes last, if it can."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._tails:
-            answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
-            _, shown, tail = self.render_chat([*messages, answer]).rpartition(PROBE)
-            if not shown:  # a template that leaves the last answer out; behind an earlier one, before the user's text
-                tail = [*self.render_chat([*messages, answer, user]).split(PROBE), ""][1]
-            self._tails[roles] = tail
-        return self._tails[roles]
-
-    @cached_property
-    def _tails(self) -> dict[tuple[str, ...], str]:
-        return {}
 
     @cached_property
     def _template(self) -> jinja2.Template:
