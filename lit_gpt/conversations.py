@@ -73,11 +73,13 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
     if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
         opened = next((tag for tag in (tag.group(), tag.group().strip()) if text.startswith(tag)), "")
         text = text.removeprefix(opened)
-    # From the last message before it on, since templates move the system message into that
-    header = prompt[prompt.rfind(before[-1]["content"].strip()) :]
-    start = len(prompt) if shown.startswith(prompt) else shown.rfind(header) + len(header)
-    body = shown[start : len(shown) - len(tail)]
-    as_written = not (header in shown and shown.endswith(tail) and _squeeze(text) in _squeeze(body))
+    start = prompt
+    if not shown.startswith(prompt):  # templates move the system message: compare from the last turn's text on
+        probed = [*before[:-1], {**before[-1], "content": PROBE}]
+        start = tokenizer.render_chat(probed, add_generation_prompt=True).rpartition(PROBE)[2]
+        shown = tokenizer.render_chat([*probed, message]).rpartition(PROBE)[2]
+    body = shown[len(start) : len(shown) - len(tail)]
+    as_written = not (shown.startswith(start) and shown.endswith(tail) and _squeeze(text) in _squeeze(body))
     body = text if as_written else body
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):

@@ -107,7 +107,7 @@ def read_rows(
 
 
 def _open(source: Path | str) -> BinaryIO:
-    """A local file, or a copy of what an https address gives."""
+    """Open a local file, or a temporary copy of what an https address gives."""
     if str(source).startswith("https://"):
         copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         try:
@@ -126,14 +126,14 @@ def _open(source: Path | str) -> BinaryIO:
 
 
 def _bad_line(file: BinaryIO) -> int:
-    """The number of the first line that is not UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     file.seek(0)
     lines = enumerate(file, start=1)
     return next(number for number, line in lines if line.decode(errors="replace").encode() != line)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict | ValueError:
-    """A JSON object; where a key stands twice, the error in its place: the parser goes on, and the row is refused."""
+    """Return a JSON object, or an error in its place where a key stands twice: so the parser can go on behind it."""
     row = dict(pairs)
     if len(row) == len(pairs):
         return row
@@ -147,7 +147,7 @@ DECODER = json.JSONDecoder(
 
 
 def _parse_json(file: TextIO) -> Iterator[Any]:
-    """The items of a JSON list, of which a part alone is in memory; what is no JSON is the last item, an error."""
+    """Yield the items of a JSON list, holding a part of the text alone; what is no JSON is the last item, an error."""
     text, at, space = file.read(CHUNK), 0, re.compile(r"[ \t\n\r]*")
     begin = space.match(text).end()
     is_list, at = text[begin : begin + 1] == "[", begin + 1
@@ -220,7 +220,7 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]:
-    """The three texts of a row; the input may be missing or null, the output may be empty."""
+    """Return the three texts of a row; the input may be missing or null, the output may be empty."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, expected an object with {', '.join(fields.values())}")
     needed = (fields["instruction"], fields["output"])
@@ -235,7 +235,7 @@ def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]
 
 
 def _check_messages(row: object) -> dict[str, list]:
-    """The conversation of a row."""
+    """Return the conversation of a row."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError("has no messages, expected a list of {role, content}")
