@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+import tracemalloc
 import urllib.error
 import urllib.request
 
@@ -321,6 +322,21 @@ def test_cutting_counts_what_it_cuts_and_drops():
     assert [s["input_ids"].tolist() for s in samples] == [[1, 4, 5], [1, 2, 4]]
     assert samples[1]["labels"].tolist() == [-100, -100, 4] and samples[1]["response"].tolist() == [False, False, True]
     assert (samples.n_cut, samples.n_dropped, list(samples.full_sizes)) == (2, 2, [3, 4, 5, 3])
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_memory_grows_by_the_ids_and_two_masks(bpe_dir, style, monkeypatch):
+    """It was 200 bytes a token: a million rows of 200 tokens would have taken 40 GB."""
+    tokenizer, row = Tokenizer(bpe_dir), {"instruction": "the river " * 20, "input": "", "output": "a stone " * 20}
+    peaks, tokens = [], []
+    monkeypatch.setattr("lit_gpt.encoding.SLICE", 50)
+    for n in (150, 900):
+        tracemalloc.start()
+        samples = encode_rows(tokenizer, ((i, row) for i in range(n)), style=style, mask_inputs=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        tokens.append(sum(samples.sizes))
+    assert (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) < 10
 
 
 def test_the_held_out_rows_follow_from_the_seed():
