@@ -27,6 +27,7 @@ import torch
 from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
 from lit_gpt.cli import run
+from lit_gpt.conversations import LEFT_OUT, hidden_roles
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.prompts import CHAT, check_style, encode_prompt
@@ -174,7 +175,8 @@ class Conversation:
         except (ValueError, KeyboardInterrupt):
             self.turns = before
             raise
-        self.turns.append({"role": "assistant", "content": reply.text})
+        # Templates write white space around an answer, which is no part of it; not all trim what comes back
+        self.turns.append({"role": "assistant", "content": reply.text.strip()})
         if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
             self.turns = before
         return reply
@@ -318,6 +320,9 @@ def setup(
     style = prompt_style or adapted_prompt_style(folder, **adapter)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, **sampling)
+    asked = with_system(system, [{"role": "user", "content": "?"}])
+    if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
+        print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)
     sys.stdin.reconfigure(errors="surrogateescape")
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers

@@ -1,14 +1,13 @@
 """Instruction data: rows encoded with the mask of what is learned, saved and read back.
 
-- A row becomes parts of text, the response's (or the assistant's turns) and the others', and each part is encoded by
-  itself: no token reaches across the start of a response, so what is trained on begins with exactly the ids that the
-  model gets when it is asked (in one string, `Response:` and a response's first quotation mark are one token).
+- Rows are read and encoded a slice at a time (encoding.py), so that a million of them fit in memory.
 - A sample is `{"input_ids", "labels", "response"}`: ids (T,) int32; the same with -100 where nothing is learned (not
   shifted); (T,) bool, true on the response or the assistant's turns, whose loss is reported by itself.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -17,21 +16,19 @@ from torch import Tensor
 
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
+from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
-from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
-from lit_gpt.rows import FIELDS, read_rows
+from lit_gpt.prompts import CHAT, check_style
+from lit_gpt.rows import FIELDS, Problems, read_rows
 from lit_gpt.tokenizer import Tokenizer
-
-Sample = dict[str, Tensor]
-Part = tuple[str, bool]  # a text, and whether it is the response's
 
 TEST_FRACTION = 0.04
 """Near the 2,000 of 52,000 rows that Alpaca's followers hold out."""
 MANY_CUT = 0.05
+BLANK = "left out, since they are blank"
 PREVIEW_CHARACTERS = 1500
 TRAIN_FILE, TEST_FILE, DATA_CONFIG = "train.pt", "test.pt", "data_config.json"
-NAMES = ("input_ids", "labels", "response")
 HOW_TO_PREPARE = "make it with `python scripts/prepare_json.py --destination_path DIR --checkpoint_dir DIR`"
 
 
@@ -40,114 +37,11 @@ def length(sample: Sample) -> int:
     return len(sample["input_ids"])
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
-def conversation_parts(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[Part], bool]:
-    """A conversation's rendering, cut at the beginnings and ends of the assistant's turns.
-
-    An assistant's turn begins where a prompt for it would end, and includes its end-of-turn token, but not the white
-    space behind that.
-
-    Returns:
-        The parts, and whether EOS must be added because the template ends the last turn with nothing.
-
-    Raises:
-        ValueError: the template refuses the conversation, or renders its beginning differently when it goes on.
-    """
-    whole = tokenizer.render_chat(messages)
-    parts, done, open_end = [], 0, False
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
-        until = whole if i + 1 == len(messages) else tokenizer.render_chat(messages[: i + 1])
-        if not (until.startswith(before) and whole.startswith(until)):
-            raise ValueError(
-                f"the chat template of {tokenizer.dir} renders what comes before message {i + 1} or {i + 2} "
-                "differently in the whole conversation, so the assistant's turns can't be told apart; use rows of "
-                "instruction and output, or a template without that"
-            )
-        trimmed = until.rstrip()
-        ended = trimmed.endswith(tokenizer.stop_tokens) and len(trimmed) > len(before)
-        end = len(trimmed) if ended else len(until)
-        parts += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
-        done, open_end = end, not ended and i + 1 == len(messages)
-    return [*parts, (whole[done:], False)], open_end
-
-
-def row_parts(tokenizer: Tokenizer, row: Mapping, *, style: str) -> tuple[list[Part], bool]:
-    """The parts of any row, and whether EOS comes after them."""
-    if "messages" in row:
-        return conversation_parts(tokenizer, row["messages"])
-    if style == CHAT:
-        user = {"role": "user", "content": plain(row["instruction"], row["input"])}
-        return conversation_parts(tokenizer, [user, {"role": "assistant", "content": row["output"]}])
-    prompt = render_prompt(style, row["instruction"], row["input"])
-    return [(prompt, False), (row["output"], True)], True
-
-
-def encode_rows(
-    tokenizer: Tokenizer, rows: Sequence[Mapping], *, style: str, mask_inputs: bool, source: Path | str = "data"
-) -> list[Sample]:
-    """Encode all rows in one batch.
-
-    Args:
-        tokenizer: the model's.
-        rows: as `read_rows` gives them.
-        style: the prompt style; "chat" for conversations.
-        mask_inputs: learn the response alone; of conversations only the assistant's turns are learned anyway.
-        source: what errors call the file.
-
-    Raises:
-        ValueError: a row's text can't be made; the message names the row.
-    """
-    parts, ends = [], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            row_part, end = row_parts(tokenizer, row, style=style)
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        parts.append(row_part)
-        ends.append(end)
-    first = tokenizer.encode_batch([row_part[0][0] for row_part in parts])
-    later = iter(tokenizer.encode_batch([text for p in parts for text, _ in p[1:]], continues=True))
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos and style != CHAT else []
-    pieces, learned, sizes = [], [], []
-    for row, row_part, head, end in zip(rows, parts, first, ends, strict=True):
-        own = [(bos + head, row_part[0][1])] + [(next(later), is_response) for _, is_response in row_part[1:]]
-        own += [([tokenizer.eos_id], True)] * end
-        pieces += own
-        learned += [is_response or not (mask_inputs or "messages" in row) for _, is_response in own]
-        sizes.append(sum(len(ids) for ids, _ in own))
-    return _make_samples(pieces, learned, sizes=sizes)
-
-
-def _make_samples(
-    pieces: Sequence[tuple[list[int], bool]], learned: Sequence[bool], *, sizes: Sequence[int]
-) -> list[Sample]:
-    """Samples of `sizes` tokens each, as views of one long tensor a name: quicker than three tensors a sample."""
-    lengths = torch.tensor([len(ids) for ids, _ in pieces])
-    ids = torch.tensor([i for ids, _ in pieces for i in ids], dtype=torch.int32)
-    response = torch.tensor([is_response for _, is_response in pieces]).repeat_interleave(lengths)
-    labels = ids.masked_fill(~torch.tensor(learned).repeat_interleave(lengths), IGNORE_INDEX)
-    columns = [column.split(list(sizes)) for column in (ids, labels, response)]
-    return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def check_ids(samples: Sequence[Sample], tokenizer: Tokenizer, config: Config) -> None:
-    """Raise ValueError where samples hold ids that the model has no row for; a token in no text may have such an id."""
+def check_ids(columns: Iterable[Tensor], tokenizer: Tokenizer, config: Config) -> None:
+    """Raise ValueError where ids are among these that the model has no row for; a token in no text may have one."""
     rows = config.padded_vocab_size
     if tokenizer.vocab_size > rows:
-        found = (sample["input_ids"][sample["input_ids"] >= rows].tolist() for sample in samples)
-        tokenizer.check_ids(chain.from_iterable(found), rows)
-
-
-def cut(samples: Sequence[Sample], max_seq_length: int) -> tuple[list[Sample], int, int]:
-    """The samples cut at `max_seq_length`, those with nothing left to learn dropped; how many were cut, and dropped."""
-    n_cut = sum(length(sample) > max_seq_length for sample in samples)
-    short = [{name: values[:max_seq_length] for name, values in sample.items()} for sample in samples]
-    # The first position has nothing before it to be predicted from
-    kept = [sample for sample in short if bool((sample["labels"][1:] != IGNORE_INDEX).any())]
-    return kept, n_cut, len(short) - len(kept)
+        tokenizer.check_ids(chain.from_iterable(ids[ids >= rows].tolist() for ids in columns), rows)
 
 
 # ---------------------------------------------------------------------------------------------------- preparing
@@ -192,21 +86,21 @@ def prepare(
         fraction=test_split_fraction,
         test_file=test_data_file_path,
     )
-    sources = [data_file_path] + [test_data_file_path] * (test_data_file_path is not None)
-    files = [read_rows(source, fields) for source in sources]
-    style = _choose_style([row for rows in files for row in rows], prompt_style, tokenizer)
-    mask_inputs = mask_inputs or "messages" in files[0][0]
-    encoded = [
-        encode_rows(tokenizer, rows, style=style, mask_inputs=mask_inputs, source=source)
-        for rows, source in zip(files, sources, strict=True)
-    ]
+    encoded, options = _encode_files(
+        [path for path in (data_file_path, test_data_file_path) if path is not None],
+        tokenizer,
+        fields=fields,
+        style=prompt_style,
+        mask_inputs=mask_inputs,
+        max_seq_length=max_seq_length or load_config(checkpoint_dir).block_size,
+    )
     if (tokenizer.dir / CONFIG).is_file():
-        check_ids([sample for samples in encoded for sample in samples], tokenizer, load_config(checkpoint_dir))
+        ids = (torch.frombuffer(samples.ids, dtype=torch.int32) for samples in encoded if samples.ids)
+        check_ids(ids, tokenizer, load_config(checkpoint_dir))
     facts = {
         **{"checkpoint_dir": str(tokenizer.dir.resolve()), "base_name": tokenizer.dir.resolve().name},
-        **{"prompt_style": style, "mask_inputs": mask_inputs, "seed": seed, "tokenizer_sha256": tokenizer.sha256},
+        **{**options, "seed": seed, "tokenizer_sha256": tokenizer.sha256},
         **{"source": str(data_file_path), "test_source": str(test_data_file_path) if test_data_file_path else None},
-        "max_seq_length": max_seq_length or load_config(checkpoint_dir).block_size,
         "test_split_fraction": None if test_data_file_path else test_split_fraction or TEST_FRACTION,
     }
     train, test = _select(encoded, facts)
@@ -214,23 +108,54 @@ def prepare(
         save_split(train, folder / TRAIN_FILE)
         save_split(test, folder / TEST_FILE)
         write_json(folder / DATA_CONFIG, facts)
-    _report(facts, tokenizer, train[0], destination_path)
+    _report(facts, encoded, tokenizer=tokenizer, sample=train[0], destination_path=destination_path)
 
 
-def _select(encoded: Sequence[list[Sample]], facts: dict) -> tuple[list[Sample], list[Sample]]:
-    """Cut the samples and hold some out, or take the second list for that; the counts are added to `facts`."""
-    lengths = sorted(length(sample) for samples in encoded for sample in samples)
-    kept, n_cut, n_dropped = zip(*(cut(samples, facts["max_seq_length"]) for samples in encoded), strict=True)
-    fraction = facts["test_split_fraction"]
-    train, test = split(kept[0], fraction, seed=facts["seed"]) if fraction else kept
+def _encode_files(
+    sources: Sequence[Path | str],
+    tokenizer: Tokenizer,
+    *,
+    fields: Mapping[str, str],
+    style: str | None,
+    mask_inputs: bool,
+    max_seq_length: int,
+) -> tuple[list[Samples], dict[str, str | bool | int]]:
+    """Return the samples of each file, and the settings that all were made with.
+
+    Raises:
+        ValueError: rows that cannot be used, of all files.
+    """
+    problems = [Problems(source) for source in sources]
+    files = [read_rows(found.source, fields, found) for found in problems]
+    first = [next(rows, None) for rows in files]
+    if None not in first:
+        style = _choose_style([row for _, row in first], style, tokenizer)
+        options = {"mask_inputs": mask_inputs or "messages" in first[0][1], "max_seq_length": max_seq_length}
+        encoded = [
+            encode_rows(tokenizer, chain([one], rows), style=style, problems=found, **options)
+            for one, rows, found in zip(first, files, problems, strict=True)
+        ]
+    if told := [str(found) for found in problems if found.count]:
+        raise ValueError("; ".join(told))
+    for samples, found in zip(encoded, problems, strict=True):
+        samples.notes.update({BLANK: found.blank} if found.blank else {})
+    return encoded, {"prompt_style": style, **options}
+
+
+def _select(encoded: Sequence[Samples], facts: dict) -> tuple[Samples, Samples]:
+    """Hold out the samples of some rows, or take the second file's for that; the counts are added to `facts`."""
+    lengths = sorted(size for samples in encoded for size in samples.full_sizes)
+    n_rows, n_cut, n_dropped = (sum(getattr(s, name) for s in encoded) for name in ("n_rows", "n_cut", "n_dropped"))
+    train, fraction = encoded[0], facts["test_split_fraction"]
+    test = train.take(draw(list(dict.fromkeys(train.rows)), fraction, seed=facts["seed"])) if fraction else encoded[1]
     if not train or not test:
         raise ValueError(
-            f"{facts['source']}: of {len(lengths)} rows {len(train)} are left to train on and {len(test)} to test "
-            f"with at --max_seq_length {facts['max_seq_length']} ({sum(n_dropped)} have nothing to learn there), "
+            f"{facts['source']}: of {n_rows} rows {len(train)} are left to train on and {len(test)} to test "
+            f"with at --max_seq_length {facts['max_seq_length']} ({n_dropped} have nothing to learn there), "
             "expected one of each at least; give more rows or a larger length"
         )
-    facts |= {"n_rows": len(lengths), "n_train": len(train), "n_test": len(test)}
-    facts |= {"n_cut": sum(n_cut), "n_dropped": sum(n_dropped), "lengths": percentiles(lengths)}
+    facts |= {"n_rows": n_rows, "n_train": len(train), "n_test": len(test)}
+    facts |= {"n_cut": n_cut, "n_dropped": n_dropped, "lengths": percentiles(lengths)}
     return train, test
 
 
@@ -275,12 +200,10 @@ def _choose_style(rows: Sequence[Mapping], style: str | None, tokenizer: Tokeniz
     return check_style(style or (CHAT if n_chat else "alpaca"), tokenizer)
 
 
-def split(samples: Sequence[Sample], fraction: float, *, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Hold out a share of the samples, at least one, drawn by `seed`; both lists keep the order of the file."""
-    n_test = min(len(samples), max(1, round(len(samples) * fraction)))
-    held_out = set(random.Random(seed).sample(range(len(samples)), n_test))
-    train = [sample for i, sample in enumerate(samples) if i not in held_out]
-    return train, [samples[i] for i in sorted(held_out)]
+def draw(rows: Sequence[int], fraction: float, *, seed: int) -> set[int]:
+    """Return a share of the rows, at least one, drawn by `seed`."""
+    n_drawn = min(len(rows), max(1, round(len(rows) * fraction)))
+    return {rows[i] for i in random.Random(seed).sample(range(len(rows)), n_drawn)}
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -289,10 +212,14 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {f"p{p}": lengths[round(last * p / 100)] for p in (50, 90, 99)} | {"max": lengths[last]}
 
 
-def _report(facts: Mapping, tokenizer: Tokenizer, sample: Sample, destination_path: Path) -> None:
+def _report(
+    facts: Mapping, encoded: Sequence[Samples], *, tokenizer: Tokenizer, sample: Sample, destination_path: Path
+) -> None:
     """Say on the terminal what became of the rows, and show one of them."""
     lengths, limit = facts["lengths"], facts["max_seq_length"]
     print(f"{facts['n_rows']} rows: {facts['n_train']} to train on, {facts['n_test']} to test with")
+    for note, count in sum((samples.notes for samples in encoded), Counter()).items():
+        print(f"{count} rows: {note}")
     print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
     print(f"cut at {limit} tokens: {facts['n_cut']}; dropped, because nothing to learn was left: {facts['n_dropped']}")
     if facts["n_cut"] > MANY_CUT * facts["n_rows"]:
@@ -316,10 +243,14 @@ def mark_masked(tokenizer: Tokenizer, sample: Sample) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- reading back
-def save_split(samples: Sequence[Sample], path: Path | str) -> None:
+def save_split(samples: Samples | Sequence[Sample], path: Path | str) -> None:
     """Write samples as one long tensor a name, and their lengths: 50,000 load in a tenth of a second so, not in 20."""
-    columns = {name: torch.cat([sample[name] for sample in samples]) for name in NAMES}
-    save_state(columns | {"lengths": torch.tensor(list(map(length, samples)))}, path)
+    if isinstance(samples, Samples):
+        columns, lengths = samples.columns(), torch.tensor(samples.sizes)
+    else:
+        columns = {name: torch.cat([sample[name] for sample in samples]) for name in NAMES}
+        lengths = torch.tensor(list(map(length, samples)))
+    save_state(columns | {"lengths": lengths.long()}, path)
 
 
 def load_split(path: Path | str) -> list[Sample]:

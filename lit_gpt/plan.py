@@ -341,7 +341,7 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
             f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
             f"prepare it again with --checkpoint_dir {base_dir}"
         )
-    check_ids(samples, tokenizer, config)
+    check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
     longest = max(map(length, samples))
     if longest > config.block_size:
         raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")

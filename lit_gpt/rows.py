@@ -1,34 +1,75 @@
-"""Rows of instruction data, read from JSON, JSONL or CSV and checked.
+"""Rows of instruction data, read one by one from JSON, JSONL or CSV and checked.
 
 A row is {"instruction", "input", "output"}, or {"messages"}: a conversation of system, user and assistant. A file
-holds rows of one kind. What is wrong is told with the file and the rows' numbers, counted from 1.
+holds rows of one kind. Rows that cannot be read as they were meant are gathered, and told together with the file and
+their numbers, counted from 1. Nothing is mended or guessed; rows without any text are left out and counted.
 """
 
 import csv
-import http.client
-import io
 import json
+import re
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 FIELDS = {"instruction": "instruction", "input": "input", "output": "output"}
 """What a file calls the three texts of a row, where nobody says otherwise."""
 ROLES = ("system", "user", "assistant")
-SHOWN_PROBLEMS = 3
+LEARN_KEYS = ("weight", "train", "loss")
+"""Keys with which data sets mark a message of the assistant that is not to be learned (0 or false)."""
+TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+SHOWN_PROBLEMS = 20
+CHUNK = 1 << 20
+MANY_DIGITS = 4300
+"""Python converts no longer integers."""
 
 
-def read_rows(source: Path | str, fields: Mapping[str, str] = FIELDS) -> list[dict]:
-    """The checked rows of a file: all {"instruction", "input", "output"}, or all {"messages"}.
+@dataclass
+class Problems:
+    """The rows of a file that cannot be used."""
+
+    source: Path | str
+    first: list[tuple[int, str]] = field(default_factory=list)
+    """The first rows, by number, and what is wrong with them."""
+    count: int = 0
+    blank: int = 0
+    """Rows without text, left out."""
+
+    def add(self, number: int, problem: object) -> None:
+        """Note what is wrong with a row."""
+        self.count += 1
+        self.first = sorted([*self.first, (number, str(problem))])[:SHOWN_PROBLEMS]
+
+    def __str__(self) -> str:
+        shown = [f"row {number}: {problem}" for number, problem in self.first]
+        more = self.count - len(shown)
+        return f"{self.source}, {'; '.join(shown + [f'and {more} more rows'] * (more > 0))}"
+
+    def check(self) -> None:
+        """Raise ValueError with the first problems and how many more there are, if there are any."""
+        if self.count:
+            raise ValueError(str(self))
+
+
+def read_rows(
+    source: Path | str, fields: Mapping[str, str] = FIELDS, problems: Problems | None = None
+) -> Iterator[tuple[int, dict]]:
+    """Yield the numbers and the contents of a file's good rows: {"instruction", "input", "output"} or {"messages"}.
 
     Args:
         source: a .json (one list), .jsonl (a row a line) or .csv (with a header) file, or the https address of one.
         fields: what the file calls instruction, input and output.
+        problems: takes what is wrong with the other rows; without it, it is raised at the end.
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such file, or it can't be downloaded.
-        ValueError: the file can't be parsed, is empty, or has bad rows; the message names the file and the rows.
+        ValueError: the file is of an unknown kind, no UTF-8, or holds no rows.
     """
     if unknown := fields.keys() - FIELDS.keys():
         raise ValueError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
@@ -37,78 +78,149 @@ def read_rows(source: Path | str, fields: Mapping[str, str] = FIELDS) -> list[di
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
         raise ValueError(f"{source}: unknown kind of data file {suffix!r}; choices: {', '.join(readers)}")
-    raw = list(readers[suffix](_read_text(source), source))
-    if not raw:
-        raise ValueError(f"{source} holds no rows")
-    chat = isinstance(raw[0], dict) and "messages" in raw[0]
-    rows, problems = [], []
-    for number, row in enumerate(raw, start=1):
+    found, chat, n_good = problems or Problems(source), None, 0
+    with _open(source) as file:
         try:
-            rows.append(_check_messages(row) if chat else _check_instruction(row, fields))
-        except ValueError as error:
-            problems.append(f"row {number}: {error}")
-    if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more rows like these"] * (more > 0)
-        raise ValueError(f"{source}, {'; '.join(shown)}")
-    return rows
+            # Spreadsheets put a byte order mark in front
+            text = TextIOWrapper(file, encoding="utf-8-sig", newline="" if suffix == ".csv" else "\n")
+            for number, row in enumerate(readers[suffix](text), start=1):
+                if chat is None and isinstance(row, dict):
+                    chat = "messages" in row
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    row = _check_messages(row) if chat else _check_instruction(row, fields)
+                except ValueError as error:
+                    found.add(number, error)
+                    continue
+                if not "".join([m["content"] for m in row["messages"]] if chat else row.values()).strip():
+                    found.blank += 1
+                    continue
+                n_good += 1
+                yield number, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text (line {_bad_line(file)}); save it as UTF-8") from error
+    if problems is None:
+        found.check()
+    if not n_good and not found.count:
+        raise ValueError(f"{source} holds no rows{' with text' if found.blank else ''}")
 
 
-def _read_text(source: Path | str) -> str:
-    """The text of a local file or an https address."""
+def _open(source: Path | str) -> BinaryIO:
+    """Open a local file, or a temporary copy of what an https address gives."""
     if str(source).startswith("https://"):
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         try:
             with urllib.request.urlopen(str(source), timeout=60) as reply:
-                data = reply.read()
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                copy.write(reply.read())
+        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
             reason = getattr(error, "reason", repr(error))
             raise ConnectionError(
                 f"cannot download {source} ({reason}); get the file in another way and give --data_file_path FILE"
             ) from error
-    elif Path(source).is_file():
-        data = Path(source).read_bytes()
-    else:
+        copy.seek(0)
+        return copy
+    if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is not a file; give --data_file_path a .json, .jsonl or .csv file")
-    try:
-        return data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{source} is not UTF-8 text (line {row}); save it as UTF-8") from error
+    return Path(source).open("rb")
 
 
-def _parse_json(text: str, source: Path | str) -> list:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file with one row a line is to be named .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{source} is not valid JSON, or cut short: {error}{hint}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{source} holds a {type(rows).__name__}, expected a list of rows")
-    return rows
+def _bad_line(file: BinaryIO) -> int:
+    """Return the number of the first line that is not UTF-8."""
+    file.seek(0)
+    lines = enumerate(file, start=1)
+    return next(number for number, line in lines if line.decode(errors="replace").encode() != line)
 
 
-def _parse_jsonl(text: str, source: Path | str) -> Iterator:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _object(pairs: list[tuple[str, Any]]) -> dict | ValueError:
+    """Return a JSON object, or an error in its place where a key stands twice: so the parser can go on behind it."""
+    row = dict(pairs)
+    if len(row) == len(pairs):
+        return row
+    names = [name for name, _ in pairs]
+    return ValueError(f"the key {next(name for name in row if names.count(name) > 1)!r} stands twice in an object")
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < MANY_DIGITS else float(digits)
+)
+
+
+def _parse_json(file: TextIO) -> Iterator[Any]:
+    """Yield the items of a JSON list, holding a part of the text alone; what is no JSON is the last item, an error."""
+    text, at, space = file.read(CHUNK), 0, re.compile(r"[ \t\n\r]*")
+    begin = space.match(text).end()
+    is_list, at = text[begin : begin + 1] == "[", begin + 1
+    while is_list:
+        at = space.match(text, at).end()
+        if text[at : at + 1] == "]":
+            if (text[at + 1 :] + file.read()).strip():
+                yield ValueError("the list ends here, but the file goes on; make it one list")
+            return
         try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}, line {number} is not valid JSON: {error}") from error
-
-
-def _parse_csv(text: str, source: Path | str) -> list[dict]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # the default stops at 131,072 characters
-    rows: list[dict] = []
+            item, end = DECODER.raw_decode(text, at)
+            end = space.match(text, end).end()
+            if text[end : end + 1] not in (",", "]") or end == len(text):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except (ValueError, RecursionError) as error:
+            more = file.read(max(CHUNK, len(text)))
+            if not more:
+                yield ValueError(f"is not valid JSON, or cut short: {getattr(error, 'msg', error)}")
+                return
+            text, at = text[at:] + more, 0
+            continue
+        yield item
+        at = end + (text[end] == ",")
+    text += file.read()
     try:
-        for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-            rows.append({key: value for key, value in row.items() if value is not None})
+        item = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(error) else ""
+        item = ValueError(f"is not valid JSON, or cut short: {error}{hint}")
+    else:
+        item = ValueError(f"the file holds a {type(item).__name__}, expected a list of rows")
+    yield item
+
+
+def _parse_jsonl(file: TextIO) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                yield ValueError(f"line {number} is not valid JSON: {error}")
+
+
+def _parse_csv(file: TextIO) -> Iterator[dict | ValueError]:
+    csv.field_size_limit(1 << 30)  # the default stops at 131,072 characters
+    records = csv.reader(file, strict=True)
+    try:
+        header = next(records, [])
+        if twice := sorted({name for name in header if name and header.count(name) > 1}):
+            yield ValueError(f"the header has {' and '.join(map(repr, twice))} twice; give every column its own name")
+            return
+        for record in filter(None, records):
+            if any(map(str.strip, record[len(header) :])):
+                yield ValueError(f"{len(record)} fields, the header has {len(header)}; quote a text that holds commas")
+            else:
+                yield dict(zip(header, record, strict=False))
     except csv.Error as error:
-        raise ValueError(f"{source}, row {len(rows) + 1} is not valid CSV: {error}") from error
-    return rows
+        yield ValueError(f"is not valid CSV (line {records.line_num}): {error}")
+
+
+def _check_text(name: str, text: object) -> None:
+    """Raise ValueError unless it is text that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is a {type(text).__name__}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+        raise ValueError(f"{name} holds half a character ({found}); write it again from the whole text") from error
 
 
 def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]:
-    """The three texts of a row; the input may be missing or null, the output may be empty."""
+    """Return the three texts of a row; the input may be missing or null, the output may be empty."""
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, expected an object with {', '.join(fields.values())}")
     needed = (fields["instruction"], fields["output"])
@@ -118,19 +230,35 @@ def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]
     if texts["input"] is None:
         texts["input"] = ""
     for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{fields[name]} is a {type(text).__name__}, expected text")
+        _check_text(fields[name], text)
     return texts
 
 
 def _check_messages(row: object) -> dict[str, list]:
-    """The conversation of a row."""
+    """Return the conversation of a row."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError("has no messages, expected a list of {role, content}")
+    for turn, message in enumerate([row, *messages]):
+        where = f"message {turn}" if turn else "the row"
+        if isinstance(message, ValueError):
+            raise ValueError(f"{where}: {message}")
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
+        if tools := [key for key in TOOL_KEYS if message.get(key)]:
+            raise ValueError(
+                f"{where} has {' and '.join(tools)}: chat offers no tools, so they can't be learned; leave the row out "
+                "or write the calls as text under content"
+            )
     for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), str):
             raise ValueError(f"message {turn} has no text under content")
         if message.get("role") not in ROLES:
             raise ValueError(f"message {turn} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
+        for key in LEARN_KEYS:
+            if message.get(key) not in (None, 0, 1):
+                raise ValueError(f"message {turn} has the {key} {message[key]!r}, expected 0 or 1")
+        for key, value in message.items():
+            if isinstance(value, str):
+                _check_text(f"message {turn}, {key}", value)
     return {"messages": messages}

@@ -10,6 +10,7 @@
 import hashlib
 from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import jinja2
@@ -24,6 +25,8 @@ END_TOKENS = (
     *("<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>"),
 )
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Stands for an answer, to see what a chat template writes around one.
+PROBE = "qzanswerzq"
 
 
 class Tokenizer:
@@ -33,7 +36,6 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         bos_id, eos_id, pad_id: ids, or None where the model has no such token.
         eos_ids: ids at which transformers ends a generation: EOS, and all of `generation_config.json`.
-        stop_ids: ids at which an answer ends: `eos_ids`, and known end-of-turn tokens.
         adds_bos: whether `encode(text)` puts BOS in front.
         chat_template: the Jinja source, or None.
     """
@@ -66,7 +68,6 @@ class Tokenizer:
         self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
         if self.eos_id != self._backend.default_id("bos"):
             self.eos_ids -= {self._backend.default_id("bos")}
-        self.stop_ids = self._find_stop_ids()
         self.adds_bos = self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
         self.chat_template = self._find_chat_template()
 
@@ -133,10 +134,9 @@ class Tokenizer:
         """The id that ends an answer in training data of this prompt style: EOS, or what the chat template writes."""
         if style != "chat" or self.chat_template is None:
             return self.eos_id
-        answer = "qzanswerzq"  # no template writes this
         try:
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-            tail = self.render_chat(turns).rpartition(answer)[2]
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+            tail = self.render_chat(turns).rpartition(PROBE)[2]
         except ValueError:  # a template for other conversations
             return self.eos_id
         return next((i for i in self._backend.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
@@ -230,9 +230,27 @@ class Tokenizer:
             ids += value if isinstance(value, list) else [value]
         return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size]
 
-    def _find_stop_ids(self) -> set[int]:
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """Ids at which an answer ends: `eos_ids`, known end-of-turn tokens, and the chat template's own."""
         found = {self._backend.token_id(token) for token in END_TOKENS}
-        return self.eos_ids | (found & self._backend.special_ids)
+        known = self.eos_ids | (found & self._backend.special_ids)
+        return known | self._template_end(known)
+
+    def _template_end(self, known: set[int]) -> set[int]:
+        """The special token that the chat template writes behind every answer, where none there is known."""
+        user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+        try:
+            prompt = self.render_chat([user], add_generation_prompt=True)
+            last, earlier = (self.render_chat(turns) for turns in ([user, answer], [user, answer, user]))
+        except ValueError:
+            return set()
+        tails = self._backend.encode_batch([text.rpartition(PROBE)[2] for text in (last, earlier)])
+        shared = [i for i, j in takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))]
+        # A token that the answer itself begins with does not end it
+        lead = last.removeprefix(prompt).partition(PROBE)[0] if last.startswith(prompt) else ""
+        ends = [i for i in shared if i in self._backend.special_ids and self._backend.id_token(i) not in lead]
+        return set() if known.intersection(shared) else set(ends[:1])
 
     def _find_chat_template(self) -> str | None:
         """`chat_template.jinja` first, as transformers does; else the config's text, or the default of its list."""

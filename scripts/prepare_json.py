@@ -6,7 +6,9 @@ A .json file is one list, a .jsonl file has one row a line, a .csv file has a he
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
 
 A conversation (system, user, assistant; any number of turns; .json and .jsonl only) is rendered with the model's own
-chat template, and only the assistant's turns, their end tokens included, are learned.
+chat template. Learned are the assistant's answers alone, each with its end token, behind exactly what chat would send;
+not those marked "weight": 0 (or "train" or "loss": false), nor a greeting before the first user message. Where the
+template renders earlier turns differently (reasoning models do), every answer becomes a sample of its own.
 
     python scripts/prepare_json.py --data_file_path my_data.jsonl --destination_path data/mine \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --max_seq_length 512

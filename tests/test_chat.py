@@ -20,7 +20,7 @@ from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state
 from lit_gpt.cli import run
-from lit_gpt.data import encode_rows
+from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.files import write_json
 from lit_gpt.prompts import alpaca
@@ -52,7 +52,7 @@ def tiny_model(**overrides) -> GPT:
 @pytest.fixture(scope="module")
 def trained_dir(bpe_dir, tmp_path_factory) -> Path:
     """A model that knows one conversation by heart, from the `messages` encoding of the training data."""
-    samples = encode_rows(Tokenizer(bpe_dir), [{"messages": TALK}], style="chat", mask_inputs=True)
+    samples = encode_rows(Tokenizer(bpe_dir), [(1, {"messages": TALK})], style="chat", mask_inputs=True)
     idx, targets = collate(samples)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -159,6 +159,37 @@ def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained
     assert talk.turns == before, "a prompt that was refused is not part of the conversation"
 
 
+def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, tmp_path):
+    """The model writes the template's spaces around its answer; they came back twice."""
+    shutil.copytree(spm_dir, tmp_path / "tokenizer")
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
+        "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+    )
+    (sample,) = encode_rows(tokenizer, [(1, {"messages": TALK})], style="chat", mask_inputs=True)
+    ids, learned = sample["input_ids"].tolist(), (sample["labels"] != -100).tolist()
+    model = tiny_model(block_size=512)
+    begin = learned.index(True)
+    end = learned.index(False, begin)
+
+    class Parrot(torch.nn.Module):
+        """Writes the row's first answer, whatever it is asked."""
+
+        def forward(self, hidden):
+            logits = torch.zeros(1, 400)
+            logits[0, ids[begin + self.n]] = 1.0
+            self.n += 1
+            return logits
+
+    model.lm_head = Parrot()
+    model.lm_head.n = 0
+    talk = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": end - begin + 1, "temperature": 0.0})
+    assert talk.ask(TALK[0]["content"], lambda piece: None).end == "done"
+    asked = [*talk.turns, TALK[2]]
+    assert encode(tokenizer, "chat", asked) == ids[: learned.index(True, end)]
+
+
 # ---------------------------------------------------------------------------------------------------- a pipe
 def test_a_piped_prompt_gives_the_answer_alone_on_stdout(trained_dir, tmp_path):
     """As a process of its own, from another folder."""
@@ -168,6 +199,17 @@ def test_a_piped_prompt_gives_the_answer_alone_on_stdout(trained_dir, tmp_path):
     assert done.stdout == TALK[1]["content"] + "\n"
     assert re.search(r"\d+ tokens, \d+\.\d tokens/s", done.stderr)
     assert "prompt style chat: the conversation is kept" in done.stderr and "greedy" in done.stderr
+
+
+def test_a_system_message_that_the_template_leaves_out_is_told(trained_dir, tmp_path, pipe):
+    folder = shutil.copytree(trained_dir, tmp_path / "copy")
+    args = ("--checkpoint_dir", folder, "--max_new_tokens", "2", "--system", "Be kind")
+    assert "leaves out" not in pipe("Hi", *args)[2]
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    code, _, err = pipe("Hi", *args)
+    assert code == 0 and "[--system: the chat template leaves out what the system says" in err
 
 
 def test_the_prompt_style_travels_with_the_model_and_the_flag_overrides_it(trained_dir, tmp_path, pipe):

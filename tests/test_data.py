@@ -6,6 +6,7 @@ import http.client
 import json
 import random
 import shutil
+import tracemalloc
 import urllib.error
 import urllib.request
 
@@ -15,7 +16,8 @@ from conftest import sample_text
 
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import run
-from lit_gpt.data import cut, encode_rows, load_split, mark_masked, prepare, read_data_config, save_split, split
+from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
+from lit_gpt.encoding import Samples, encode_rows
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
 from lit_gpt.rows import read_rows
@@ -78,6 +80,16 @@ def failure(capsys, script, *flags):
     return text
 
 
+def read(path, *args):
+    """The rows of a file, all of them good."""
+    return [row for _, row in read_rows(path, *args)]
+
+
+def encode(tokenizer, rows, **options):
+    """The samples of rows."""
+    return list(encode_rows(tokenizer, enumerate(rows, start=1), **options))
+
+
 def targets_text(tokenizer, sample):
     """What is learned, as text."""
     return tokenizer.decode(sample["labels"][sample["labels"] != IGNORE_INDEX], skip_special=False)
@@ -87,12 +99,12 @@ def targets_text(tokenizer, sample):
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_all_formats_give_the_same_rows(tmp_path, suffix):
     rows = [*ROWS, {"instruction": "a\n\nb, 'c' \u2028 d", "input": 'é, "x"\ny', "output": "z" * 200_000}]
-    assert read_rows(write(tmp_path / f"data.{suffix}", rows)) == rows
+    assert read(write(tmp_path / f"data.{suffix}", rows)) == rows
 
 
 def test_input_may_be_missing_or_null_and_other_names_may_be_told(tmp_path):
     path = write(tmp_path / "data.json", [{"q": "the", "a": "two", "category": 1}, {"q": "a", "input": None, "a": ""}])
-    assert read_rows(path, {"instruction": "q", "output": "a"}) == [
+    assert read(path, {"instruction": "q", "output": "a"}) == [
         {"instruction": "the", "input": "", "output": "two"},
         {"instruction": "a", "input": "", "output": ""},
     ]
@@ -101,7 +113,7 @@ def test_input_may_be_missing_or_null_and_other_names_may_be_told(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(b"\xef\xbb\xbfinstruction,output\r\nthe,two\r\n")
-    assert read_rows(path) == [{"instruction": "the", "input": "", "output": "two"}]
+    assert read(path) == [{"instruction": "the", "input": "", "output": "two"}]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +124,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ("d.json", '{"instruction": "a"}', "holds a dict, expected a list of rows"),
         ("d.json", '[{"instruction": "a"', "not valid JSON, or cut short"),
         ("d.json", '{"instruction": "a"}\n{"instruction": "b"}', "one row a line is to be named .jsonl"),
-        ("d.jsonl", '{"instruction": "a", "output": ""}\n{"instr', "d.jsonl, line 2 is not valid JSON"),
+        ("d.jsonl", '{"instruction": "a", "output": ""}\n{"instr', "d.jsonl, row 2: line 2 is not valid JSON"),
         ("d.txt", "the", "unknown kind of data file '.txt'; choices: .json, .jsonl, .csv"),
         (
             "d.json",
@@ -124,7 +136,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ("d.json", '[{"instruction": 3, "output": ""}]', "row 1: instruction is a int, expected text"),
         ("d.json", '[{"instruction": "a", "output": null}]', "row 1: output is a NoneType, expected text"),
         ("d.csv", "instruction,output\na\n", "row 1: has no output"),
-        ("d.csv", 'instruction,output\na,"b', "row 1 is not valid CSV"),
+        ("d.csv", 'instruction,output\na,"b', r"row 1: is not valid CSV \(line 2\)"),
         ("d.json", '[{"messages": []}]', r"row 1: has no messages, expected a list of \{role, content\}"),
         ("d.json", '[{"messages": [{"role": "user"}]}]', "row 1: message 1 has no text under content"),
         (
@@ -133,20 +145,105 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
             "has the role 'bot', expected system, user",
         ),
         ("d.json", '[{"messages": [{"role": "user", "content": "a"}]}, {"output": ""}]', "row 2: has no messages"),
-        ("d.json", "[1, 2, 3, 4, 5]", r"row 3: is a int.*; and 2 more rows like these"),
+        ("d.json", '[{"instruction": "a", "output": ""}] [', "the list ends here, but the file goes on"),
+        ("d.json", '[{"instruction": "a", "output": "", "output": "b"}]', "row 1: the key 'output' stands twice"),
+        ("d.jsonl", '{"instruction": "a", "output": "\\ud83d"}', r"row 1: output holds half a character \(U\+D83D at"),
+        ("d.csv", "instruction,output\nhi,Hello, you\n", "row 1: 3 fields, the header has 2; quote a text that holds"),
+        ("d.csv", "instruction,output,output\na,b,\n", "the header has 'output' twice; give every column its own name"),
+        ("d.csv", "instruction,output\n,\n , \n", "d.csv holds no rows with text"),
+        ("d.json", '[{"messages": [{"role": "user", "content": " "}]}]', "d.json holds no rows with text"),
+        (
+            "d.jsonl",
+            '{"mess\n{"messages": [{"role": "user", "content": "a"}]}',
+            "row 1: line 1 is not valid JSON[^;]*$",
+        ),
+        (
+            "d.json",
+            '[{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]}]',
+            "row 1: message 1 has tool_calls: chat offers no tools, so they can't be learned; leave the row out",
+        ),
+        (
+            "d.json",
+            '[{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}]',
+            "row 1: the row has tools: chat",
+        ),
+        ("d.json", '[{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}]', "weight 0.5, expected 0 or 1"),
+        ("d.json", '[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "message 1, content holds half a char"),
+        ("d.json", '[{"messages": ["a"]}]', r"message 1 is a str, expected \{role, content\}"),
+        ("d.json", str([*range(25)]), r"row 1: is a int.*; row 20: is a int[^;]*; and 5 more rows$"),
     ],
 )
 def test_bad_data_is_named_with_its_row(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        read_rows(tmp_path / name)
+        read(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_blank_rows_are_left_out_and_counted(bpe_dir, tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("instruction,input,output\na,,b\n,,\n , ,\nc,,d\n,,\n,,,\n")
+    call(prepare_json, "--data_file_path", tmp_path / "d.csv", "--destination_path", tmp_path / "out",
+         "--checkpoint_dir", bpe_dir, "--max_seq_length", 200, "--test_split_fraction", 0.5)  # fmt: skip
+    assert (len(load_split(tmp_path / "out" / "train.pt")), len(load_split(tmp_path / "out" / "test.pt"))) == (1, 1)
+    assert "4 rows: left out, since they are blank" in capsys.readouterr().out
+
+
+def test_an_integer_of_any_length_is_no_fault(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d", "id": 1}]
+    for name in ("d.json", "d.jsonl"):
+        path = write(tmp_path / name, rows)
+        path.write_text(path.read_text().replace('"id": 1', '"id": ' + "9" * 5000))
+        assert [row["output"] for row in read(path)] == ["b", "d"]
+
+
+def test_a_json_list_is_read_in_parts(tmp_path, monkeypatch):
+    """Whatever the parts cut through: texts, numbers, names, what stands between rows."""
+    rows = [{"instruction": "a" * n, "input": 'é\\ "', "output": str(n), "id": n**9} for n in range(30)]
+    for indent in (None, 2):
+        (tmp_path / "d.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False))
+        for chunk in (1, 2, 7, 50, 1 << 20):
+            monkeypatch.setattr("lit_gpt.rows.CHUNK", chunk)
+            assert [row["output"] for row in read(tmp_path / "d.json")] == [str(n) for n in range(30)]
+
+
+def test_all_rows_that_cannot_be_used_are_told_at_once(bpe_dir, tmp_path, capsys):
+    """Those of a wrong shape, and those that the chat template refuses."""
+    shutil.copytree(bpe_dir, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(LLAMA_2)
+    rows = [{"messages": CHAT[1:]} for _ in range(60)]
+    rows[9] = {"messages": CHAT[:3]}
+    rows[19] = {"messages": [{"role": "tool", "content": ""}]}
+    rows[29:] = [3] * 31
+    path = write(tmp_path / "d.jsonl", rows)
+    text = failure(capsys, prepare_json, "--data_file_path", path, "--destination_path", tmp_path / "out",
+                   "--checkpoint_dir", tmp_path / "model", "--max_seq_length", 200)  # fmt: skip
+    assert "d.jsonl, row 10: the chat template of" in text and "; row 20: message 1 has the role 'tool'" in text
+    assert "; row 47: has no messages" in text and text.endswith("; and 13 more rows\n") and "row 11" not in text
+
+
+def test_a_conversations_samples_are_held_out_together(bpe_dir, tmp_path, capsys):
+    """Each holds the others' answers; one of them among the training data would tell the others'."""
+    shutil.copytree(bpe_dir, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{**m, "content": f"{m['content']} {i}"} for m in CHAT[1:]]} for i in range(20)]
+    call(prepare_json, "--data_file_path", write(tmp_path / "d.jsonl", rows), "--destination_path", tmp_path / "out",
+         "--checkpoint_dir", tmp_path / "model", "--max_seq_length", 200, "--test_split_fraction", 0.25)  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "model")
+    train, test = (
+        [tokenizer.decode(sample["input_ids"]).split("\n")[0] for sample in load_split(tmp_path / "out" / name)]
+        for name in ("train.pt", "test.pt")
+    )
+    assert (len(train), len(test), len(set(test))) == (30, 10, 5) and not set(train) & set(test)
+    facts = read_data_config(tmp_path / "out")
+    assert (facts["n_rows"], facts["n_train"], facts["n_test"]) == (20, 30, 10)
+    assert "20 rows: an answer each is a sample" in capsys.readouterr().out
 
 
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "\xff"}')
     with pytest.raises(ValueError, match=r"d.jsonl is not UTF-8 text \(line 2\)"):
-        read_rows(tmp_path / "d.jsonl")
+        read(tmp_path / "d.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
@@ -154,7 +251,7 @@ def test_one_masked_sample_by_hand(bpe_dir):
     """ids of prompt, response and EOS; the labels hide the prompt alone."""
     tokenizer = Tokenizer(bpe_dir)
     row = {"instruction": "a", "input": "", "output": "the"}
-    (sample,) = encode_rows(tokenizer, [row], style="plain", mask_inputs=True)
+    (sample,) = encode(tokenizer, [row], style="plain", mask_inputs=True)
     the, a = tokenizer.encode("the"), tokenizer.encode("a")
     assert the == [86, 74, 71] and a == [67]
     assert sample["input_ids"].tolist() == [67, 86, 74, 71, 2]
@@ -163,7 +260,7 @@ def test_one_masked_sample_by_hand(bpe_dir):
     assert {name: values.dtype for name, values in sample.items()} == {
         **{"input_ids": torch.int32, "labels": torch.int32, "response": torch.bool}
     }
-    (unmasked,) = encode_rows(tokenizer, [row], style="plain", mask_inputs=False)
+    (unmasked,) = encode(tokenizer, [row], style="plain", mask_inputs=False)
     assert unmasked["labels"].tolist() == [67, 86, 74, 71, 2]
     assert torch.equal(unmasked["response"], sample["response"])
 
@@ -174,7 +271,7 @@ def test_a_sample_begins_with_the_ids_the_model_is_asked_with(request, kind, sty
     """Also where the response opens with what would merge with the prompt's last token."""
     tokenizer = Tokenizer(request.getfixturevalue(kind))
     rows = [*ROWS, *many_rows(50), {"instruction": "a", "input": "", "output": " 12\n"}]
-    for row, sample in zip(rows, encode_rows(tokenizer, rows, style=style, mask_inputs=True), strict=True):
+    for row, sample in zip(rows, encode(tokenizer, rows, style=style, mask_inputs=True), strict=True):
         prompt = encode_prompt(tokenizer, style, instruction=row["instruction"], input=row["input"])
         ids = sample["input_ids"].tolist()
         assert ids[: len(prompt)] == prompt
@@ -187,14 +284,14 @@ def test_a_sample_begins_with_the_ids_the_model_is_asked_with(request, kind, sty
 
 def test_only_the_assistants_turns_are_learned_end_tokens_included(bpe_dir):
     tokenizer = Tokenizer(bpe_dir)
-    (sample,) = encode_rows(tokenizer, [{"messages": CHAT}], style="chat", mask_inputs=False)
-    assert sample["input_ids"].tolist() == tokenizer.encode(tokenizer.render_chat(CHAT), bos=False)
+    (sample,) = encode(tokenizer, [{"messages": CHAT}], style="chat", mask_inputs=False)
+    assert sample["input_ids"].tolist() == tokenizer.encode(tokenizer.render_chat(CHAT).rstrip("\n"), bos=False)
     assert targets_text(tokenizer, sample) == "two<|im_end|>new<|im_end|>"
     assert torch.equal(sample["response"], sample["labels"] != IGNORE_INDEX)
     assert mark_masked(tokenizer, sample) == (
         "[[masked: <|im_start|>system\nYou are old.<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n"
         "<|im_start|>assistant\n]]two<|im_end|>[[masked: \n<|im_start|>user\na<|im_end|>\n"
-        "<|im_start|>assistant\n]]new<|im_end|>[[masked: \n]]"
+        "<|im_start|>assistant\n]]new<|im_end|>"
     )
 
 
@@ -204,84 +301,68 @@ def test_a_conversation_is_encoded_as_transformers_encodes_it(bpe_dir, spm_dir):
     for folder, template, messages in ((bpe_dir, None, CHAT), (spm_dir, LLAMA_2, CHAT[1:])):
         tokenizer, oracle = Tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
         tokenizer.chat_template = template or tokenizer.chat_template
-        (sample,) = encode_rows(tokenizer, [{"messages": messages}], style="chat", mask_inputs=True)
+        (sample,) = encode(tokenizer, [{"messages": messages}], style="chat", mask_inputs=True)
         expected = oracle.apply_chat_template(messages, chat_template=template, return_dict=False)
-        assert sample["input_ids"].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "template, learned",
-    [
-        (LLAMA_2, " two </s> new </s>"),
-        # no sign of an end: EOS is added behind the last turn
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-         "{% if add_generation_prompt %}assistant: {% endif %}", "two\nnew\n</s>"),
-        # no generation prompt: the model must write the turn's heading itself
-        ("{% for m in messages %}{{ m.role + ' ' + m.content + eos_token + '\n' }}{% endfor %}",
-         "assistant two</s>assistant new</s>"),
-    ],
-)  # fmt: skip
-def test_the_mask_holds_for_any_template(spm_dir, template, learned):
-    tokenizer = Tokenizer(spm_dir)
-    tokenizer.chat_template = template
-    (sample,) = encode_rows(tokenizer, [{"messages": CHAT[1:]}], style="chat", mask_inputs=True)
-    pieces = "".join(tokenizer._backend.id_token(i) for i in sample["labels"].tolist() if i != IGNORE_INDEX)
-    assert pieces.replace("▁", " ").replace("<0x0A>", "\n") == learned
-    assert sample["labels"][-1] in (tokenizer.eos_id, IGNORE_INDEX)
-
-
-def test_a_template_that_rewrites_the_past_is_refused(bpe_dir):
-    """Reasoning models drop the thoughts of all turns but the last."""
-    tokenizer = Tokenizer(bpe_dir)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ':' + ('<thought>' if loop.last else '') + m.content }}{% endfor %}"
-    )
-    with pytest.raises(ValueError, match=r"data, row 2: the chat template of .* renders what comes before message 2"):
-        rows = [{"messages": CHAT[1:2]}, {"messages": CHAT[1:]}]
-        encode_rows(tokenizer, rows, style="chat", mask_inputs=True)
-
-
-def test_a_template_that_refuses_a_row_is_told_with_the_row(spm_dir):
-    tokenizer = Tokenizer(spm_dir)
-    tokenizer.chat_template = LLAMA_2
-    with pytest.raises(ValueError, match=r"row 2: the chat template of .* refuses the conversation: roles must alt"):
-        rows = [{"messages": CHAT[1:]}, {"messages": CHAT[2:]}]
-        encode_rows(tokenizer, rows, style="chat", mask_inputs=True)
+        ids = sample["input_ids"].tolist()
+        # A sample ends with the last token that is learned
+        assert ids == expected[: len(ids)] and not tokenizer.decode(expected[len(ids) :]).strip()
 
 
 def test_instructions_in_chat_style_are_what_the_chat_is_asked(bpe_dir):
     tokenizer = Tokenizer(bpe_dir)
-    for row, sample in zip(ROWS, encode_rows(tokenizer, ROWS, style="chat", mask_inputs=True), strict=True):
+    for row, sample in zip(ROWS, encode(tokenizer, ROWS, style="chat", mask_inputs=True), strict=True):
         prompt = encode_prompt(tokenizer, "chat", instruction=row["instruction"], input=row["input"])
         assert sample["input_ids"].tolist()[: len(prompt)] == prompt
         assert targets_text(tokenizer, sample) == row["output"] + "<|im_end|>"
 
 
 def test_cutting_counts_what_it_cuts_and_drops():
-    def sample(labels):
-        ids = torch.arange(1, len(labels) + 1, dtype=torch.int32)
-        return {"input_ids": ids, "labels": torch.tensor(labels, dtype=torch.int32), "response": ids > 2}
+    samples = Samples(max_seq_length=3)
+    for row, masked in enumerate([1, 2, 3], start=1):
+        samples.add(row, [([1, 2, 3][:masked], False), ([4, 5], True)])
+    samples.add(4, [([1], True), ([2, 3], False)])  # has a label only where nothing stands before it
+    assert [s["input_ids"].tolist() for s in samples] == [[1, 4, 5], [1, 2, 4]]
+    assert samples[1]["labels"].tolist() == [-100, -100, 4] and samples[1]["response"].tolist() == [False, False, True]
+    assert (samples.n_cut, samples.n_dropped, list(samples.full_sizes)) == (2, 2, [3, 4, 5, 3])
 
-    short, long, lost, first = (
-        sample([-100, 2]),
-        sample([-100, -100, 3, 4]),
-        sample([-100] * 3 + [4]),
-        sample([1, -100]),
-    )
-    kept, n_cut, n_dropped = cut([short, long, lost, first], 3)
-    assert [s["input_ids"].tolist() for s in kept] == [[1, 2], [1, 2, 3]]
-    assert kept[1]["labels"].tolist() == [-100, -100, 3] and kept[1]["response"].tolist() == [False, False, True]
-    assert (n_cut, n_dropped) == (2, 2)  # `first` has a label only where nothing stands before it
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_memory_grows_by_the_ids_and_two_masks(bpe_dir, style, monkeypatch):
+    """It was 200 bytes a token: a million rows of 200 tokens would have taken 40 GB."""
+    tokenizer, row = Tokenizer(bpe_dir), {"instruction": "the river " * 20, "input": "", "output": "a stone " * 20}
+    peaks, tokens = [], []
+    monkeypatch.setattr("lit_gpt.encoding.SLICE", 50)
+    for n in (150, 900):
+        tracemalloc.start()
+        samples = encode_rows(tokenizer, ((i, row) for i in range(n)), style=style, mask_inputs=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        tokens.append(sum(samples.sizes))
+    assert (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) < 10
 
 
 def test_the_held_out_rows_follow_from_the_seed():
-    samples = [{"input_ids": torch.tensor([i])} for i in range(100)]
-    numbers = lambda part: [int(s["input_ids"]) for s in part]  # noqa: E731
-    train, test = map(numbers, split(samples, 0.04, seed=1))
-    assert len(test) == 4 and sorted(train + test) == list(range(100))
-    assert train == sorted(train) and test == sorted(test)
-    assert numbers(split(samples, 0.04, seed=1)[1]) == test != numbers(split(samples, 0.04, seed=2)[1])
-    assert [len(part) for part in split(samples[:5], 0.04, seed=1)] == [4, 1]
+    rows = range(100, 200)
+    drawn = draw(rows, 0.04, seed=1)
+    assert len(drawn) == 4 and drawn <= set(rows)
+    assert draw(rows, 0.04, seed=1) == drawn != draw(rows, 0.04, seed=2)
+    assert [len(draw(range(n), 0.04, seed=1)) for n in (5, 1)] == [1, 1]
+
+
+def test_taking_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
+    samples = Samples()
+    for row in range(1, 41):
+        for part in range(row % 3):
+            samples.add(row, [([row, part], False), ([row] * (row % 5), True), ([9], True)])
+    before = [{name: values.tolist() for name, values in sample.items()} for sample in samples]
+    drawn = draw(range(1, 41), 0.3, seed=0)
+    test = samples.take(drawn)
+    for part, inside in ((test, True), (samples, False)):
+        expected = [sample for sample in before if (sample["input_ids"][0] in drawn) == inside]
+        assert [{name: values.tolist() for name, values in sample.items()} for sample in part] == expected
+        assert len(part) == len(expected) > 5
+        columns = {name: values.tolist() for name, values in part.columns().items()}
+        assert columns == {name: [i for sample in expected for i in sample[name]] for name in columns}
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -300,7 +381,7 @@ def test_a_batch_is_padded_to_its_longest_and_its_targets_are_shifted():
 
 
 def test_samples_survive_the_file(bpe_dir, tmp_path):
-    samples = encode_rows(Tokenizer(bpe_dir), many_rows(20), style="alpaca", mask_inputs=True)
+    samples = encode(Tokenizer(bpe_dir), many_rows(20), style="alpaca", mask_inputs=True)
     save_split(samples, tmp_path / "train.pt")
     loaded = load_split(tmp_path / "train.pt")
     assert len(loaded) == 20
@@ -320,7 +401,7 @@ def test_what_is_no_prepared_data_is_refused(bpe_dir, tmp_path):
         torch.save(content, tmp_path / "train.pt")
         with pytest.raises(ValueError, match=r"train.pt does not hold prepared data; make it with"):
             load_split(tmp_path / "train.pt")
-    save_split(encode_rows(Tokenizer(bpe_dir), ROWS, style="alpaca", mask_inputs=True), tmp_path / "train.pt")
+    save_split(encode(Tokenizer(bpe_dir), ROWS, style="alpaca", mask_inputs=True), tmp_path / "train.pt")
     (tmp_path / "train.pt").write_bytes((tmp_path / "train.pt").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"train.pt is corrupt"):
         load_split(tmp_path / "train.pt")
@@ -329,7 +410,7 @@ def test_what_is_no_prepared_data_is_refused(bpe_dir, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the scripts
 def test_prepare_alpaca_writes_three_files_that_say_what_they_are(bpe_dir, tmp_path, capsys):
     path, out, tokenizer = write(tmp_path / "data.json", many_rows(50)), tmp_path / "out", Tokenizer(bpe_dir)
-    samples = encode_rows(tokenizer, read_rows(path), style="alpaca", mask_inputs=False)
+    samples = encode(tokenizer, read(path), style="alpaca", mask_inputs=False)
     true_lengths = sorted(len(s["input_ids"]) for s in samples)
     limit = true_lengths[40]
     call(prepare_alpaca, "--data_file_path", path, "--destination_path", out, "--checkpoint_dir", bpe_dir,
@@ -404,10 +485,10 @@ def test_the_held_out_rows_may_come_from_a_file(bpe_dir, tmp_path):
     path, held_out = write(tmp_path / "a.json", rows[:9]), write(tmp_path / "b.jsonl", rows[9:])
     call(prepare_json, "--data_file_path", path, "--test_data_file_path", held_out, "--destination_path",
          tmp_path / "out", "--checkpoint_dir", bpe_dir, "--max_seq_length", 1000)  # fmt: skip
-    expected = encode_rows(Tokenizer(bpe_dir), rows, style="alpaca", mask_inputs=False)
+    expected = encode(Tokenizer(bpe_dir), rows, style="alpaca", mask_inputs=False)
     for name, part in (("train.pt", expected[:9]), ("test.pt", expected[9:])):
-        read = load_split(tmp_path / "out" / name)
-        assert [s["input_ids"].tolist() for s in read] == [s["input_ids"].tolist() for s in part]
+        loaded = load_split(tmp_path / "out" / name)
+        assert [s["input_ids"].tolist() for s in loaded] == [s["input_ids"].tolist() for s in part]
     facts = read_data_config(tmp_path / "out")
     assert (facts["test_split_fraction"], facts["test_source"]) == (None, str(held_out))
 

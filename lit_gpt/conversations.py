@@ -1,0 +1,131 @@
+"""Conversations as samples: what stands before each answer of the assistant, and what is learned of it.
+
+- An answer is learned behind exactly the ids that chat sends when it asks for it, and with the token that ends it.
+- Templates rewrite the past: they drop reasoning, move the system message, open `<think>` in the prompt alone. So the
+  answers of a conversation share a sample only where each next prompt goes on from the last answer, id for id.
+- Not learned: an answer that its row marks so, and what the assistant says before the user does, since chat never asks
+  for that.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from lit_gpt.rows import LEARN_KEYS
+from lit_gpt.tokenizer import PROBE, Tokenizer
+
+Piece = tuple[list[int], bool]  # ids, and whether they are a response's
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Where data sets keep reasoning apart from the content."""
+OPENING_TAG = re.compile(r"<[^<>\s]+>\s*$")
+AS_WRITTEN = (
+    "the chat template shows answers otherwise than they stand here (its prompt opens the reasoning, or it leaves text "
+    "out); they are learned as they stand here, behind the prompt that chat sends"
+)
+LEFT_OUT = "the chat template leaves out what the {} says, in training as in chat"
+
+
+class Answer(NamedTuple):
+    """A turn of the assistant that is learned."""
+
+    prompt: str
+    """What chat sends to ask for it."""
+    text: str
+    """What the model is to write, the token that ends the turn included."""
+    eos: bool
+    """EOS comes behind the text, since the template ends the turn with no token."""
+
+
+def find_answers(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[Answer], set[str]]:
+    """Return the answers of a conversation that are learned, and notes on what the template does to it.
+
+    Raises:
+        ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content.
+    """
+    answers, notes, asked = [], set(), False
+    for i, message in enumerate(messages):
+        asked |= message["role"] == "user"
+        marked = any(message.get(key) not in (None, 1) for key in LEARN_KEYS)
+        if message["role"] != "assistant" or not asked or marked:
+            continue
+        prompt = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
+        answer, as_written = _make_answer(tokenizer, messages[:i], message, prompt=prompt)
+        answers.append(answer)
+        notes |= {AS_WRITTEN} if as_written else set()
+        notes |= {LEFT_OUT.format(role) for role in hidden_roles(messages[:i], prompt)}
+    return answers, notes
+
+
+def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
+    """Return whose messages, the system's or the user's, do not stand in a prompt."""
+    shown = _squeeze(prompt)
+    return {m["role"] for m in messages if m["role"] != "assistant" and _squeeze(m["content"]) not in shown}
+
+
+def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
+    """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
+    shown = tokenizer.render_chat([*before, message])
+    tail = _render_tail(tokenizer, tuple(turn["role"] for turn in before))
+    ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
+    text = message["content"]
+    if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
+        opened = next((tag for tag in (tag.group(), tag.group().strip()) if text.startswith(tag)), "")
+        text = text.removeprefix(opened)
+    start = prompt
+    if not shown.startswith(prompt):  # templates move the system message: compare from the last turn's text on
+        probed = [*before[:-1], {**before[-1], "content": PROBE}]
+        start = tokenizer.render_chat(probed, add_generation_prompt=True).rpartition(PROBE)[2]
+        shown = tokenizer.render_chat([*probed, message]).rpartition(PROBE)[2]
+    body = shown[len(start) : len(shown) - len(tail)]
+    as_written = not (shown.startswith(start) and shown.endswith(tail) and _squeeze(text) in _squeeze(body))
+    body = text if as_written else body
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):
+            raise ValueError(
+                f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
+                "model is to write it; put it into content, between <think> and </think>"
+            )
+    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends), as_written
+
+
+@lru_cache(maxsize=1000)
+def _render_tail(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+    """Return what the template writes behind an answer to turns of these roles."""
+    answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
+    turns = [*({"role": role, "content": "?"} for role in roles), answer]
+    _, shown, tail = tokenizer.render_chat(turns).rpartition(PROBE)
+    if shown:
+        return tail
+    # A template that leaves the last answer out: what stands between an earlier one and the user's next text
+    return [*tokenizer.render_chat([*turns, user]).split(PROBE), ""][1]
+
+
+def encode_answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[Answer]]) -> list[list[list[Piece]]]:
+    """Return the samples of each conversation, as pieces that alternate between what stands before and an answer."""
+    answers = [answer for conversation in conversations for answer in conversation]
+    prompts = tokenizer.encode_batch([answer.prompt for answer in answers])
+    joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
+    encoded = zip(answers, prompts, joined, strict=True)
+    results = []
+    for conversation in conversations:
+        samples: list[list[Piece]] = []
+        so_far: list[int] = []
+        for _ in conversation:
+            answer, prompt, both = next(encoded)
+            ids = both[len(prompt) :]
+            if both[: len(prompt)] != prompt:  # the answer's beginning merges with the prompt's end
+                ids = tokenizer.encode_batch([answer.text], continues=True)[0]
+            ids += [tokenizer.eos_id] * answer.eos
+            if not samples or prompt[: len(so_far)] != so_far:
+                samples, so_far = [*samples, []], []
+            samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
+            so_far = prompt + ids
+        results.append(samples)
+    return results
+
+
+def _squeeze(text: str) -> str:
+    """Return the text without white space, which templates strip and add."""
+    return "".join(text.split())
