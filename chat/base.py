@@ -295,7 +295,7 @@ def setup(
     adapter = {"ether_path": ether_path, "lora_path": lora_path}
     style = prompt_style or adapted_prompt_style(folder, **adapter)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_settings(tokenizer, style=style, system=system, precision=precision, **sampling)
+    check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
     sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     text = None if sys.stdin.isatty() else read_pipe()

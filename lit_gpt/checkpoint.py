@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.errors import command, reading
 from lit_gpt.model import GPT
 
 WEIGHTS = "lit_model.pth"
@@ -83,7 +84,7 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; make it with "
-            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` from Hugging Face files"
+            f"`{command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}` from Hugging Face files"
         )
     return folder
 
@@ -290,7 +291,8 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON, atomically."""
+    """Write JSON, atomically; what JSON has no number for (NaN, an infinity) becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -299,7 +301,7 @@ def read_json(path: Path | str) -> Any:
     """Read JSON; an error is one line that names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, a number or nesting beyond all measure
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -348,7 +350,8 @@ def load_prompt_style(checkpoint_dir: Path | str) -> str:
     """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
-        return read_json(folder / PROMPT_STYLE)["style"]
+        with reading(folder / PROMPT_STYLE):
+            return str(read_json(folder / PROMPT_STYLE)["style"])
     settings = folder / "tokenizer_config.json"
     template = settings.is_file() and read_json(settings).get("chat_template")
     return "chat" if template or (folder / "chat_template.jinja").is_file() else "plain"

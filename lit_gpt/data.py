@@ -25,6 +25,7 @@ from lit_gpt.checkpoint import (
     staged_dir,
     write_json,
 )
+from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style, plain, render_prompt
 from lit_gpt.rows import FIELDS, read_rows
@@ -331,8 +332,8 @@ def load_split(path: Path | str) -> list[Sample]:
     try:
         sizes = content["lengths"].tolist()
         columns = [content[name].split(sizes) for name in NAMES]
-    except (KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -345,4 +346,8 @@ def read_data_config(data_dir: Path | str) -> dict:
     path = Path(data_dir) / DATA_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{data_dir} holds no {DATA_CONFIG}; {HOW_TO_PREPARE}")
-    return read_json(path)
+    facts = read_json(path)
+    texts = ("prompt_style", "checkpoint_dir", "tokenizer_sha256")
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in texts):
+        raise UserError(f"{path} does not say what prepared data is; {HOW_TO_PREPARE}")
+    return facts

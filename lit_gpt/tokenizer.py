@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 
 from lit_gpt.checkpoint import read_json
+from lit_gpt.errors import reading
 from lit_gpt.templates import compile_template
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
@@ -48,6 +49,10 @@ class Tokenizer:
             ValueError: a file is corrupt; the message names it.
         """
         self.dir = Path(checkpoint_dir)
+        with reading(f"the tokenizer of {self.dir}"):
+            self._read()
+
+    def _read(self) -> None:
         self.config = self._read_optional("tokenizer_config.json")
         special_map = self._read_optional("special_tokens_map.json")
         self.special_tokens = {
