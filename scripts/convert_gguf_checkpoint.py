@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, atomic_write, save_state, write_json
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError, command
 from lit_gpt.hf import State, hf_config, hf_to_lit
 from lit_gpt.model import scale_frequencies
 
@@ -77,7 +78,7 @@ def setup(
         with atomic_write(checkpoint_dir / "tokenizer.json") as temporary:
             temporary.write_text(tokenizer_json(tokenizer), encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
-    print(f"next: python chat/base.py --checkpoint_dir {checkpoint_dir}")
+    print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,7 +171,10 @@ def hf_weights(tensors: dict[str, Any], config: Config, dtype: torch.dtype, path
         module, _, kind = rest.rpartition(".")
         if module not in TENSORS:
             raise ValueError(f"{path}: tensor {name} is not known in a llama GGUF; convert its HF folder instead")
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        try:
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError as error:
+            raise UserError(f"{path}: tensor {name}: {error}; convert its HF folder instead") from error
         if module in ("attn_q", "attn_k"):
             values = undo_permutation(values, config.n_head if module == "attn_q" else config.n_query_groups)
         weights[f"{TENSORS[module].format(i=layer)}.{kind}"] = values.to(dtype)
