@@ -7,6 +7,7 @@ Face checkpoint there and back gives the same tensors, bit for bit.
     python scripts/convert_lit_checkpoint.py --checkpoint_dir path/to/merged_model --out_dir path/to/hf_model
 """
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -66,7 +67,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     for stale in {*out_dir.glob("model*.safetensors*")} - {out_dir / name for name in current}:
         stale.unlink()  # of a larger model that was here before: transformers would mix them
     print(f"{config.name}: {config.architecture} -> {out_dir}")
-    print(f"next: AutoModelForCausalLM.from_pretrained('{out_dir}') in transformers, or: vllm serve {out_dir}")
+    serve = shlex.join(["vllm", "serve", str(out_dir)])
+    print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
 
 
 def synthesised(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
