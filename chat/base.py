@@ -319,7 +319,7 @@ def setup(
     adapter = {"ether_path": ether_path, "lora_path": lora_path}
     style = prompt_style or adapted_prompt_style(folder, **adapter)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_settings(tokenizer, style=style, system=system, precision=precision, **sampling)
+    check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
     asked = with_system(system, [{"role": "user", "content": "?"}])
     if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
         print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)

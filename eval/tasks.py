@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import random
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -173,7 +174,7 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
         if "data_files" in options or Path(path).is_dir():  # a file format or a folder, not a name on the Hub
             return original(path, name, **options)
         folder = Path("DIR" if data_dir is None else data_dir) / path
-        command = f"hf download {path} --repo-type dataset --local-dir {folder}"
+        command = f"hf download {path} --repo-type dataset --local-dir {shlex.quote(str(folder))}"
         if data_dir is not None and not folder.is_dir():
             raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
         source = path if data_dir is None else str(folder)

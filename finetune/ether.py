@@ -5,6 +5,7 @@
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -30,6 +31,7 @@ def setup(
     flip_side: bool = False,
     ether_block_layout: str = "diagonal",
     init_from: str | None = None,
+    given: Collection[str] = (),
     **options,
 ) -> None:
     """Finetune with ETHER, ETHER+ or OFT.
@@ -50,6 +52,7 @@ def setup(
         ether_block_layout: diagonal (the paper's), or published (what the original code does for n > 1).
         init_from: An adapter file to continue from, ours or the original code's; its settings are used,
             and a flag that says otherwise is refused.
+        given: No flag: the names of those that were given.
     """
     config = EtherConfig(
         Htype=Htype,
@@ -65,7 +68,7 @@ def setup(
         flip_side=flip_side,
         block_layout=ether_block_layout,
     )
-    finetune(Job(Htype, "ether", config, default_weight_decay(Htype), init_from), **options)
+    finetune(Job(Htype, "ether", config, default_weight_decay(Htype), init_from, given), **options)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python finetune/lora.py --io.train_data_dir checkpoints/ORG/NAME/alpaca --lora_r
 """
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -27,6 +28,7 @@ def setup(
     lora_mlp: bool = False,
     lora_head: bool = False,
     init_from: str | None = None,
+    given: Collection[str] = (),
     **options,
 ) -> None:
     """Finetune with LoRA.
@@ -43,6 +45,7 @@ def setup(
         lora_mlp: Adapt the MLPs.
         lora_head: Adapt the language model's head.
         init_from: An adapter file to continue from; its settings are used, and a flag that says otherwise is refused.
+        given: No flag: the names of those that were given.
     """
     config = LoraConfig(
         r=lora_r,
@@ -55,7 +58,7 @@ def setup(
         mlp=lora_mlp,
         head=lora_head,
     )
-    finetune(Job("lora", "lora", config, default_weight_decay("lora"), init_from), train=train, **options)
+    finetune(Job("lora", "lora", config, default_weight_decay("lora"), init_from, given), train=train, **options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter import adapter_parameters, adapter_state, mark_only_adapter_as_trainable
 from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_prompt_style, load_state, save_state
+from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
@@ -74,9 +75,13 @@ def load_adapter(path: Path | str, kind: str) -> AdapterFile:
     Raises:
         FileNotFoundError, ValueError: no such file, not an adapter, or one of the other kind.
     """
-    content = load_state(path)
+    with reading(path):
+        return _parse_adapter(load_state(path), path, kind)
+
+
+def _parse_adapter(content: dict[str, Any], path: Path | str, kind: str) -> AdapterFile:
     state, meta = content.get("model"), content.get("config")
-    if not isinstance(state, dict) or not state:
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not an adapter file: it holds no adapter under 'model'")
     if meta is None:
         if kind != "ether" or not all(".ether_R" in name for name in state):
@@ -87,7 +92,10 @@ def load_adapter(path: Path | str, kind: str) -> AdapterFile:
     config_class = KINDS[kind].config_class
     known = {field.name for field in fields(config_class)}
     config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
-    return AdapterFile(kind, config, state, meta["base"], meta["prompt_style"])
+    base = {**meta["base"]}  # refuses what is no mapping
+    if base and not {"name", "fingerprint"} <= base.keys():
+        raise UserError(f"{path} does not say which base model it belongs to; train it again")
+    return AdapterFile(kind, config, state, base, meta["prompt_style"])
 
 
 def _article(kind: str | None) -> str:
@@ -97,8 +105,8 @@ def _article(kind: str | None) -> str:
 def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
     """Method, n, targets and side of an original file, from its keys and shapes; its layout is ``published``."""
     names = set(state)
-    first = next(tensor for name, tensor in state.items() if ".ether_R" in name)
-    qkv = any(".attn.attn." in name for name in names)
+    name, first = next(iter(state.items()))
+    qkv = ".attn.attn." in name  # these have a leading 1
     if (first.dim() - qkv) == 3 and first.size(-1) == first.size(-2):
         method, blocks = "oft", first.size(-3)
     else:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.errors import command, reading
 from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 
@@ -77,7 +78,7 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; make it with "
-            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` from Hugging Face files"
+            f"`{command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}` from Hugging Face files"
         )
     return folder
 
@@ -250,7 +251,8 @@ def load_prompt_style(checkpoint_dir: Path | str) -> str:
     """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
-        return read_json(folder / PROMPT_STYLE)["style"]
+        with reading(folder / PROMPT_STYLE):
+            return str(read_json(folder / PROMPT_STYLE)["style"])
     settings = folder / "tokenizer_config.json"
     template = settings.is_file() and read_json(settings).get("chat_template")
     return "chat" if template or (folder / "chat_template.jinja").is_file() else "plain"

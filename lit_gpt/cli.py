@@ -5,19 +5,24 @@ jsonargparse; ``--config file.yaml``, ``--print_config`` and ``--help`` work eve
 line on stderr and a non-zero exit; ``--debug`` shows the traceback, which our own bugs (any other exception) always do.
 """
 
+import inspect
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import get_args
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr as Secret
+
+from lit_gpt.errors import UserError, out_of_memory
 
 __all__ = ["Secret", "build_parser", "run"]
 
-# What a person can cause and cure; anything else that escapes is a bug of ours and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError)
+GIVEN = "given"
+"""The argument of a ``setup`` that no flag sets: the names of the flags that were given, defaults or not."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -33,7 +38,7 @@ def build_parser(setup: Callable) -> ArgumentParser:
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the flags below.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    parser.add_function_arguments(setup, as_group=False)
+    parser.add_function_arguments(setup, as_group=False, skip={GIVEN})
     return parser
 
 
@@ -45,7 +50,7 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
         args: the command line, ``sys.argv[1:]`` by default.
 
     Raises:
-        SystemExit: 1 after a user's error, 2 after a mistake on the command line.
+        SystemExit: 1 after a user's error or a bug of ours, 2 after a mistake on the command line.
     """
     args = list(sys.argv[1:] if args is None else args)
     parser = build_parser(setup)
@@ -57,10 +62,14 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
     try:
         parsed = parser.parse_args(args)
         values = parser.instantiate_classes(parsed).as_dict()
-    except ArgumentError as error:
+        if empty := nulls(parser, parsed):
+            raise ArgumentError(None, f"null is no value of --{', --'.join(empty)}")
+    except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
         fail(f"{one_line(error)} (--help lists the flags)", code=2)
     for name in ("config", "debug"):
         values.pop(name)
+    if GIVEN in inspect.signature(setup).parameters:
+        values[GIVEN] = frozenset(parser.parse_args(args, defaults=False).keys())
     try:
         setup(**values)
     except KeyboardInterrupt:
@@ -68,10 +77,33 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): nothing is wrong, and there is no one left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
+    except Exception as error:
         if parsed.debug:
             raise
-        fail(one_line(error), code=1)
+        if is_curable(error):
+            fail(one_line(error), code=1)
+        if out_of_memory(error):
+            fail(f"out of memory: something smaller may fit ({one_line(error)[:200]})", code=1)
+        traceback.print_exc()
+        fail("a bug of ours, not a mistake of yours: please report the lines above and the command", code=1)
+
+
+def is_curable(error: Exception) -> bool:
+    """Return True for what a person can cause and cure: a wrong setting or file, the system, a missing package."""
+    if isinstance(error, ImportError):
+        return not (error.name or "").startswith("lit_gpt")
+    return isinstance(error, UserError | OSError)
+
+
+def nulls(parser: ArgumentParser, parsed: Namespace) -> list[str]:
+    """Return the flags that are null though their types do not allow it: jsonargparse lets a --config do that."""
+    return [
+        action.dest
+        for action in parser._actions
+        if action.default is not None
+        and parsed.get(action.dest, action) is None
+        and type(None) not in get_args(getattr(action, "_typehint", None))
+    ]
 
 
 def check_encoding(args: Sequence[str]) -> None:

@@ -10,6 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.errors import UserError, reading
+
+UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
+
 
 @dataclass
 class Config:
@@ -66,6 +70,7 @@ class Config:
     """Embedding and head are one tensor."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
@@ -74,6 +79,16 @@ class Config:
         kind = (self.rope_scaling or {}).get("rope_type", "default")
         if kind not in ("default", "linear", "llama3"):
             raise ValueError(f"{self.name or 'model'}: rope scaling '{kind}' is not supported (linear and llama3 are)")
+
+    def _check_types(self) -> None:
+        """Raise where a field of a config file is of another type than its default, or a size cannot be one."""
+        for field in fields(self):
+            value, plain = getattr(self, field.name), type(field.default)
+            right = isinstance(value, (int, float) if plain is float else plain) or field.default is None
+            least = int(plain is int and field.default > 0)  # 0 stands for another field's value, or for none
+            if not right or (plain is int and not least <= value < 2**31):
+                kind = f"an integer of at least {least}" if plain is int else f"a {plain.__name__}"
+                raise UserError(f"{self.name or 'model'}: {field.name} is {value!r}, expected {kind}")
 
     @property
     def q_size(self) -> int:
@@ -111,6 +126,11 @@ class Config:
             hf: the parsed file; older and newer spellings (``rope_theta``, ``rope_parameters``) are understood.
             name: the model's name, for people.
         """
+        with reading(f"config.json of {name or 'a model'}"):
+            return cls._from_hf(hf, name)
+
+    @classmethod
+    def _from_hf(cls, hf: dict[str, Any], name: str) -> "Config":
         architecture = (hf.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
             raise ValueError(
@@ -131,7 +151,8 @@ class Config:
             assert isinstance(stored, dict)
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
             raise ValueError(f"{path} is not a JSON object ({error}); convert the checkpoint again") from error
-        return cls.from_dict(stored)
+        with reading(path):
+            return cls.from_dict(stored)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Config":
@@ -164,6 +185,14 @@ def _original_architecture(stored: dict[str, Any]) -> str:
         return "PhiForCausalLM" if phi == {True} else "GPTNeoXForCausalLM"
     llamas = {"LLaMAMLP": "LlamaForCausalLM", "LLaMAMoE": "MixtralForCausalLM"}
     return llamas.get(layers[1], "") if layers[::2] == ("RMSNorm", False) and phi == {False} else ""
+
+
+def check_unquantized(hf: dict[str, Any], name: str) -> None:
+    """Raise where a ``config.json`` says that the weights beside it are quantized."""
+    how = isinstance(hf, dict) and (hf.get("quantization_config") or hf.get("compression_config"))
+    if how:
+        method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
+        raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
 def _shared_fields(hf: dict[str, Any], name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
+from lit_gpt.errors import UserError
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style
@@ -265,8 +266,8 @@ def load_split(path: Path | str) -> list[Sample]:
     try:
         sizes = content["lengths"].tolist()
         columns = [content[name].split(sizes) for name in NAMES]
-    except (KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -279,4 +280,8 @@ def read_data_config(data_dir: Path | str) -> dict:
     path = Path(data_dir) / DATA_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{data_dir} holds no {DATA_CONFIG}; {HOW_TO_PREPARE}")
-    return read_json(path)
+    facts = read_json(path)
+    texts = ("prompt_style", "checkpoint_dir", "tokenizer_sha256")
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in texts):
+        raise UserError(f"{path} does not say what prepared data is; {HOW_TO_PREPARE}")
+    return facts

@@ -10,6 +10,7 @@ Notable choices:
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
 from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state
 from lit_gpt.config import Config
+from lit_gpt.errors import command
 from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_modules
 from lit_gpt.lora import LoraLayer
@@ -100,8 +102,9 @@ def export_adapter(
     layers = adapted_layers(adapter, config, source=path)
     reasons = obstacles(adapter, config, layers)
     if reasons:
-        merge = f"scripts/merge_{adapter.kind}.py --checkpoint_dir {checkpoint_dir} --{adapter.kind}_path {path}"
-        raise ValueError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: python {merge}")
+        flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": path}
+        merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
+        raise ValueError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: {merge}")
     try:
         export = factorise(layers, config, load_state(checkpoint_dir / WEIGHTS))
     except ValueError as error:
@@ -238,5 +241,6 @@ def report(export: Export, config: Config, *, checkpoint_dir: Path, out_dir: Pat
     served = checkpoint_dir
     if not any([*checkpoint_dir.glob(pattern)] for pattern in HF_WEIGHTS):
         served = Path(f"{checkpoint_dir}-hf")
-        print(f"next: python scripts/convert_lit_checkpoint.py --checkpoint_dir {checkpoint_dir} --out_dir {served}")
-    print(f"next: vllm serve {served} --enable-lora --max-lora-rank {limit} --lora-modules {out_dir.name}={out_dir}")
+        print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
+    words = ["vllm", "serve", str(served), "--enable-lora", "--max-lora-rank", str(limit)]
+    print(f"next: {shlex.join([*words, '--lora-modules', f'{out_dir.name}={out_dir}'])}")

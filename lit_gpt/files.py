@@ -196,7 +196,8 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON, atomically."""
+    """Write JSON, atomically; what JSON has no number for (NaN, an infinity) becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -205,7 +206,7 @@ def read_json(path: Path | str) -> Any:
     """Read JSON; an error is one line that names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, a number or nesting beyond all measure
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

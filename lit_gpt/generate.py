@@ -60,7 +60,7 @@ def generate(
         raise ValueError("the prompt is empty: it needs at least one token")
     if len(prompt) > context:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
-    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if generator is None and temperature > 0:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
@@ -71,7 +71,9 @@ def generate(
     return _stream(model, prompt, choose, limit=limit, stop_ids=frozenset(stop_ids), cached=cached)
 
 
-def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int = 0
+) -> None:
     """Raise one ``ValueError`` that names every setting out of range."""
     problems = []
     if max_new_tokens < 0:
@@ -82,6 +84,8 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None
         problems.append(f"top_k must be 1 or more, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= seed < 2**64:
+        problems.append(f"seed must be 0 or more and below 2^64, not {seed}")
     if problems:
         raise ValueError("; ".join(problems))
 

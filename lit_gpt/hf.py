@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lit_gpt.config import Config
+from lit_gpt.config import UNQUANTIZED, Config
+from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, deinterleave_qkv, interleave_qkv
 
 State = dict[str, torch.Tensor]
@@ -75,6 +76,23 @@ LAYOUTS: dict[str, dict[str, str | tuple[str, ...]]] = {
 
 # Buffers that older transformers wrote beside the weights: constants the model computes for itself.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
+
+# Parts of names that tell how weights are quantized.
+_QUANTIZED = {
+    "qweight": "GPTQ or AWQ", "quant_state": "bitsandbytes", "SCB": "bitsandbytes", "absmax": "bitsandbytes",
+    "_blocks": "MXFP4", "weight_packed": "compressed-tensors",
+}  # fmt: skip
+# Weights are the first four; the others are buffers.
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
+
+
+def check_unquantized_weights(weights: State) -> None:
+    """Raise where the tensors of a Hugging Face checkpoint are quantized, whatever its config.json says."""
+    for key, tensor in weights.items():
+        if tensor.dtype not in _PLAIN and not _BUFFERS.search(key):
+            known = (kind for part, kind in _QUANTIZED.items() if any(part in key for key in weights))
+            kind = next(known, str(tensor.dtype).removeprefix("torch."))
+            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized ({kind}); {UNQUANTIZED}")
 
 
 def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:

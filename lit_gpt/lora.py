@@ -19,6 +19,7 @@ from lit_gpt.adapter import (
     merge_adapter_weights,
     replace_targets,
 )
+from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 
 
@@ -41,7 +42,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"the rank must be at least 1, got {self.r}")
+            raise UserError(f"the rank must be at least 1, got {self.r}")
+        if not math.isfinite(self.alpha) or self.r >= 2**31:
+            raise UserError(f"rank {self.r} and alpha {self.alpha} make no scale")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 

@@ -36,6 +36,7 @@ from lit_gpt.checkpoint import (
     weights_dtype,
 )
 from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.errors import command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
@@ -103,7 +104,7 @@ def merge_adapter(
                 f"verified on {origin}: logits differ by at most {gap:.1e} ({relative:.1e} relative), KL of the merged "
                 f"from the unmerged model {divergence:.1e} nats a token"
             )
-    print(f"merged model: {out_dir}\ntalk to it: python chat/base.py --checkpoint_dir {out_dir}")
+    print(f"merged model: {out_dir}\ntalk to it: {command('chat/base.py', checkpoint_dir=out_dir)}")
 
 
 def open_base(checkpoint_dir: Path | str) -> tuple[GPT, State]:

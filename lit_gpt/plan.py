@@ -5,7 +5,8 @@ help. ``make_plan`` checks all of them together and works out the rest.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
@@ -19,6 +20,7 @@ from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
 from lit_gpt.devices import STRATEGIES
+from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS
 from lit_gpt.files import file_sha256
 from lit_gpt.model import GPT
@@ -119,6 +121,7 @@ class Job:
         adapter: the adapter's config; None for full finetuning.
         weight_decay: the default.
         init_from: an adapter file to continue from.
+        given: names of the flags that were given, which ``init_from`` must not contradict.
     """
 
     method: str
@@ -126,6 +129,7 @@ class Job:
     adapter: Any = None
     weight_decay: float = 0.01
     init_from: str | None = None
+    given: Collection[str] = ()
 
 
 @dataclass
@@ -181,6 +185,7 @@ def make_plan(
     overwrite: bool,
     resume: bool = False,
     unfit: Sequence[str] = (),
+    seed: int = 0,
 ) -> Plan:
     """Check all arguments together and work out the rest; ``unfit`` are problems that were found before.
 
@@ -205,11 +210,15 @@ def make_plan(
     sources = [job.init_from, io.checkpoint_dir]
     problems.attempt(check_run_dir, run_dir, io, sources=sources, overwrite=overwrite, resume=resume)
     n_samples = train.epochs * (train.epoch_size or len(train_set or []))
+    if n_samples >= 2**31:  # their order is drawn at once
+        problems.append(f"--train.epochs times --train.epoch_size are {n_samples} samples, expected less than 2^31")
     n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
     if train.max_steps is not None:
         n_steps = min(n_steps, train.max_steps)
     n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
     problems += check_train_args(train, n_steps=n_steps if train_set else None, n_warmup=n_warmup, processes=processes)
+    if not 0 <= seed <= 2**32 - max(1, processes):  # each process draws from a seed of its own
+        problems.append(f"--seed must be 0 or more and below 2^32, got {seed}")
     problems += check_reporting(io, eval)
     problems += check_strategy(job, strategy, quantize=quantize, monitor=train.monitor)
     max_seconds = problems.attempt(parse_duration, train.max_time)
@@ -339,7 +348,7 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
     if tokenizer.sha256 != data["tokenizer_sha256"]:
         raise ValueError(
             f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
-            f"prepare it again with --checkpoint_dir {base_dir}"
+            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
         )
     check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
     longest = max(map(length, samples))
@@ -370,9 +379,11 @@ def settle_adapter(job: Job) -> Job:
     found = load_adapter(job.init_from, job.kind).config
     default, chosen = vars(type(found)()), vars(job.adapter)
     dropouts = {name: value for name, value in chosen.items() if name.endswith("dropout")}
+    given = {flag.removeprefix(f"{job.kind}_") for flag in job.given}
     for name, value in vars(found).items():
-        if name not in dropouts and chosen[name] not in (default[name], value):
-            raise ValueError(
+        meant = name in given or chosen[name] != default[name]
+        if meant and name not in dropouts and chosen[name] != value:
+            raise UserError(
                 f"{job.init_from} was trained with {name} = {value}, a flag says {chosen[name]}; leave the flag out: "
                 "the file's own settings are used"
             )
@@ -406,13 +417,15 @@ def check_train_args(train: TrainArgs, *, n_steps: int | None, n_warmup: int, pr
         "patience",
     ):
         value = getattr(train, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             problems.append(f"--train.{name} must be positive, got {value}")
     if not problems and train.global_batch_size % (train.micro_batch_size * max(1, processes)):
         problems.append(
             f"--train.global_batch_size {train.global_batch_size} is not a multiple of --train.micro_batch_size "
             f"{train.micro_batch_size} times {processes} process(es)"
         )
+    if train.weight_decay is not None and not 0 <= train.weight_decay < math.inf:
+        problems.append(f"--train.weight_decay must be 0 or more, got {train.weight_decay}")
     if train.skip_nonfinite < 0:
         problems.append(f"--train.skip_nonfinite must be 0 or more, got {train.skip_nonfinite}")
     if n_steps is not None and not 0 <= n_warmup < max(1, n_steps):

@@ -58,7 +58,8 @@ class Metrics:
     def write(self, **values: Any) -> None:
         """Add a row; columns that are not given stay empty."""
         self.rows.append(values)
-        self._writer.writerow({name: value if name in NAMES else f"{value:.6g}" for name, value in values.items()})
+        # Words, and counters to the last digit; six digits of what was measured.
+        self._writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
         self._file.flush()
 
     def text(self) -> str:

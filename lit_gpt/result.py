@@ -7,6 +7,7 @@ import torch
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
+from lit_gpt.errors import command
 from lit_gpt.files import staged_dir
 from lit_gpt.model import GPT
 from lit_gpt.plan import Job, Plan
@@ -43,6 +44,7 @@ def load_result(model: GPT, folder: Path, *, job: Job) -> None:
 def next_command(job: Job, plan: Plan) -> str:
     """What to type when a run has ended."""
     if job.adapter is None:
-        return f"python chat/base.py --checkpoint_dir {plan.run_dir / FINAL}"
+        return command("chat/base.py", checkpoint_dir=plan.run_dir / FINAL)
     path = plan.run_dir / KINDS[job.kind].file_name
-    return f"python scripts/merge_{job.kind}.py --checkpoint_dir {plan.base_dir} --{job.kind}_path {path}"
+    flags = {"checkpoint_dir": plan.base_dir, f"{job.kind}_path": path}
+    return command(f"scripts/merge_{job.kind}.py", **flags)

@@ -7,6 +7,7 @@
 """
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -321,7 +322,7 @@ class Run:
         """Whether the last validation is the best one; by the responses, where there are any."""
         at = self.at
         which = 1 if math.isfinite(at.after[1]) else 0
-        if at.best_step and not at.after[which] < at.best[which]:
+        if not math.isfinite(at.after[which]) or at.after[which] >= at.best[which]:  # never of nan: none is best yet
             at.worse += 1
             return False
         at.best, at.best_step, at.worse = at.after, at.step, 0
@@ -330,6 +331,9 @@ class Run:
     def take_best(self) -> None:
         """Go back to the best step's result."""
         folder, at = checkpoint_folder(self.plan.run_dir, self.at.best_step), self.at
+        if not at.best_step:
+            self.say(f"no validation gave a finite loss: the result is that of step {at.step}")
+            return
         problem = damage(folder)
         if problem is None:
             load_result(self.model.module, folder, job=self.job)
@@ -398,7 +402,7 @@ class Run:
         why = signal.Signals(received).name if received else f"--train.max_time {self.args.max_time} is over"
         print(
             f"{why}: saved {checkpoint_folder(self.plan.run_dir, self.at.step)}; the same command with "
-            f"--io.out_dir {self.plan.run_dir} --resume true goes on from there"
+            f"--io.out_dir {shlex.quote(str(self.plan.run_dir))} --resume true goes on from there"
         )
         if received:
             raise SystemExit(128 + received)

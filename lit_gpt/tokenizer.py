@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jinja2
 
+from lit_gpt.errors import reading
 from lit_gpt.files import read_json, write_json
 from lit_gpt.templates import compile_template
 from lit_gpt.tokenizer_files import ANCHORS, open_backend, token_text
@@ -48,6 +49,10 @@ class Tokenizer:
             ValueError: a file is corrupt; the message names it.
         """
         self.dir = Path(checkpoint_dir)
+        with reading(f"the tokenizer of {self.dir}"):
+            self._read()
+
+    def _read(self) -> None:
         self.config = self._read_optional("tokenizer_config.json")
         special_map = self._read_optional("special_tokens_map.json")
         self.special_tokens = {

@@ -98,7 +98,7 @@ def finetune(
     unfit = check_launch(devices, num_nodes)
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(**shared, devices=devices, num_nodes=num_nodes, patience=PATIENCE[job.kind])
-    shared |= dict(io=io, train=train, eval=eval, quantize=quantize, overwrite=overwrite, resume=resume)
+    shared |= dict(io=io, train=train, eval=eval, quantize=quantize, overwrite=overwrite, resume=resume, seed=seed)
     job = together(lambda: settle_adapter(job))
     plan = together(lambda: make_plan(job, **shared, processes=devices * num_nodes, unfit=unfit))
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.

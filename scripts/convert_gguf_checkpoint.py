@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.errors import command
 from lit_gpt.files import map_or_read, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
@@ -99,7 +100,7 @@ def setup(
             write_json(staging / "tokenizer_config.json", tokenizer_config(metadata, config))
             (staging / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
-    print(f"next: python chat/base.py --checkpoint_dir {checkpoint_dir}")
+    print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import run
-from lit_gpt.config import Config
+from lit_gpt.config import Config, check_unquantized
+from lit_gpt.errors import command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
-from lit_gpt.hf import State, hf_modules, hf_to_lit
+from lit_gpt.hf import State, check_unquantized_weights, hf_modules, hf_to_lit
 
 
 def setup(
@@ -44,6 +45,7 @@ def setup(
         if twice := weights.keys() & found:
             raise ValueError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
+    check_unquantized_weights(weights)
     weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
     config = untie_where_different(weights, config)
     lit = hf_to_lit(weights, config)
@@ -51,7 +53,7 @@ def setup(
     write_json(checkpoint_dir / "lit_config.json", config.to_dict())
     count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
     print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / 'lit_model.pth'}")
-    print(f"next: python chat/base.py --checkpoint_dir {checkpoint_dir}")
+    print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
@@ -60,11 +62,12 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
-    again = f"get them with: python scripts/download.py --repo_id {repo_id(checkpoint_dir)}"
+    again = f"get them with: {command('scripts/download.py', repo_id=repo_id(checkpoint_dir))}"
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
+    check_unquantized(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
     for kind, main in (("safetensors", "model"), ("bin", "pytorch_model")):
         whole, index = checkpoint_dir / f"{main}.{kind}", checkpoint_dir / f"{main}.{kind}.index.json"
         if whole.is_file():  # before an index, as in transformers
@@ -72,8 +75,9 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
                 print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
             return [whole]
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
+            with reading(index):
+                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+                absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
             if absent or not shards:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
             return [checkpoint_dir / name for name in shards]

@@ -8,6 +8,7 @@ Face checkpoint there and back gives the same tensors, bit for bit.
 """
 
 import re
+import shlex
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -71,7 +72,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         if re.fullmatch(OUR_WEIGHTS, path.name) and path.name not in current:
             path.unlink()  # of a larger model that was here before: transformers would mix them
     print(f"{config.name}: {config.architecture} -> {out_dir}")
-    print(f"next: AutoModelForCausalLM.from_pretrained('{out_dir}') in transformers, or: vllm serve {out_dir}")
+    serve = shlex.join(["vllm", "serve", str(out_dir)])
+    print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
 
 
 def synthesised(checkpoint_dir: Path, config: Config) -> dict[str, Any]:

@@ -9,17 +9,20 @@ that was cut off goes on where it stopped. A model that is not listed works too 
 
 import difflib
 import errno
+import json
 import os
 import socket
 import ssl
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import Secret, run
-from lit_gpt.config import KNOWN_MODELS
+from lit_gpt.config import KNOWN_MODELS, check_unquantized
+from lit_gpt.errors import command
 
 WEIGHTS = {True: ("model", ".safetensors"), False: ("pytorch_model", ".bin")}
 SIDE_FILES = (".json", ".model", ".jinja", "merges.txt")
@@ -54,7 +57,7 @@ def setup(
         raise ValueError("the access token holds characters that no token has; copy it again")
     fetch(repo_id, folder, from_safetensors=from_safetensors, token=token or None, revision=revision)
     print(f"{repo_id} -> {folder}")
-    print(f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
+    print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
 
 
 def nearest(repo_id: str) -> str:
@@ -89,6 +92,19 @@ def is_local(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, network) and error.errno not in (None, *unreachable)
 
 
+def refuse_quantized(repo_id: str, **options: Any) -> None:
+    """Raise where the repo's config.json, which is fetched alone and not kept, says that its weights are quantized."""
+    from huggingface_hub import hf_hub_download
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
+    try:
+        described = json.loads(text)
+    except ValueError:
+        return  # for the converter to say
+    check_unquantized(described, repo_id)
+
+
 def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **options: Any) -> None:
     """Download a repo's files into ``folder``.
 
@@ -108,10 +124,12 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **option
     unreachable = (OSError, *(library.TransportError for library in libraries))
     by_hand = (
         f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
-        f"hand and go on with: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}"
+        f"hand and go on with: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}"
     )
     try:
         names = [file.rfilename for file in HfApi().model_info(repo_id, timeout=30, **options).siblings or []]
+        if "config.json" in names:
+            refuse_quantized(repo_id, **options)
         files = wanted_files(names, repo_id, from_safetensors=from_safetensors)
         snapshot_download(repo_id, local_dir=folder, allow_patterns=files, **options)
     except errors.GatedRepoError as error:

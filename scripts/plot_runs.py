@@ -6,12 +6,14 @@ Works on unfinished runs too: it reads their metrics.csv.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import run
+from lit_gpt.errors import UserError
 from lit_gpt.files import refuse_existing
 from lit_gpt.report import METRICS, compare_runs, read_metrics
 
@@ -33,6 +35,8 @@ def setup(
         column: What to draw, a column of metrics.csv: val_response_loss, val_loss, loss, grad_norm or learning_rate.
         overwrite: Replace a picture that is there.
     """
+    if not runs:
+        raise UserError("--runs names no run folder")
     refuse_existing([Path(out)], overwrite)
     curves = {}
     for name, folder in labels([Path(folder) for folder in runs]).items():
@@ -41,7 +45,7 @@ def setup(
         if not curves[name]:
             raise ValueError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
     compare_runs(out, curves, label=LABELS.get(column, column))
-    for name, points in sorted(curves.items(), key=lambda item: item[1][-1][1]):
+    for name, points in sorted(curves.items(), key=lambda item: (math.isnan(item[1][-1][1]), item[1][-1][1])):
         print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
     print(f"wrote {out}")
 

@@ -13,8 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_gpt import GPT, Config
-from lit_gpt.adapter import adapter_layers, adapter_parameters, adapters_off, mark_only_adapter_as_trainable
-from lit_gpt.adapter_files import attach_adapter, load_adapter, save_adapter
+from lit_gpt.adapter import (
+    adapter_layers,
+    adapter_parameters,
+    adapter_state,
+    adapters_off,
+    mark_only_adapter_as_trainable,
+)
+from lit_gpt.adapter_files import attach_adapter, infer_ether_config, load_adapter, save_adapter
 from lit_gpt.ether import (
     METHODS,
     EtherConfig,
@@ -374,6 +380,18 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
         assert relative(gpt(expected["input_ids"]), expected["logits"]) < 1e-5
         merge_ether_weights(gpt)
         assert relative(gpt(expected["input_ids"]), expected["merged_logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("model", ["mha_bias", "gqa_tied"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("targets", [TARGETS, ("head",), ("head", "query"), ("query",), ("projection", "mlp")])
+def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method, targets):
+    """With the head's tensor first, which has one dimension less than q's, OFT was read as ETHER."""
+    state = adapter_state(build(model, method, targets=targets))
+    for names in (sorted(state), sorted(state, reverse=True)):
+        found = infer_ether_config({name: state[name] for name in names})
+        assert (found.Htype, found.nb) == (method, 2)
+        assert {target for target in TARGETS if getattr(found, target)} == {*targets}
 
 
 def test_refusals_say_what_to_do():

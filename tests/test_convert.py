@@ -382,11 +382,25 @@ def lose_a_shard(folder: Path) -> None:
 
 
 NORM = "model.layers.0.input_layernorm.weight"
+GPTQ, FP8 = {"quant_method": "gptq", "bits": 4}, torch.float8_e4m3fn
+INDEX = "model.safetensors.index.json"
 REFUSALS = {
     "no folder": (lambda d: shutil.rmtree(d), "is not a folder.*download.py"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json.*download.py --repo_id"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json of .* does not hold what it sh"),
+    "sizes are words": (
+        lambda d: edit_config(d, hidden_size="large"),
+        "config.json of .* does not hold what it should",
+    ),
+    "negative heads": (
+        lambda d: edit_config(d, num_key_value_heads=-1),
+        "n_query_groups is -1, expected an integer of",
+    ),
+    "nested too deep": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is not valid JSON"),
+    "index is a list": (lambda d: (d / INDEX).write_text("[1]"), f"{INDEX} does not hold what it should"),
+    "index of numbers": (lambda d: write_json(d / INDEX, {"weight_map": {"a": 1}}), f"{INDEX} does not hold what it"),
     "architecture": (
         lambda d: edit_config(d, architectures=["OPTForCausalLM"]),
         "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
@@ -403,6 +417,20 @@ REFUSALS = {
     "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),
     "shape": (lambda d: change(d, **{NORM: torch.zeros(5)}), rf"{NORM} has shape \(5,\); .* \(24,\)"),
     "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"q_proj.* have \[24, 12, 12\] rows"),
+    "quantized": (lambda d: edit_config(d, quantization_config=GPTQ), r"quantized .gptq.; get the unquantized model"),
+    "quantized, other files": (
+        lambda d: (edit_config(d, quantization_config={"load_in_4bit": True}), (d / "model.safetensors").unlink()),
+        r"quantized .bitsandbytes.; get the unquantized",
+    ),
+    "compressed": (lambda d: edit_config(d, compression_config={"quant_method": "x"}), r"quantized .x.; get the"),
+    "int8": (lambda d: change(d, **{NORM: torch.ones(24, dtype=torch.int8)}), rf"{NORM} is torch.int8.*quantized"),
+    "fp8": (lambda d: change(d, **{NORM: torch.ones(24).to(FP8)}), rf"{NORM} is torch.float8.*.float8_e4m3fn.; get"),
+    "AWQ": (lambda d: change(d, **{"a.qweight": torch.ones(2, dtype=torch.int32)}), r"quantized .GPTQ or AWQ.; get"),
+    "bitsandbytes": (
+        lambda d: change(d, **{NORM: torch.ones(9, dtype=torch.uint8), f"{NORM}.absmax": torch.ones(1)}),
+        r"quantized .bitsandbytes.; get the unquantized model",
+    ),
+    "MXFP4": (lambda d: change(d, **{"a.w_blocks": torch.ones(2, dtype=torch.uint8)}), r"quantized .MXFP4.; get the"),
     "layers": (lambda d: edit_config(d, num_hidden_layers=1), "9 not known"),
 }
 

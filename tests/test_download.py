@@ -25,13 +25,19 @@ BOTH = (
 REPOS = {
     "tiny/both": BOTH,
     "tiny/bin": [name for name in BOTH if name != "model.safetensors"],
+    "tiny/quantized": BOTH,
     "tiny/none": ["README.md", "config.json"],
     "tiny/sharded": ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
                      "model.safetensors.index.json"],
 }  # fmt: skip
 
 
-def content(name: str) -> bytes:
+QUANTIZED = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq"}})
+
+
+def content(name: str, repo: str = "") -> bytes:
+    if (repo, name) == ("tiny/quantized", "config.json"):
+        return QUANTIZED.encode()
     return f"content of {name}".encode()
 
 
@@ -64,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
             info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
             return self.answer(200, {}, json.dumps(info).encode())
         name = "/".join(parts[4:])
-        return self.answer(200, {"ETag": f'"{etag(name)}"', "X-Repo-Commit": COMMIT}, content(name))
+        return self.answer(200, {"ETag": f'"{etag(name)}"', "X-Repo-Commit": COMMIT}, content(name, repo))
 
     def answer(self, code: int, headers: dict[str, str] | None = None, body: bytes = b"{}") -> None:
         self.send_response(code)
@@ -158,6 +164,7 @@ FAILURES = {
     "server error": (["tiny/broken"], {}, "HTTP 501.*try again later"),
     "offline": (["tiny/both"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set.*by hand and go on with"),
     "unreachable": (["tiny/both"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be reached.*by hand and go on"),
+    "quantized": (["tiny/quantized"], {}, r"tiny/quantized: its weights are quantized .awq.; get the unquantized mod"),
     "form": (["SmolLM2-135M"], {}, "not of the form ORG/NAME; did you mean HuggingFaceTB/SmolLM2-135M"),
 }
 

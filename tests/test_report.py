@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_train import refusal, script
 
+from lit_gpt.checkpoint import write_json
 from lit_gpt.cli import run
 from lit_gpt.report import COLUMNS, Metrics, Reporter, read_metrics
 
@@ -34,6 +35,21 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_held(tmp_path):
     again.write(step=2, val_loss=2.0, val_response_loss=1.0)
     assert read_metrics(tmp_path / "metrics.csv")[1] == {"step": 2, "val_loss": 2.0, "val_response_loss": 1.0}
     assert again.text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_counters_keep_all_their_digits(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.csv")
+    metrics.write(step=1234567, samples=12345678, tokens=2345678901, seconds=1.5, loss=1.23456789)
+    assert metrics.text().splitlines()[1] == "1234567,12345678,2345678901,1.23457,,,1.5,,"
+    row = read_metrics(tmp_path / "metrics.csv")[0]
+    assert (row["step"], row["samples"], row["tokens"]) == (1234567, 12345678, 2345678901)
+
+
+def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
+    """NaN is no JSON: other readers refuse the whole file."""
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [float("-inf"), 1, True, None, 0.1], "é": {"c": "NaN"}})
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert content == {"a": None, "b": [None, 1, True, None, 0.1], "é": {"c": "NaN"}}
 
 
 def record(reporter: Reporter) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from lit_gpt.cli import run
 from lit_gpt.data import load_split, prepare, save_split
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
-from lit_gpt.run import learning_rate
+from lit_gpt.run import Position, Run, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
@@ -342,6 +343,26 @@ def test_early_stopping_keeps_the_best_step(work, tmp_path, capsys):
     kept = load_model(tmp_path / f"run/checkpoints/step-{best + 1:06d}/final").state_dict()
     result = load_model(tmp_path / "run" / "final").state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in result.items())
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("validations", "best", "worse"),
+    [
+        ([NAN, 4, 3, 2], 4, 0), ([NAN, 4, NAN, 5], 2, 2), ([INF, NAN], 0, 2), ([3, NAN, INF, 2.5], 4, 0),
+        ([-INF, 3], 2, 0), ([3, 3, 2, 4], 3, 1),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_is_never_the_best(validations, best, worse):
+    """Nothing is lower than NaN: a first validation of NaN stayed the best, and the run ended early with its result."""
+    at = Position()
+    for at.step, loss in enumerate(validations, 1):
+        at.after = (loss, loss)
+        better = Run.compare_with_best(SimpleNamespace(at=at))
+        assert better == (at.best_step == at.step)
+    assert (at.best_step, at.worse) == (best, worse)
 
 
 def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):

@@ -20,7 +20,8 @@ def accuracy(path: Path) -> str:
 
 def change(summary: dict, name: str) -> tuple[str, str]:
     """The values before and after training of the summary's `name`."""
-    return tuple(f"{summary[f'{name}_{when}']:.4f}" for when in ("before", "after"))
+    values = (summary[f"{name}_{when}"] for when in ("before", "after"))
+    return tuple("none" if value is None else f"{value:.4f}" for value in values)  # null: it was not finite
 
 
 def rows(run_dir: Path) -> list[tuple[str, str, str]]:

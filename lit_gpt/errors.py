@@ -1,0 +1,47 @@
+"""Tell what the person at the command line can cure from bugs of ours, and print commands that a shell takes as meant.
+
+A module at the bottom of the import order: everything may import it, and it imports nothing of ours.
+"""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class UserError(ValueError):
+    """What was given cannot work, and whoever gave it can change that: ``cli`` shows its text in one line.
+
+    Any other ``ValueError`` is a bug of ours, which keeps its traceback.
+    """
+
+
+def command(script: str, **flags: Any) -> str:
+    """Return the command that runs a script with these flags, quoted for a shell where a path needs it."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", script, *words])
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Inside, whatever a file of another shape than expected makes Python stumble on is an error that names the file.
+
+    For code that reads and nothing else: a bug of ours inside would be taken for the file's. --debug shows the place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{path} does not hold what it should ({reason}); get it, or make it, again") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return True where an error says that memory ran out: Python's and NumPy's, a GPU's, PyTorch's on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
