@@ -28,6 +28,7 @@ from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
 from lit_gpt.cli import run
 from lit_gpt.conversations import LEFT_OUT, hidden_roles
+from lit_gpt.errors import UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
 from lit_gpt.prompts import CHAT, check_style, encode_prompt
@@ -95,7 +96,7 @@ def answer(
     tokenizer.check_ids(prompt, model.config.padded_vocab_size)
     context = model.config.block_size
     if len(prompt) >= context:
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
         )
     ids: list[int] = []
@@ -131,7 +132,7 @@ def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) 
     if style == CHAT:
         return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True), bos=False)
     if len(messages) > 1:
-        raise ValueError(f"prompt style {style} takes one prompt, a conversation needs the model's chat template")
+        raise UserError(f"prompt style {style} takes one prompt, a conversation needs the model's chat template")
     return encode_prompt(tokenizer, style, instruction=messages[0]["content"])
 
 
@@ -211,7 +212,7 @@ def chat_terminal(conversation: Conversation) -> None:
             print(reply.summary(), file=sys.stderr)
         except KeyboardInterrupt:  # before the answer began, or after it ended
             print()
-        except ValueError as error:
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -247,7 +248,7 @@ def read_pipe() -> str:
     """All of stdin, without the newline that ``echo`` adds."""
     text = _clean(sys.stdin.read()).rstrip("\n")
     if not text.strip():
-        raise ValueError('stdin is empty, a prompt was expected: echo "..." | python chat/base.py --checkpoint_dir DIR')
+        raise UserError('stdin is empty, a prompt was expected: echo "..." | python chat/base.py --checkpoint_dir DIR')
     return text
 
 
@@ -275,10 +276,10 @@ def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, prec
     for check in checks:
         try:
             check()
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
+        raise UserError("; ".join(dict.fromkeys(problems)))
 
 
 def setup(

@@ -36,6 +36,7 @@ from lit_gpt.adapter import (
     mark_only_adapter_as_trainable,
 )
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.memory import meta_model, spread_evenly, twin
@@ -68,7 +69,7 @@ def choose_variants(
             adapter = EtherConfig(Htype=method, nb=n, **chosen)
             try:
                 check_blocks(model, adapter)
-            except ValueError as error:
+            except UserError as error:
                 left_out.append(f"{name} n={n} is left out: {error}")
             else:
                 variants.append(Variant(f"{name} n={n}", adapter))

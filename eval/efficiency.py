@@ -23,6 +23,7 @@ from lit_gpt.adapter import TARGETS
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
 from lit_gpt.cli import run
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, prepare_out_dir, write_json
 from lit_gpt.memory import meta_model
 
@@ -126,7 +127,7 @@ def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, publis
 def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None) -> Config:
     """The sizes of the model that is asked for."""
     if (model_name is None) == (checkpoint_dir is None):
-        raise ValueError("give --model_name NAME (`python scripts/download.py` lists them) or --checkpoint_dir DIR")
+        raise UserError("give --model_name NAME (`python scripts/download.py` lists them) or --checkpoint_dir DIR")
     config = Config.from_name(model_name) if model_name else load_config(check_checkpoint_dir(checkpoint_dir))
     return config if n_layer is None else replace(config, n_layer=n_layer)
 
@@ -141,7 +142,7 @@ def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], r
     if not targets or not {*targets} <= {*TARGETS}:
         problems.append(f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> None:
@@ -150,7 +151,7 @@ def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> No
     on_gpu = device.type == "cuda"
     have = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
-        raise ValueError(
+        raise UserError(
             f"--time true: {need / 1e9:.1f} GB of weights do not fit the {have / 1e9:.1f} GB of this {device.type}; "
             "time fewer layers, with --n_layer 2"
         )

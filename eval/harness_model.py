@@ -26,6 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_gpt.errors import UserError
 from lit_gpt.generate import generate
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ class HarnessModel(TemplateLM):
         """
         try:
             return self._render(chat_history, add_generation_prompt)
-        except ValueError as error:
+        except UserError as error:
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise
@@ -121,7 +122,7 @@ class HarnessModel(TemplateLM):
         text = self.tokenizer.render_chat([*before, {**last, "content": last["content"] + CONTINUE_HERE}])
         head, found, tail = text.rpartition(CONTINUE_HERE.strip())
         if not found:
-            raise ValueError(f"the chat template of {self.tokenizer.dir} leaves out the beginning of an answer")
+            raise UserError(f"the chat template of {self.tokenizer.dir} leaves out the beginning of an answer")
         return head if tail.startswith(" ") else head.rstrip()  # a template that strips the message strips its space
 
     # Log-likelihoods
@@ -170,7 +171,7 @@ class HarnessModel(TemplateLM):
         requests_of, tail_length = defaultdict(list), defaultdict(int)
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
-                raise ValueError(
+                raise UserError(
                     f"a continuation of {len(continuation)} tokens can't be scored by a model whose context holds "
                     f"{self.max_length}"
                 )
@@ -263,7 +264,7 @@ class HarnessModel(TemplateLM):
         stops = [stop for stop in stops if stop]
         room = self.max_length - settings["max_gen_toks"]
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"the task generates up to {settings['max_gen_toks']} tokens, which leaves no room for its prompt in "
                 f"the model's context of {self.max_length}"
             )

@@ -28,6 +28,7 @@ from eval.tasks import harness_seeds, load_tasks, quiet_harness
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
 from lit_gpt.cli import run
+from lit_gpt.errors import UserError
 from lit_gpt.files import write_json
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
@@ -146,13 +147,13 @@ def setup(
     ):
         try:
             check(*values)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
-        raise ValueError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
+        raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
     adapter = {"ether_path": ether_path, "lora_path": lora_path}

@@ -32,6 +32,8 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
+from lit_gpt.errors import UserError
+
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 """Folders of the harness that hold the tasks of the paper."""
 OLD_NAMES = {
@@ -96,14 +98,14 @@ class Factory(TaskFactory):
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         described = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
         if described.get("unsafe_code") and not self.run_code:
-            raise ValueError(
+            raise UserError(
                 f"task {entry.name} runs the code that the model writes, on this machine: give "
                 "--confirm_run_unsafe_code true where that may happen, or leave the task out"
             )
         try:
             return super()._build_task(entry, overrides)
         except Exception as error:  # tasks are code of others, which raises anything for want of a package or a file
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else UserError
             raise kind(f"task {entry.name} can't be loaded: {error or type(error).__name__}") from error
 
 
@@ -132,9 +134,9 @@ def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
             problems.append(f"no task matches {name!r}" + (f"; the nearest: {', '.join(near)}" if near else ""))
         resolved += found
     if problems:
-        raise ValueError("; ".join(problems) + " (`lm-eval ls tasks` lists all)")
+        raise UserError("; ".join(problems) + " (`lm-eval ls tasks` lists all)")
     if not resolved:
-        raise ValueError("no tasks to evaluate: give --eval_tasks \"['arc_challenge', 'truthfulqa_mc']\"")
+        raise UserError("no tasks to evaluate: give --eval_tasks \"['arc_challenge', 'truthfulqa_mc']\"")
     return manager, list(dict.fromkeys(resolved))
 
 
@@ -154,7 +156,7 @@ class Splits(datasets.DatasetDict):
     source: str = ""
 
     def __missing__(self, split: str) -> Any:
-        raise ValueError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
+        raise UserError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
 
 
 def cache_of(folder: Path) -> str:
@@ -203,13 +205,13 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
 def explain(error: Exception, what: str, command: str, *, local: bool) -> Exception:
     """What to raise where the data set `what` can't be read from its folder, or else from the Hub."""
     if any(sign in str(error) for sign in ("ataset script", "trust_remote_code")):
-        return ValueError(
+        return UserError(
             f"data set {what} is a loading script, which `datasets` does not run any more; give a parquet copy under "
             f"--data_dir where the Hub has one (into an empty folder: `{command} --revision refs/convert/parquet`), "
             "or leave the task out"
         )
     if local:
-        return ValueError(f"{what} can't be read: {error}; get it again: `{command}`")
+        return UserError(f"{what} can't be read: {error}; get it again: `{command}`")
     return FileNotFoundError(
         f"data set {what} is not to be had from the Hub ({error}); on a machine without internet give "
         f"--data_dir DIR, filled where there is internet: `{command}`"

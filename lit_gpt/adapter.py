@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 from lit_gpt.reflections import working_dtype
 
@@ -117,7 +118,7 @@ class AdapterLayer(nn.Linear):
         if self.merged:
             return
         if self.quantized is not None:
-            raise ValueError("a quantized weight cannot take an adapter; merge its file into the unquantized base")
+            raise UserError("a quantized weight cannot take an adapter; merge its file into the unquantized base")
         wide = working_dtype(self.weight.dtype)
         rows = [
             self.merged_rows(part, self.weight[part.rows].to(wide)) if part.adapted else self.weight[part.rows]
@@ -125,7 +126,7 @@ class AdapterLayer(nn.Linear):
         ]
         weight = torch.cat([part.to(self.weight.dtype) for part in rows])
         if not torch.isfinite(weight).all():
-            raise ValueError(
+            raise UserError(
                 "merging gives weights that are not finite: the adapter holds a zero vector, NaN or infinity"
             )
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -162,10 +163,10 @@ def _targets_of(name: str) -> set[str]:
 def replace_targets(model: GPT, config: Any, *, plain: type[AdapterLayer], fused: type[AdapterLayer]) -> None:
     """Put an adapter layer, ``plain`` or ``fused`` (q, k, v), in the place of every Linear that the config names."""
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
-        raise ValueError("the model already has an adapter; merge it first")
+        raise UserError("the model already has an adapter; merge it first")
     found = list(linear_targets(model, config))
     if not found:
-        raise ValueError(f"no adapter target is enabled; enable at least one of {', '.join(TARGETS)}")
+        raise UserError(f"no adapter target is enabled; enable at least one of {', '.join(TARGETS)}")
     for _, parent, attribute, linear, targets in found:
         layer = fused if isinstance(linear, QKVLinear) else plain
         setattr(parent, attribute, layer(linear, config, targets))
@@ -202,8 +203,8 @@ def merge_adapter_weights(model: GPT) -> None:
     for name, layer in adapter_layers(model):
         try:
             layer.merge()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         if name == "lm_head":
             model.config.tie_embeddings = False
 

@@ -82,13 +82,13 @@ def load_adapter(path: Path | str, kind: str) -> AdapterFile:
 def _parse_adapter(content: dict[str, Any], path: Path | str, kind: str) -> AdapterFile:
     state, meta = content.get("model"), content.get("config")
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not an adapter file: it holds no adapter under 'model'")
+        raise UserError(f"{path} is not an adapter file: it holds no adapter under 'model'")
     if meta is None:
         if kind != "ether" or not all(".ether_R" in name for name in state):
-            raise ValueError(f"{path} is not {_article(kind)} adapter: no 'config', and its keys are not ETHER's")
+            raise UserError(f"{path} is not {_article(kind)} adapter: no 'config', and its keys are not ETHER's")
         return AdapterFile("ether", infer_ether_config(state), state, {}, None)
     if meta.get("kind") != kind:
-        raise ValueError(f"{path} holds {_article(meta.get('kind'))} adapter; {_article(kind)} one was expected")
+        raise UserError(f"{path} holds {_article(meta.get('kind'))} adapter; {_article(kind)} one was expected")
     config_class = KINDS[kind].config_class
     known = {field.name for field in fields(config_class)}
     config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
@@ -158,17 +158,15 @@ def fill_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> Non
     problems = list(expected.keys() ^ adapter.state.keys())
     problems += [n for n in expected.keys() & adapter.state.keys() if expected[n].shape != adapter.state[n].shape]
     if problems:
-        raise ValueError(
-            f"{source} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first"
-        )
+        raise UserError(f"{source} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first")
     has_vectors = isinstance(adapter.config, EtherConfig) and not METHODS[adapter.config.Htype].matrices
     with torch.no_grad():
         for name, parameter in expected.items():
             tensor = adapter.state[name]
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{source}: {name} is not finite; the run that wrote it diverged")
+                raise UserError(f"{source}: {name} is not finite; the run that wrote it diverged")
             if has_vectors and not tensor.any(dim=-1).all():
-                raise ValueError(f"{source}: {name} holds a zero vector, which has no direction; the file is damaged")
+                raise UserError(f"{source}: {name} holds a zero vector, which has no direction; the file is damaged")
             if parameter.is_meta:
                 layer, _, own = name.rpartition(".")
                 parameter = nn.Parameter(torch.empty_like(parameter, device="cpu"))
@@ -183,7 +181,7 @@ def check_base(adapter: AdapterFile, checkpoint_dir: Path | str, *, source: Path
         return
     found = fingerprint(load_state(Path(checkpoint_dir) / WEIGHTS))
     if found != adapter.base["fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"{source} belongs to another base model: {adapter.base['name']} ({adapter.base['fingerprint']}), "
             f"while {checkpoint_dir} holds {found}; give --checkpoint_dir the folder that it was trained on"
         )
@@ -192,7 +190,7 @@ def check_base(adapter: AdapterFile, checkpoint_dir: Path | str, *, source: Path
 def open_adapter(ether_path: Path | str | None, lora_path: Path | str | None) -> tuple[AdapterFile, Path] | None:
     """The adapter that one of ``--ether_path`` and ``--lora_path`` names, with its path; None where neither does."""
     if ether_path and lora_path:
-        raise ValueError("give --ether_path or --lora_path, not both")
+        raise UserError("give --ether_path or --lora_path, not both")
     path, kind = (ether_path, "ether") if ether_path else (lora_path, "lora")
     return (load_adapter(path, kind), Path(path)) if path else None
 

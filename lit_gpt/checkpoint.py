@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
-from lit_gpt.errors import command, reading
+from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 
@@ -50,7 +50,7 @@ def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
         return torch.float32
     if precision not in PRECISIONS:
         choices = (*PRECISIONS, *MIXED_PRECISIONS) if mixed else PRECISIONS
-        raise ValueError(f"--precision {precision} is unknown here; choices: {', '.join(choices)}")
+        raise UserError(f"--precision {precision} is unknown here; choices: {', '.join(choices)}")
     return PRECISIONS[precision]
 
 
@@ -104,9 +104,9 @@ def load_state(path: Path | str) -> dict[str, Any]:
         )
     except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
-        raise ValueError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
+        raise UserError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, a dict of tensors was expected; make it again")
+        raise UserError(f"{path} holds a {type(state).__name__}, a dict of tensors was expected; make it again")
     if not zipped:
         warnings.warn(f"{path} is in torch's old format, which can't be memory-mapped: it was read whole", stacklevel=2)
     return state
@@ -150,7 +150,7 @@ def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{source} does not hold the weights that {CONFIG} describes: {reason}") from error
+        raise UserError(f"{source} does not hold the weights that {CONFIG} describes: {reason}") from error
     model.tie_weights()
 
 

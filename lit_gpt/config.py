@@ -75,10 +75,10 @@ class Config:
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         if self.n_head % self.n_query_groups:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
+            raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
         kind = (self.rope_scaling or {}).get("rope_type", "default")
         if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"{self.name or 'model'}: rope scaling '{kind}' is not supported (linear and llama3 are)")
+            raise UserError(f"{self.name or 'model'}: rope scaling '{kind}' is not supported (linear and llama3 are)")
 
     def _check_types(self) -> None:
         """Raise where a field of a config file is of another type than its default, or a size cannot be one."""
@@ -116,7 +116,7 @@ class Config:
         for repo_id, sizes in KNOWN_MODELS.items():
             if name in (repo_id, repo_id.split("/")[1]):
                 return cls(**{**sizes, "name": repo_id.split("/")[1], **overrides})
-        raise ValueError(f"'{name}' is not a known model; `python scripts/download.py` lists those known")
+        raise UserError(f"'{name}' is not a known model; `python scripts/download.py` lists those known")
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], name: str = "") -> "Config":
@@ -133,14 +133,14 @@ class Config:
     def _from_hf(cls, hf: dict[str, Any], name: str) -> "Config":
         architecture = (hf.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
-            raise ValueError(
+            raise UserError(
                 f"{name or 'model'}: architecture {architecture} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
         try:
             return ARCHITECTURES[architecture](hf, name)
         except KeyError as error:
-            raise ValueError(f"{name or 'model'}: config.json of a {architecture} has no {error}") from error
+            raise UserError(f"{name or 'model'}: config.json of a {architecture} has no {error}") from error
 
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
@@ -150,7 +150,7 @@ class Config:
             stored = json.loads(path.read_text(encoding="utf-8"))
             assert isinstance(stored, dict)
         except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
-            raise ValueError(f"{path} is not a JSON object ({error}); convert the checkpoint again") from error
+            raise UserError(f"{path} is not a JSON object ({error}); convert the checkpoint again") from error
         with reading(path):
             return cls.from_dict(stored)
 
@@ -177,7 +177,7 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     """The Hugging Face class of a model that the original code describes; empty where no class here has such layers."""
     layers = (stored["norm_class"], stored["mlp_class"], stored["bias"])
     if stored.get("scale_embeddings") or layers[1] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"):
-        raise ValueError(
+        raise UserError(
             f"{stored.get('name')}: layers of the original code that are not supported here ({layers[1]}; Gemma)"
         )
     phi = {stored.get("shared_attention_norm", False), stored.get("lm_head_bias", False)}
@@ -224,13 +224,13 @@ def _gelu(hf: dict[str, Any], default: str) -> str:
     kinds = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
     activation = hf.get("hidden_act", default)
     if activation not in kinds:
-        raise ValueError(f"hidden_act '{activation}' is not supported; supported: {', '.join(kinds)}")
+        raise UserError(f"hidden_act '{activation}' is not supported; supported: {', '.join(kinds)}")
     return kinds[activation]
 
 
 def _silu_only(hf: dict[str, Any]) -> None:
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act '{hf['hidden_act']}' is not supported for {hf['architectures'][0]} (silu is)")
+        raise UserError(f"hidden_act '{hf['hidden_act']}' is not supported for {hf['architectures'][0]} (silu is)")
 
 
 # The defaults in these readers are those of the transformers classes: a config.json leaves out what equals them.
@@ -289,7 +289,7 @@ def _gpt_neox(hf: dict[str, Any], name: str) -> Config:
 
 def _phi(hf: dict[str, Any], name: str) -> Config:
     if hf.get("qk_layernorm", False):
-        raise ValueError(f"{name or 'model'}: qk_layernorm is not supported")
+        raise UserError(f"{name or 'model'}: qk_layernorm is not supported")
     shared = _shared_fields(hf, name)
     if "rope_parameters" not in hf and "partial_rotary_factor" not in hf:
         shared["rotary_percentage"] = 0.5

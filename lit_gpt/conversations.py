@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from lit_gpt.errors import UserError
 from lit_gpt.rows import LEARN_KEYS
 from lit_gpt.tokenizer import PROBE, Tokenizer
 
@@ -83,7 +84,7 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
     body = text if as_written else body
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
                 "model is to write it; put it into content, between <think> and </think>"
             )

@@ -137,7 +137,7 @@ def _encode_files(
             for one, rows, found in zip(first, files, problems, strict=True)
         ]
     if told := [str(found) for found in problems if found.count]:
-        raise ValueError("; ".join(told))
+        raise UserError("; ".join(told))
     for samples, found in zip(encoded, problems, strict=True):
         samples.notes.update({BLANK: found.blank} if found.blank else {})
     return encoded, {"prompt_style": style, **options}
@@ -150,7 +150,7 @@ def _select(encoded: Sequence[Samples], facts: dict) -> tuple[Samples, Samples]:
     train, fraction = encoded[0], facts["test_split_fraction"]
     test = train.take(draw(list(dict.fromkeys(train.rows)), fraction, seed=facts["seed"])) if fraction else encoded[1]
     if not train or not test:
-        raise ValueError(
+        raise UserError(
             f"{facts['source']}: of {n_rows} rows {len(train)} are left to train on and {len(test)} to test "
             f"with at --max_seq_length {facts['max_seq_length']} ({n_dropped} have nothing to learn there), "
             "expected one of each at least; give more rows or a larger length"
@@ -185,19 +185,19 @@ def _check_arguments(
     if style is not None:
         try:
             check_style(style, tokenizer)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def _choose_style(rows: Sequence[Mapping], style: str | None, tokenizer: Tokenizer) -> str:
     """The prompt style to use: conversations take the chat template, other rows Alpaca's where none was chosen."""
     n_chat = sum("messages" in row for row in rows)
     if n_chat not in (0, len(rows)):
-        raise ValueError("one data file holds messages and the other instructions; give two of one kind")
+        raise UserError("one data file holds messages and the other instructions; give two of one kind")
     if n_chat and style not in (None, CHAT):
-        raise ValueError(f"--prompt_style {style} is for rows of instruction and output; messages take chat")
+        raise UserError(f"--prompt_style {style} is for rows of instruction and output; messages take chat")
     return check_style(style or (CHAT if n_chat else "alpaca"), tokenizer)
 
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lit_gpt.errors import UserError
+
 STRATEGIES = ("auto", "ddp", "fsdp")
 T = TypeVar("T")
 
@@ -120,12 +122,12 @@ def launch_fabric(*, strategy: str, devices: int, num_nodes: int, precision: str
         )
         fabric.launch()
     except MisconfigurationException as error:
-        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from error
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
         address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ValueError(
+        raise UserError(
             f"the {processes} processes of this run did not all meet at {address}: see the others' messages, whether "
             f"each machine can reach this address, and whether the port is free ({' '.join(str(error).split())[:200]})"
         ) from error
@@ -152,7 +154,7 @@ def gather(value: T) -> list[T]:
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        raise ValueError("another process of this run has ended, see its message") from error
+        raise UserError("another process of this run has ended, see its message") from error
     return values
 
 
@@ -177,7 +179,7 @@ def together(function: Callable[[], T]) -> T:
         return value
     if dist.is_initialized() and dist.get_rank():
         raise SystemExit(1)  # once is enough to say it
-    raise problem or ValueError("; ".join(dict.fromkeys(failed)))
+    raise problem or UserError("; ".join(dict.fromkeys(failed)))
 
 
 def share_start(parameters: Iterable[Tensor]) -> None:
@@ -200,7 +202,7 @@ def check_alike(mine: Mapping[str, Any]) -> None:
         if first.get(name) != other.get(name)
     }
     if differences:
-        raise ValueError(f"{'; '.join(sorted(differences))}: give every machine the same command, data and base model")
+        raise UserError(f"{'; '.join(sorted(differences))}: give every machine the same command, data and base model")
 
 
 # --------------------------------------------------------------------------------------------------------- sharding

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.conversations import Piece, encode_answers, find_answers
+from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, plain, render_prompt
 from lit_gpt.rows import Problems
@@ -146,7 +147,7 @@ def _encode_chat(
         messages = row.get("messages") or [asked, {"role": "assistant", "content": row["output"]}]
         try:
             found, own_notes = find_answers(tokenizer, messages)
-        except ValueError as error:
+        except UserError as error:
             way = "; a template without a system role takes its text in the first user message"
             problems.add(number, f"{error}{way if messages[0]['role'] == 'system' else ''}")
             continue

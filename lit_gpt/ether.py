@@ -31,6 +31,7 @@ from lit_gpt.adapter import (
     merge_adapter_weights,
     replace_targets,
 )
+from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 from lit_gpt.reflections import cayley, published_rotate, published_update, reflect, reflect_plus, rotate
 
@@ -114,16 +115,16 @@ class EtherConfig:
 
     def __post_init__(self) -> None:
         if self.Htype not in METHODS:
-            raise ValueError(f"Htype '{self.Htype}' is unknown; choices: {', '.join(METHODS)}")
+            raise UserError(f"Htype '{self.Htype}' is unknown; choices: {', '.join(METHODS)}")
         if self.block_layout not in BLOCK_LAYOUTS:
-            raise ValueError(f"block layout '{self.block_layout}' is unknown; choices: {', '.join(BLOCK_LAYOUTS)}")
+            raise UserError(f"block layout '{self.block_layout}' is unknown; choices: {', '.join(BLOCK_LAYOUTS)}")
         if self.nb < 1:
-            raise ValueError(f"the number of blocks must be at least 1, got {self.nb}")
+            raise UserError(f"the number of blocks must be at least 1, got {self.nb}")
         for name in ("dropout", "block_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.flip_side and METHODS[self.Htype].two_sided:
-            raise ValueError(f"flip_side moves a one-sided transform; {self.Htype} acts on both sides")
+            raise UserError(f"flip_side moves a one-sided transform; {self.Htype} acts on both sides")
 
 
 class EtherLayer(AdapterLayer):
@@ -136,7 +137,7 @@ class EtherLayer(AdapterLayer):
         self.method = METHODS[config.Htype]
         self.sides = side_order(base, config)
         if self.published and "input" in self.sides and self.quantized is not None:
-            raise ValueError(
+            raise UserError(
                 "the published block layout at n > 1 needs the weight itself, which a quantized base does not have; "
                 "use the diagonal layout or leave out --quantize"
             )
@@ -318,7 +319,7 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
     legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
     if sizes and config.nb not in legal:
         module, size = next((m, s) for m, s in sizes.items() if s % config.nb or s // config.nb < 2)
-        raise ValueError(
+        raise UserError(
             f"{config.nb} blocks do not divide {module} of size {size} into blocks of 2 or more; "
             f"legal for all chosen targets: {', '.join(map(str, legal))}"
         )

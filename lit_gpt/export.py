@@ -22,7 +22,7 @@ from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
 from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state
 from lit_gpt.config import Config
-from lit_gpt.errors import command
+from lit_gpt.errors import UserError, command
 from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_modules
 from lit_gpt.lora import LoraLayer
@@ -57,7 +57,7 @@ class Export:
     def add(self, module: str, a: Tensor, b: Tensor) -> None:
         """Take the A (r, in) and B (out, r) of one Hugging Face module."""
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError("the adapter holds a zero vector, NaN or infinity: the run that wrote it diverged")
+            raise UserError("the adapter holds a zero vector, NaN or infinity: the run that wrote it diverged")
         module = IN_MEMORY.get(module, module)
         self.ranks[module.rpartition(".")[2]] = len(a)
         for name, factor in (("lora_A", a), ("lora_B", b)):
@@ -94,7 +94,7 @@ def export_adapter(
     """
     found = open_adapter(ether_path, lora_path)
     if not found:
-        raise ValueError("nothing to export: give an adapter file with --ether_path or --lora_path")
+        raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     adapter, path = found
     config = load_config(check_checkpoint_dir(checkpoint_dir))
     prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
@@ -104,11 +104,11 @@ def export_adapter(
     if reasons:
         flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": path}
         merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
-        raise ValueError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: {merge}")
+        raise UserError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: {merge}")
     try:
         export = factorise(layers, config, load_state(checkpoint_dir / WEIGHTS))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     base = adapter.base.get("name") or config.name
     with staged_dir(out_dir, overwrite) as staging:
         write_json(staging / "adapter_config.json", peft_config(export.ranks, base=base))

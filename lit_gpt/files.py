@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lit_gpt.errors import UserError
+
 T = TypeVar("T")
 WEIGHTS = "lit_model.pth"
 # What marks a folder as somebody's result: not to be written into without --overwrite.
@@ -159,7 +161,7 @@ def prepare_out_dir(
     """
     folder = Path(out_dir)
     if source is not None and folder.resolve() == Path(source).resolve():
-        raise ValueError(f"--out_dir {folder} is the checkpoint folder itself; name another folder")
+        raise UserError(f"--out_dir {folder} is the checkpoint folder itself; name another folder")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, a folder was expected")
     found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
@@ -207,7 +209,7 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no text, a number or nesting beyond all measure
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def file_sha256(path: Path | str) -> str:

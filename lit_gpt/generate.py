@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_gpt.errors import UserError
+
 if TYPE_CHECKING:
     from lit_gpt.model import GPT
     from lit_gpt.tokenizer import Tokenizer
@@ -57,9 +59,9 @@ def generate(
     """
     context, prompt = model.config.block_size, list(prompt_ids)
     if not prompt:
-        raise ValueError("the prompt is empty: it needs at least one token")
+        raise UserError("the prompt is empty: it needs at least one token")
     if len(prompt) > context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if generator is None and temperature > 0:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -87,7 +89,7 @@ def check_sampling(
     if not 0 <= seed < 2**64:
         problems.append(f"seed must be 0 or more and below 2^64, not {seed}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 @torch.no_grad()  # on a generator function torch holds it only while the body runs, never while the consumer does

@@ -102,7 +102,7 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
         ValueError: the model is one of the original code's that no class known here can hold.
     """
     if config.architecture not in LAYOUTS:
-        raise ValueError(
+        raise UserError(
             f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
             f"known here ({', '.join(LAYOUTS)}): it can be finetuned, merged and talked to, but not exported"
         )
@@ -203,7 +203,7 @@ def split_qkv(tensor: torch.Tensor, config: Config) -> tuple[torch.Tensor, ...]:
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the model's config asks for {tuple(shape)}")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}; the model's config asks for {tuple(shape)}")
 
 
 def _join(parts: list[torch.Tensor], config: Config, *, name: str) -> torch.Tensor:
@@ -215,7 +215,7 @@ def _stack(parts: list[torch.Tensor], config: Config, *, name: str) -> torch.Ten
     """q, k and v under one another, their heights checked: three wrong heights can have the right sum."""
     rows, wanted = [len(part) for part in parts], [config.q_size, config.kv_size, config.kv_size]
     if rows != wanted:
-        raise ValueError(f"{name} and its k and v have {rows} rows; config.json asks for {wanted}")
+        raise UserError(f"{name} and its k and v have {rows} rows; config.json asks for {wanted}")
     return torch.cat(parts)
 
 
@@ -227,7 +227,7 @@ def _refuse(who: str, *, missing: list[str], unknown: list[str]) -> None:
         if keys
     ]
     if problems:
-        raise ValueError(f"the weights are not those of {who}: {'; '.join(problems)}")
+        raise UserError(f"the weights are not those of {who}: {'; '.join(problems)}")
 
 
 def hf_config(config: Config) -> dict[str, Any]:

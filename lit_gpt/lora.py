@@ -46,7 +46,7 @@ class LoraConfig:
         if not math.isfinite(self.alpha) or self.r >= 2**31:
             raise UserError(f"rank {self.r} and alpha {self.alpha} make no scale")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class LoraLayer(AdapterLayer):

@@ -36,7 +36,7 @@ from lit_gpt.checkpoint import (
     weights_dtype,
 )
 from lit_gpt.data import TEST_FILE, load_split, read_data_config
-from lit_gpt.errors import command
+from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
@@ -77,7 +77,7 @@ def merge_adapter(
     """
     weights_dtype(precision)  # refuses an unknown one
     if verify_data_dir and not verify:
-        raise ValueError("--verify_data_dir is of no use without --verify true")
+        raise UserError("--verify_data_dir is of no use without --verify true")
     adapter = load_adapter(path, kind)
     out_dir = Path(out_dir or Path(path).parent / "merged")
     names = [*side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
@@ -152,10 +152,10 @@ class Merge:
         """
         tensor, layer = self.base[name], self.layers.get(name)
         if not is_finite(tensor):
-            raise ValueError(f"{name} of the base model holds NaN or infinity; convert it again")
+            raise UserError(f"{name} of the base model holds NaN or infinity; convert it again")
         merged = tensor.to(self.dtype) if layer is None else self.merged(layer, tensor, name)
         if merged is not tensor and not is_finite(merged):
-            raise ValueError(f"{name} has values too large for --precision {self.precision}; bf16-true can hold them")
+            raise UserError(f"{name} has values too large for --precision {self.precision}; bf16-true can hold them")
         return merged
 
     def merged(self, layer: AdapterLayer, weight: Tensor, name: str) -> Tensor:
@@ -171,7 +171,7 @@ class Merge:
             before = weight[part.rows].to(torch.float32, copy=True)
             after = layer.merged_rows(part, before)
             if not is_finite(after):
-                raise ValueError(
+                raise UserError(
                     f"merging {name} gives NaN or infinity: the adapter holds a zero vector, or its run diverged"
                 )
             kept.copy_(after)
@@ -267,7 +267,7 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
             for model, states in zip((unmerged, merged), hidden, strict=True)
         )
         if not (is_finite(p) and is_finite(q)):
-            raise ValueError("verification gives logits that are not finite; the merged model was not kept")
+            raise UserError("verification gives logits that are not finite; the merged model was not kept")
         gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.attention import Packing, attend
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 
 
@@ -89,7 +90,7 @@ class GPT(nn.Module):
         T, start = idx.size(1), input_pos or 0
         longest = max(lengths) if lengths else T
         if start + longest > self.config.block_size:
-            raise ValueError(f"{start + longest} tokens do not fit the model's context of {self.config.block_size}")
+            raise UserError(f"{start + longest} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, d)
         positions = torch.arange(start, start + longest, device=idx.device)
         packing = Packing(lengths, self.config, device=x.device, dtype=x.dtype) if lengths else None
@@ -245,7 +246,7 @@ class KVCache:
         """
         rows, end = k.size(0), start + k.size(2)
         if end > self.k.size(2):
-            raise ValueError(f"position {end} does not fit the cache of {self.k.size(2)} positions")
+            raise UserError(f"position {end} does not fit the cache of {self.k.size(2)} positions")
         stored = slice(None if rows == 1 else rows)
         self.k[stored, :, start:end] = k
         self.v[stored, :, start:end] = v

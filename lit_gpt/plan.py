@@ -167,7 +167,7 @@ class Problems(list[str]):
         """The function's result; None after a user's error, whose text is kept."""
         try:
             return function(*args, **options)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             self.append(str(error))
             return None
 
@@ -236,7 +236,7 @@ def make_plan(
     if config and job.adapter is not None:
         problems.attempt(check_adapter, job, config, quantize)
     if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
+        raise UserError("; ".join(dict.fromkeys(problems)))
     base = {"name": base_dir.name, "fingerprint": fingerprint(state)} | ({"quantize": quantize} if quantize else {})
     hashes = {TRAIN_FILE: file_sha256(train_file), TEST_FILE: file_sha256(val_file)}
     return Plan(
@@ -269,15 +269,13 @@ def timestamp() -> str:
 def check_run_dir(folder: Path, io: IOArgs, *, sources: Sequence[str | None], overwrite: bool, resume: bool) -> None:
     """Raise where the run folder holds something that neither --resume nor --overwrite allows to go on or to go."""
     if resume and overwrite:
-        raise ValueError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
+        raise UserError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
     if resume and not io.out_dir and not io.jobnum:
-        raise ValueError("--resume true needs to know the run folder: give --io.out_dir DIR")
+        raise UserError("--resume true needs to know the run folder: give --io.out_dir DIR")
     check_run_folder(folder, overwrite=overwrite, resume=resume)
     for source in filter(None, sources):
         if overwrite and folder.resolve() in Path(source).resolve().parents:
-            raise ValueError(
-                f"{source} lies in {folder}, which --overwrite true starts anew: give another --io.out_dir"
-            )
+            raise UserError(f"{source} lies in {folder}, which --overwrite true starts anew: give another --io.out_dir")
 
 
 def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:
@@ -324,7 +322,7 @@ def parse_duration(text: str | float | None) -> float:
     seconds = {1: (60,), 3: (3600, 60, 1)}.get(len(parts), ())
     total = sum(part * unit for part, unit in zip(parts, seconds, strict=False))
     if not 0 < total < math.inf:
-        raise ValueError(f"--train.max_time {text}: expected minutes, as 90, or hours, minutes and seconds, as 1:30:00")
+        raise UserError(f"--train.max_time {text}: expected minutes, as 90, or hours, minutes and seconds, as 1:30:00")
     return total
 
 
@@ -346,14 +344,14 @@ def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: 
     """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
     tokenizer = Tokenizer(base_dir)
     if tokenizer.sha256 != data["tokenizer_sha256"]:
-        raise ValueError(
+        raise UserError(
             f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
             f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
         )
     check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
     longest = max(map(length, samples))
     if longest > config.block_size:
-        raise ValueError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
+        raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 
 
 def check_validation(io: IOArgs, data: dict[str, Any]) -> None:
@@ -362,7 +360,7 @@ def check_validation(io: IOArgs, data: dict[str, Any]) -> None:
     for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
         if other[key] != data[key]:
             values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
-            raise ValueError(
+            raise UserError(
                 f"--io.val_data_dir {io.val_data_dir} was prepared with another {what}{values} than "
                 f"--io.train_data_dir {io.train_data_dir}; prepare it again as that was"
             )

@@ -6,6 +6,7 @@ style of its own: "chat" stands for the template that the model's tokenizer brin
 
 from collections.abc import Callable
 
+from lit_gpt.errors import UserError
 from lit_gpt.tokenizer import Tokenizer
 
 CHAT = "chat"
@@ -40,10 +41,10 @@ def check_style(style: str, tokenizer: Tokenizer | None = None) -> str:
         ValueError: there is no such style, or it is "chat" and `tokenizer` has no chat template.
     """
     if style != CHAT and style not in PROMPT_STYLES:
-        raise ValueError(f"unknown prompt style {style!r}; choices: {', '.join([*PROMPT_STYLES, CHAT])}")
+        raise UserError(f"unknown prompt style {style!r}; choices: {', '.join([*PROMPT_STYLES, CHAT])}")
     if style == CHAT and (tokenizer is None or tokenizer.chat_template is None):
         where = "no tokenizer was given" if tokenizer is None else f"{tokenizer.dir} has no chat template"
-        raise ValueError(f"prompt style chat: {where}; choose one of {', '.join(PROMPT_STYLES)}")
+        raise UserError(f"prompt style chat: {where}; choose one of {', '.join(PROMPT_STYLES)}")
     return style
 
 

@@ -29,6 +29,7 @@ from lit_gpt.checkpoint import (
     warn_of_slow_products,
     weights_dtype,
 )
+from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv
 
 INT8 = "bnb.int8"
@@ -63,11 +64,11 @@ def check_quantize(scheme: str | None, precision: str, *, full: bool = False) ->
     if scheme is None:
         return
     if scheme not in SCHEMES:
-        raise ValueError(f"--quantize {scheme} is unknown; choices: {', '.join(SCHEMES)}")
+        raise UserError(f"--quantize {scheme} is unknown; choices: {', '.join(SCHEMES)}")
     if full:
-        raise ValueError(f"--quantize {scheme} freezes the weights, full finetuning trains them; leave it out")
+        raise UserError(f"--quantize {scheme} freezes the weights, full finetuning trains them; leave it out")
     if "mixed" in precision:
-        raise ValueError(f"--quantize {scheme} keeps no fp32 weights for {precision}; choices: {', '.join(PRECISIONS)}")
+        raise UserError(f"--quantize {scheme} keeps no fp32 weights for {precision}; choices: {', '.join(PRECISIONS)}")
     import_bitsandbytes()
 
 
@@ -76,7 +77,7 @@ def import_bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except ModuleNotFoundError as error:
-        raise ValueError("--quantize needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
+        raise UserError("--quantize needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return bitsandbytes
 

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.errors import UserError
+
 FORMS = ("products", "triton")
 """Ways to take a reflection: thin products with PyTorch, or the fused kernels of ``kernels.py``; the result is one."""
 _chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
@@ -47,7 +49,7 @@ def use_form(name: str) -> Iterator[None]:
 def _function(x: Tensor) -> type[torch.autograd.Function]:
     """Return what takes a reflection of x: the kernels where they are asked for and run, else thin products."""
     if _chosen["form"] not in FORMS:
-        raise ValueError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
+        raise UserError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
     if _chosen["form"] == "triton" and _kernels_run_on(x.device):
         from lit_gpt.kernels import LARGEST_BLOCK, FusedReflection
 

@@ -19,6 +19,7 @@ from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from lit_gpt import monitor
+from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, write_json
 from lit_gpt.resume import SUMMARY
 
@@ -90,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     try:
         return parse_metrics(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a run's {METRICS}: {error}") from error
+        raise UserError(f"{path} is not a run's {METRICS}: {error}") from error
 
 
 class Reporter:
@@ -194,7 +195,7 @@ def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step:
             loggers.append(WandbLogger(name=run_dir.name, save_dir=run_dir, id=run_id, resume="allow"))
             _ = loggers[-1].experiment  # connects now
         except wandb.errors.Error as error:
-            raise ValueError(
+            raise UserError(
                 f"Weights & Biases: {error}; run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
             ) from error
     return loggers

@@ -29,6 +29,7 @@ from lightning.fabric import Fabric
 
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
+from lit_gpt.errors import UserError
 from lit_gpt.files import TEMPORARY, WEIGHTS, file_sha256, flush, move, optional, read_json, temporary_name, write_json
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
@@ -100,7 +101,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             # another process has it, or had it and removed it between our opening and locking it
             file.seek(0)
             owner = file.read() or "another process"
-            raise ValueError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
+            raise UserError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -255,7 +256,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         damaged[folder] = problem
     if damaged:
         reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
-        raise ValueError(f"no checkpoint of {run_dir} is whole ({reasons}); --overwrite true starts anew")
+        raise UserError(f"no checkpoint of {run_dir} is whole ({reasons}); --overwrite true starts anew")
     return None
 
 
@@ -278,7 +279,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str
         if not name.startswith(HARMLESS) and then.get(name) != now.get(name)
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder} cannot be continued exactly: {'; '.join(changed)}. Set them back, or start another run"
         )
     here = environment()
@@ -331,16 +332,14 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
     except (RuntimeError, MemoryError, OSError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-            raise ValueError(
+            raise UserError(
                 f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
         if isinstance(error, RuntimeError) and is_lost_process(error):
             what = "does not answer" if "imed out" in text else "has ended, see its message"
-            raise ValueError(
-                f"another process of this run {what}; {last_checkpoint(run_dir)} ({text[:120]})"
-            ) from error
+            raise UserError(f"another process of this run {what}; {last_checkpoint(run_dir)} ({text[:120]})") from error
         raise
 
 

@@ -18,6 +18,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from lit_gpt.errors import UserError
+
 FIELDS = {"instruction": "instruction", "input": "input", "output": "output"}
 """What a file calls the three texts of a row, where nobody says otherwise."""
 ROLES = ("system", "user", "assistant")
@@ -54,7 +56,7 @@ class Problems:
     def check(self) -> None:
         """Raise ValueError with the first problems and how many more there are, if there are any."""
         if self.count:
-            raise ValueError(str(self))
+            raise UserError(str(self))
 
 
 def read_rows(
@@ -72,12 +74,12 @@ def read_rows(
         ValueError: the file is of an unknown kind, no UTF-8, or holds no rows.
     """
     if unknown := fields.keys() - FIELDS.keys():
-        raise ValueError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
+        raise UserError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
     fields = FIELDS | dict(fields)
     suffix = Path(str(source).split("?")[0]).suffix.lower()
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
-        raise ValueError(f"{source}: unknown kind of data file {suffix!r}; choices: {', '.join(readers)}")
+        raise UserError(f"{source}: unknown kind of data file {suffix!r}; choices: {', '.join(readers)}")
     found, chat, n_good = problems or Problems(source), None, 0
     with _open(source) as file:
         try:
@@ -87,10 +89,10 @@ def read_rows(
                 if chat is None and isinstance(row, dict):
                     chat = "messages" in row
                 try:
-                    if isinstance(row, ValueError):
+                    if isinstance(row, UserError):
                         raise row
                     row = _check_messages(row) if chat else _check_instruction(row, fields)
-                except ValueError as error:
+                except UserError as error:
                     found.add(number, error)
                     continue
                 if not "".join([m["content"] for m in row["messages"]] if chat else row.values()).strip():
@@ -99,11 +101,11 @@ def read_rows(
                 n_good += 1
                 yield number, row
         except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not UTF-8 text (line {_bad_line(file)}); save it as UTF-8") from error
+            raise UserError(f"{source} is not UTF-8 text (line {_bad_line(file)}); save it as UTF-8") from error
     if problems is None:
         found.check()
     if not n_good and not found.count:
-        raise ValueError(f"{source} holds no rows{' with text' if found.blank else ''}")
+        raise UserError(f"{source} holds no rows{' with text' if found.blank else ''}")
 
 
 def _open(source: Path | str) -> BinaryIO:
@@ -132,13 +134,13 @@ def _bad_line(file: BinaryIO) -> int:
     return next(number for number, line in lines if line.decode(errors="replace").encode() != line)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict | ValueError:
+def _object(pairs: list[tuple[str, Any]]) -> dict | UserError:
     """Return a JSON object, or an error in its place where a key stands twice: so the parser can go on behind it."""
     row = dict(pairs)
     if len(row) == len(pairs):
         return row
     names = [name for name, _ in pairs]
-    return ValueError(f"the key {next(name for name in row if names.count(name) > 1)!r} stands twice in an object")
+    return UserError(f"the key {next(name for name in row if names.count(name) > 1)!r} stands twice in an object")
 
 
 DECODER = json.JSONDecoder(
@@ -155,7 +157,7 @@ def _parse_json(file: TextIO) -> Iterator[Any]:
         at = space.match(text, at).end()
         if text[at : at + 1] == "]":
             if (text[at + 1 :] + file.read()).strip():
-                yield ValueError("the list ends here, but the file goes on; make it one list")
+                yield UserError("the list ends here, but the file goes on; make it one list")
             return
         try:
             item, end = DECODER.raw_decode(text, at)
@@ -165,7 +167,7 @@ def _parse_json(file: TextIO) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:
             more = file.read(max(CHUNK, len(text)))
             if not more:
-                yield ValueError(f"is not valid JSON, or cut short: {getattr(error, 'msg', error)}")
+                yield UserError(f"is not valid JSON, or cut short: {getattr(error, 'msg', error)}")
                 return
             text, at = text[at:] + more, 0
             continue
@@ -176,9 +178,9 @@ def _parse_json(file: TextIO) -> Iterator[Any]:
         item = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(error) else ""
-        item = ValueError(f"is not valid JSON, or cut short: {error}{hint}")
+        item = UserError(f"is not valid JSON, or cut short: {error}{hint}")
     else:
-        item = ValueError(f"the file holds a {type(item).__name__}, expected a list of rows")
+        item = UserError(f"the file holds a {type(item).__name__}, expected a list of rows")
     yield item
 
 
@@ -188,44 +190,44 @@ def _parse_jsonl(file: TextIO) -> Iterator[Any]:
             try:
                 yield DECODER.decode(line)
             except (ValueError, RecursionError) as error:
-                yield ValueError(f"line {number} is not valid JSON: {error}")
+                yield UserError(f"line {number} is not valid JSON: {error}")
 
 
-def _parse_csv(file: TextIO) -> Iterator[dict | ValueError]:
+def _parse_csv(file: TextIO) -> Iterator[dict | UserError]:
     csv.field_size_limit(1 << 30)  # the default stops at 131,072 characters
     records = csv.reader(file, strict=True)
     try:
         header = next(records, [])
         if twice := sorted({name for name in header if name and header.count(name) > 1}):
-            yield ValueError(f"the header has {' and '.join(map(repr, twice))} twice; give every column its own name")
+            yield UserError(f"the header has {' and '.join(map(repr, twice))} twice; give every column its own name")
             return
         for record in filter(None, records):
             if any(map(str.strip, record[len(header) :])):
-                yield ValueError(f"{len(record)} fields, the header has {len(header)}; quote a text that holds commas")
+                yield UserError(f"{len(record)} fields, the header has {len(header)}; quote a text that holds commas")
             else:
                 yield dict(zip(header, record, strict=False))
     except csv.Error as error:
-        yield ValueError(f"is not valid CSV (line {records.line_num}): {error}")
+        yield UserError(f"is not valid CSV (line {records.line_num}): {error}")
 
 
 def _check_text(name: str, text: object) -> None:
     """Raise ValueError unless it is text that can be written as UTF-8."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} is a {type(text).__name__}, expected text")
+        raise UserError(f"{name} is a {type(text).__name__}, expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
-        raise ValueError(f"{name} holds half a character ({found}); write it again from the whole text") from error
+        raise UserError(f"{name} holds half a character ({found}); write it again from the whole text") from error
 
 
 def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]:
     """Return the three texts of a row; the input may be missing or null, the output may be empty."""
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}, expected an object with {', '.join(fields.values())}")
+        raise UserError(f"is a {type(row).__name__}, expected an object with {', '.join(fields.values())}")
     needed = (fields["instruction"], fields["output"])
     if missing := [name for name in needed if name not in row]:
-        raise ValueError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
+        raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
     texts = {name: row.get(key) for name, key in fields.items()}
     if texts["input"] is None:
         texts["input"] = ""
@@ -238,26 +240,26 @@ def _check_messages(row: object) -> dict[str, list]:
     """Return the conversation of a row."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise ValueError("has no messages, expected a list of {role, content}")
+        raise UserError("has no messages, expected a list of {role, content}")
     for turn, message in enumerate([row, *messages]):
         where = f"message {turn}" if turn else "the row"
-        if isinstance(message, ValueError):
-            raise ValueError(f"{where}: {message}")
+        if isinstance(message, UserError):
+            raise UserError(f"{where}: {message}")
         if not isinstance(message, dict):
-            raise ValueError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
+            raise UserError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
         if tools := [key for key in TOOL_KEYS if message.get(key)]:
-            raise ValueError(
+            raise UserError(
                 f"{where} has {' and '.join(tools)}: chat offers no tools, so they can't be learned; leave the row out "
                 "or write the calls as text under content"
             )
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {turn} has no text under content")
+            raise UserError(f"message {turn} has no text under content")
         if message.get("role") not in ROLES:
-            raise ValueError(f"message {turn} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
+            raise UserError(f"message {turn} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
         for key in LEARN_KEYS:
             if message.get(key) not in (None, 0, 1):
-                raise ValueError(f"message {turn} has the {key} {message[key]!r}, expected 0 or 1")
+                raise UserError(f"message {turn} has the {key} {message[key]!r}, expected 0 or 1")
         for key, value in message.items():
             if isinstance(value, str):
                 _check_text(f"message {turn}, {key}", value)

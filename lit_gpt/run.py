@@ -26,6 +26,7 @@ from lit_gpt.batches import Batching, group_by_length, n_targets, sample_order
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, gather, is_sharded, whole_ends
+from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write
 from lit_gpt.generate import generate
 from lit_gpt.loss import IGNORE_INDEX
@@ -296,7 +297,7 @@ class Run:
             f"at a learning rate of {values['learning_rate']:.3g}, on rows {', '.join(map(str, rows))} of train.pt"
         )
         if self.at.skipped > self.args.skip_nonfinite:
-            raise ValueError(
+            raise UserError(
                 f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
                 f"{self.at.skipped}; {last_checkpoint(self.plan.run_dir)}"
             )

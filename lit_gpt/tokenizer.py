@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from lit_gpt.errors import reading
+from lit_gpt.errors import UserError, reading
 from lit_gpt.files import read_json, write_json
 from lit_gpt.templates import compile_template
 from lit_gpt.tokenizer_files import ANCHORS, open_backend, token_text
@@ -113,7 +113,7 @@ class Tokenizer:
         beyond = sorted({i for i in ids if i >= rows})
         if beyond:
             names = ", ".join(f"{self._backend.id_token(i)} is id {i}" for i in beyond[:4])
-            raise ValueError(
+            raise UserError(
                 f"{names}{', ...' if len(beyond) > 4 else ''}: the model has {rows} rows; {self.dir} needs the "
                 "tokenizer that its model was made with, or text and a prompt style without these tokens"
             )
@@ -157,7 +157,7 @@ class Tokenizer:
             ValueError: there is no template, or the template refuses the messages.
         """
         if self.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.dir} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
                 "use a prompt style such as alpaca"
             )
@@ -171,7 +171,7 @@ class Tokenizer:
                 **self.special_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template of {self.dir} refuses the conversation: {error}") from error
+            raise UserError(f"the chat template of {self.dir} refuses the conversation: {error}") from error
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -201,7 +201,7 @@ class Tokenizer:
         path = self.dir / name
         content = read_json(path) if path.is_file() else {}
         if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; get the file again")
+            raise UserError(f"{path} holds a {type(content).__name__}, expected an object; get the file again")
         return content
 
     def _read_added_tokens(self, special: Container[str]) -> dict[str, dict]:
@@ -270,7 +270,7 @@ class Tokenizer:
     def _required(self, name: str) -> int:
         token_id = {"bos": self.bos_id, "eos": self.eos_id}[name]
         if token_id is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer of {self.dir} has no {name.upper()} token; name one in tokenizer_config.json"
             )
         return token_id

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from lit_gpt.errors import UserError
+
 # A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
 ANCHORS = ("\n", "|", "0")
 FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
@@ -31,7 +33,7 @@ class JsonBackend:
         try:
             self.processor = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"{path} is corrupt or not a tokenizer ({error}); get the file again") from error
+            raise UserError(f"{path} is corrupt or not a tokenizer ({error}); get the file again") from error
         # What a file says of cutting and padding is meant for batches of its author
         self.processor.no_truncation()
         self.processor.no_padding()
@@ -43,7 +45,7 @@ class JsonBackend:
         )
         for text in new:
             if self.token_id(text) != (said := added[text]["id"]):
-                raise ValueError(
+                raise UserError(
                     f"{path} gives the token {text} the id {self.token_id(text)}, tokenizer_config.json or "
                     f"added_tokens.json says {said}: these files are not of one model, get them again"
                 )
@@ -88,7 +90,7 @@ class SentencePieceBackend:
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(_no_sentencepiece(path)) from error
+            raise UserError(_no_sentencepiece(path)) from error
         self.pieces = pieces = self.processor.get_piece_size()
         own = [i for i in range(pieces) if self.processor.is_control(i) or self.processor.is_unknown(i)]
         self.added = {self.processor.id_to_piece(i): i for i in own}

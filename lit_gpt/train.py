@@ -37,6 +37,7 @@ from lit_gpt.devices import (
     share_start,
     together,
 )
+from lit_gpt.errors import UserError
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import Memory, estimate_memory, remedies
 from lit_gpt.model import GPT
@@ -224,7 +225,7 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(torch.sin)(torch.ones(16, device=device))  # seconds, whose preparations the blocks need too
     except Exception as error:  # whatever is missing: each backend has exceptions of its own
         reason = str(error).split("\n\n")[0]  # then follow PyTorch's switches for its developers
-        raise ValueError(
+        raise UserError(
             f"--compile true cannot compile for {device}: {reason}; install what is missing, or use --compile false"
         ) from error
 

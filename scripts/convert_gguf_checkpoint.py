@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
-from lit_gpt.errors import command
+from lit_gpt.errors import UserError, command
 from lit_gpt.files import map_or_read, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
@@ -78,7 +78,7 @@ def setup(
     architecture = metadata.get("general.architecture")
     if architecture != "llama" or metadata.get("llama.expert_count", 0):
         kind = "llama with experts" if architecture == "llama" else architecture
-        raise ValueError(f"{gguf_path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
+        raise UserError(f"{gguf_path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
     config = model_config(metadata, tensors, gguf_path)
     config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
     tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
@@ -127,10 +127,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
         except CUT_SHORT as error:
-            raise ValueError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
+            raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected or (metadata.get("split.count", 1) > 1 and not SPLIT_NAME.search(path.name)):
-        raise ValueError(
+        raise UserError(
             f"{path} is part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model: give all parts "
             "their own names again (NAME-00001-of-00003.gguf and so on), in one folder"
         )
@@ -160,7 +160,7 @@ def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) 
     def value(key: str, default: Any = None) -> Any:
         found = metadata.get(f"llama.{key}", default)
         if found is None:
-            raise ValueError(f"{path} has no llama.{key}: it is not complete, get it again")
+            raise UserError(f"{path} has no llama.{key}: it is not complete, get it again")
         return found
 
     rows = int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else 0
@@ -202,7 +202,7 @@ def rope_scaling(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) 
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(metadata["llama.rope.scaling.factor"])}
     if kind != "none":
-        raise ValueError(f"{path}: rope scaling {kind} is not supported (linear and llama3 are)")
+        raise UserError(f"{path}: rope scaling {kind} is not supported (linear and llama3 are)")
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
@@ -211,7 +211,7 @@ def rope_scaling(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) 
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
     if not torch.allclose(frequencies / scale_frequencies(frequencies, scaling), divisors, rtol=1e-4):
-        raise ValueError(f"{path}: its rope_freqs are not those of Llama 3's scaling; convert its HF folder instead")
+        raise UserError(f"{path}: its rope_freqs are not those of Llama 3's scaling; convert its HF folder instead")
     return scaling
 
 
@@ -224,7 +224,7 @@ def hf_tensor_names(tensors: dict[str, Any], path: Path) -> dict[str, str]:
         layer, _, rest = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
         module, _, kind = rest.rpartition(".")
         if module not in TENSORS:
-            raise ValueError(f"{path}: tensor {name} is not known in a llama GGUF; convert its HF folder instead")
+            raise UserError(f"{path}: tensor {name} is not known in a llama GGUF; convert its HF folder instead")
         names[f"{TENSORS[module].format(i=layer)}.{kind}"] = name
     return names
 
@@ -236,7 +236,7 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
     try:
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ValueError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
+        raise UserError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
     values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}
     part = tensor.name.split(".")[-2]
@@ -288,7 +288,7 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Any:
 
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise UserError(
             f"{path}: tokenizer {kind}/{pre} can't be rebuilt (gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
             "put the original's tokenizer.json into --checkpoint_dir first"
         )

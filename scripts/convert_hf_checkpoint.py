@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config, check_unquantized
-from lit_gpt.errors import command, reading
+from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
 from lit_gpt.hf import State, check_unquantized_weights, hf_modules, hf_to_lit
 
@@ -43,7 +43,7 @@ def setup(
     for file in files:
         found = read_weights(file)
         if twice := weights.keys() & found:
-            raise ValueError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
+            raise UserError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
     check_unquantized_weights(weights)
     weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
@@ -107,7 +107,7 @@ def read_weights(path: Path) -> State:
         try:
             return map_or_read(lambda: load_file(path), lambda: load(path.read_bytes()))
         except SafetensorError as error:
-            raise ValueError(f"{path} is corrupt or truncated ({error}); download it again") from error
+            raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
     return load_state(path)
 
 

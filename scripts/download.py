@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.cli import Secret, run
 from lit_gpt.config import KNOWN_MODELS, check_unquantized
-from lit_gpt.errors import command
+from lit_gpt.errors import UserError, command
 
 WEIGHTS = {True: ("model", ".safetensors"), False: ("pytorch_model", ".bin")}
 SIDE_FILES = (".json", ".model", ".jinja", "merges.txt")
@@ -49,12 +49,12 @@ def setup(
         print("\n".join(KNOWN_MODELS))
         return
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
+        raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
     folder = checkpoint_dir / repo_id
     token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN", "")
     token = token.strip()  # secret files end with a newline
     if not (token.isascii() and token.isprintable()):
-        raise ValueError("the access token holds characters that no token has; copy it again")
+        raise UserError("the access token holds characters that no token has; copy it again")
     fetch(repo_id, folder, from_safetensors=from_safetensors, token=token or None, revision=revision)
     print(f"{repo_id} -> {folder}")
     print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
@@ -81,7 +81,7 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
     if not have[kind]:
         what = "{}*{}".format(*WEIGHTS[kind])
         other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
-        raise ValueError(f"{repo_id} has no {what}{other if have[not kind] else ', so nothing that can be converted'}")
+        raise UserError(f"{repo_id} has no {what}{other if have[not kind] else ', so nothing that can be converted'}")
     return have[kind] + [name for name in names if name.endswith(SIDE_FILES)]
 
 

@@ -43,7 +43,7 @@ def setup(
         rows = read_metrics(folder / METRICS)
         curves[name] = [(row["step"], row[column]) for row in rows if column in row]
         if not curves[name]:
-            raise ValueError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
+            raise UserError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
     compare_runs(out, curves, label=LABELS.get(column, column))
     for name, points in sorted(curves.items(), key=lambda item: (math.isnan(item[1][-1][1]), item[1][-1][1])):
         print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")

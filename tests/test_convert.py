@@ -1,6 +1,5 @@
 """Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -384,23 +383,28 @@ def lose_a_shard(folder: Path) -> None:
 NORM = "model.layers.0.input_layernorm.weight"
 GPTQ, FP8 = {"quant_method": "gptq", "bits": 4}, torch.float8_e4m3fn
 INDEX = "model.safetensors.index.json"
+
+
+def only_an_index(folder: Path, content: object) -> None:
+    """Write an index of shards, in the place of the whole file, which would count."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    write_json(folder / INDEX, content)
+
+
 REFUSALS = {
     "no folder": (lambda d: shutil.rmtree(d), "is not a folder.*download.py"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json.*download.py --repo_id"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json of .* does not hold what it sh"),
-    "sizes are words": (
-        lambda d: edit_config(d, hidden_size="large"),
-        "config.json of .* does not hold what it should",
-    ),
+    "sizes are words": (lambda d: edit_config(d, hidden_size="large"), "n_embd is 'large', expected an integer of at"),
     "negative heads": (
         lambda d: edit_config(d, num_key_value_heads=-1),
         "n_query_groups is -1, expected an integer of",
     ),
     "nested too deep": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is not valid JSON"),
-    "index is a list": (lambda d: (d / INDEX).write_text("[1]"), f"{INDEX} does not hold what it should"),
-    "index of numbers": (lambda d: write_json(d / INDEX, {"weight_map": {"a": 1}}), f"{INDEX} does not hold what it"),
+    "index is a list": (lambda d: only_an_index(d, [1]), f"{INDEX} does not hold what it should"),
+    "index of numbers": (lambda d: only_an_index(d, {"weight_map": {"a": 1}}), f"{INDEX} does not hold what it should"),
     "architecture": (
         lambda d: edit_config(d, architectures=["OPTForCausalLM"]),
         "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
@@ -477,8 +481,7 @@ def test_a_folder_below_checkpoints_names_the_repo_to_download(tmp_path):
 
 
 def test_index_that_names_nothing(llama):
-    (llama / "model.safetensors").rename(llama / "model-00001-of-00001.safetensors")
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    only_an_index(llama, {"weight_map": {}})
     with pytest.raises(FileNotFoundError, match="names files"):
         convert(llama)
 

@@ -216,7 +216,7 @@ def test_where_the_cpu_index_is_down_the_size_is_said_first(installing):
 def test_a_character_that_the_output_lacks_ends_nothing(tmp_path):
     """In latin-1, printing a row with curly quotes ended the script with an error after its work."""
     code = "from lit_gpt.cli import run\ndef setup(*, text: str = 'x'):\n    'Print.'\n    print('“😀” é', text)\n"
-    code += "    raise ValueError('“no”')\nrun(setup)"
+    code += "    raise OSError('“no”')\nrun(setup)"
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (1, "??? é x\n".encode("latin-1")), done.stderr
