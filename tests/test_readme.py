@@ -25,7 +25,11 @@ def commands() -> list[list[str]]:
         words = [word.replace("\0", "<") for word in shlex.split(line.replace("<", "\0"), comments=True)]
         while words:
             end = next((i for i, word in enumerate(words) if word in ("|", "&&")), len(words))
-            found.append(words[:end])
+            command = words[:end]
+            if command[0] == "torchrun":  # its own flags, then a script as behind python
+                script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+                command = ["python", *command[script:]]
+            found.append(command)
             words = words[end + 1 :]
     return [words for words in found if words]
 
