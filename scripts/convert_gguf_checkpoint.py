@@ -4,8 +4,8 @@ Weights are dequantized (what the quantization lost stays lost), one tensor at a
 fp32, whatever the model's size. Of a model in several files any one may be named. GGUF stores the rows of q and k in
 the order in which llama.cpp rotates them, neighbours in pairs; they go back to Hugging Face's, where the first half of
 a head pairs with the second. The tokenizer is rebuilt from the metadata: a GGUF names its pre-tokenizer
-(``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. Where the folder has
-a tokenizer already, it is kept.
+(``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. A tokenizer,
+config.json or generation_config.json that the folder has already is kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -29,7 +29,7 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command
-from lit_gpt.files import map_or_read, prepare_out_dir, staged_dir, write_json
+from lit_gpt.files import map_or_read, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
 
@@ -71,8 +71,7 @@ def setup(
         overwrite: replace the model and the configs that are already in checkpoint_dir.
     """
     keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
-    names = [WEIGHTS, CONFIG, "config.json", "generation_config.json"]
-    names += [] if keep_tokenizer else ["tokenizer_config.json", "tokenizer.json"]
+    names = [WEIGHTS, CONFIG] + ([] if keep_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
     prepare_out_dir(checkpoint_dir, overwrite, names=names)
     metadata, tensors = read_gguf(gguf_path)
     architecture = metadata.get("general.architecture")
@@ -81,6 +80,14 @@ def setup(
         raise UserError(f"{gguf_path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
     config = model_config(metadata, tensors, gguf_path)
     config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
+    described = {
+        "config.json": {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype},
+        "generation_config.json": generation_config(metadata),
+    }
+    if not overwrite:  # as the tokenizer, those of the model's Hugging Face folder are kept
+        if (checkpoint_dir / "config.json").is_file():
+            note_other_model(checkpoint_dir / "config.json", config)
+        described = {name: text for name, text in described.items() if not (checkpoint_dir / name).is_file()}
     tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
     names = hf_tensor_names(tensors, gguf_path)
     shapes = {name: tensors[theirs].shape.tolist()[::-1] for name, theirs in names.items()}
@@ -93,14 +100,25 @@ def setup(
     with staged_dir(checkpoint_dir, overwrite) as staging:
         stream_state(template, make, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())
-        described = {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype}
-        write_json(staging / "config.json", described)
-        write_json(staging / "generation_config.json", generation_config(metadata))
+        for name, content in described.items():
+            write_json(staging / name, content)
         if tokenizer is not None:
             write_json(staging / "tokenizer_config.json", tokenizer_config(metadata, config))
             (staging / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
+
+
+def note_other_model(path: Path, config: Config) -> None:
+    """Say so where a config.json that is kept describes a model of other sizes: only an export would read it."""
+    theirs = Config.from_hf(read_json(path), name=config.name)
+    for name in ("n_layer", "n_embd", "n_head", "n_query_groups", "intermediate_size", "padded_vocab_size"):
+        if getattr(theirs, name) != getattr(config, name):
+            print(
+                f"note: {path} is kept, and describes another model ({name} is {getattr(theirs, name)}, in the GGUF "
+                f"file {getattr(config, name)}); --overwrite true replaces it"
+            )
+            return
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, load_state
 from lit_gpt.cli import run
-from lit_gpt.files import read_json
+from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.model import scale_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint
@@ -243,6 +243,20 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
         with pytest.raises(ValueError, match=r"part [12] of 3 of a model"):
             convert(name.rename(tmp_path / "alone.gguf"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_configs_that_are_there_already_are_kept_unless_overwrite_is_said(tmp_path, bpe_dir, capsys):
+    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
+    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"num_hidden_layers": 7}
+    for name in ("lit_model.pth", "lit_config.json", "generation_config.json"):
+        (tmp_path / "out" / name).unlink()
+    write_json(tmp_path / "out" / "config.json", own)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json") == own
+    assert "describes another model (n_layer is 7, in the GGUF file" in capsys.readouterr().out
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=True)
+    assert read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] != 7
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):
