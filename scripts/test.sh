@@ -7,9 +7,10 @@ set -euo pipefail
 
 use_environment
 install requirements.txt tests/requirements.txt
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+# A worker for each core, of one thread: two threads each would wait for each other at every product.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=1
 HF_DATASETS_CACHE="$(mktemp -d)" # made-up data sets stay out of the user's cache
 export HF_DATASETS_CACHE
 trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
-say "python -m pytest -q $*"
-"$PYTHON" -m pytest -q "$@"
+say "python -m pytest -q -n auto $*"
+"$PYTHON" -m pytest -q -n auto "$@"
