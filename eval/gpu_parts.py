@@ -131,13 +131,13 @@ def explain(error: BaseException) -> str:
 def seconds_of(card: Card, calls: Sequence[Callable[[], Any]], *, repeats: int = 5) -> float:
     """Seconds of one of these calls: those of the fastest turn through all of them, by their number.
 
-    On a GPU the turn is captured as a graph first, so that what a CPU needs to start kernels is left out; calls on
-    different data of more bytes than the cache holds make it read memory.
+    On a GPU the turn is captured as a graph first, so that what a CPU needs to start kernels is left out. Calls on
+    different data of more bytes than the cache holds make it read memory; all results of a turn are kept until its end,
+    so that each has an address of its own: one that is freed would be written over by the next call, in the cache.
     """
 
-    def turn() -> None:
-        for call in calls:
-            call()
+    def turn() -> list[Any]:
+        return [call() for call in calls]
 
     turn()
     play, times = turn, 1
@@ -328,9 +328,10 @@ def kernels(card: Card) -> Found:
     title = f"x ({T}, {d}), {name_of(card.dtype)}, n = {n}; a copy moves {2 * xs[0].nbytes / copied / 1e9:,.0f} GB/s"
 
     def timed(label: str, function: Callable[..., Tensor], parameters: Sequence[Tensor], form: str) -> Found:
-        def step(x: Tensor, g: Tensor) -> None:
+        def step(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
             x = x.detach().requires_grad_()
-            torch.autograd.grad(function(x, *parameters), (x, *parameters), g)
+            y = function(x, *parameters)
+            return (y.detach(), *torch.autograd.grad(y, (x, *parameters), g))
 
         with reflections.use_form(form):
             forward = seconds_of(card, [partial(torch.no_grad()(function), x, *parameters) for x in xs])

@@ -4,7 +4,7 @@ Writes report.json, report.png and log.txt (what libraries print), and prints ta
 
 - Each part is a process of its own: one that fails, hangs, or leaves the GPU in a bad state costs no other part. What
   it measured before that is kept: rows come one by one, and the JSON is written anew after each part.
-- The time that is left is shared among the parts that are left, by weight; a part that needs less leaves more.
+- The time that is left is shared among the parts that are left and can run, by weight; one that needs less leaves more.
 - The command line is plain argparse, as every flag of our others needs jsonargparse, which a machine with no more than
   torch and lightning does not have.
 """
@@ -54,6 +54,11 @@ class Part:
     weight: float
     needs: tuple[str, ...] = ()
 
+    @property
+    def missing(self) -> list[str]:
+        """Those of ``needs`` that are not here."""
+        return [name for name in self.needs if find_spec(name) is None]
+
 
 PARTS = {
     "a": Part("What the machine does", gpu_parts.machine, 3),
@@ -86,7 +91,7 @@ def run_part(part: Part, *, seconds: float, short: bool, log: Path) -> dict[str,
 
 def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
     """Yield what the part's process sends until it or its time is over, and a note on an early end."""
-    missing = [name for name in part.needs if find_spec(name) is None]
+    missing = part.missing
     if missing or seconds < 1:
         install = "pip install -r requirements.txt -r tests/requirements.txt"
         yield (
@@ -204,8 +209,8 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
     (out_dir / LOG).write_text("", encoding="utf-8")
     report: dict[str, Any] = {"short": short, "machine": "", "parts": {}}
     for position, (name, part) in enumerate(parts.items()):
-        weights = [other.weight for other in list(parts.values())[position:]]
-        seconds = (end - monotonic()) * part.weight / sum(weights)
+        later = [other.weight for other in list(parts.values())[position + 1 :] if not other.missing]
+        seconds = (end - monotonic()) * part.weight / (part.weight + sum(later))
         print(f"\n== {name}. {part.title} (at most {max(0, seconds):.0f} s)", flush=True)
         done = run_part(part, seconds=seconds, short=short, log=out_dir / LOG)
         report["parts"][name] = done
@@ -215,7 +220,7 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
         write_json(out_dir / RESULTS, report)
     try:
         draw(out_dir / PICTURE, report)
-    except ImportError as error:
+    except Exception as error:  # of matplotlib: what was measured is saved
         print(f"picture {explain(error)}")
     print(f"\nSaved to {out_dir}: {', '.join(path.name for path in sorted(out_dir.iterdir()))}")
     return report
@@ -237,6 +242,7 @@ def setup(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts {given.parts}: {', '.join(sorted(unknown))} unknown, expected some of {''.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part that runs, in a session of its own, ends too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {name: part for name, part in PARTS.items() if name in given.parts}

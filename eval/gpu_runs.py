@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,17 +19,7 @@ import torch
 from torch import nn
 
 from eval.costs import FLOOR, LORA, Variant, add_ratios, choose_variants, measure, random_models
-from eval.gpu_parts import (
-    Card,
-    Found,
-    Row,
-    attempt,
-    copy_bandwidth,
-    installed,
-    name_of,
-    random_samples,
-    share,
-)
+from eval.gpu_parts import Card, Found, Row, attempt, copy_bandwidth, installed, name_of, random_samples, share
 from lit_gpt import reflections
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.config import Config
@@ -39,9 +29,9 @@ from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
 from lit_gpt.memory import meta_model
+from lit_gpt.model import GPT
 from lit_gpt.report import read_metrics
 from lit_gpt.resume import checkpoint_folders
-from lit_gpt.train import compile_blocks
 
 REPO = Path(__file__).resolve().parents[1]
 QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"
@@ -88,7 +78,7 @@ def on_llama(measure_it: Callable[[Card, Config], Found], card: Card) -> Found:
 
 # -------------------------------------------------------------------------------------------------------------- steps
 def steps(card: Card) -> Found:
-    """Time forward and backward passes of every method in turns, eager and compiled, and in nf4."""
+    """Time forward and backward passes of every method in turns: eager, in nf4, and compiled, which takes longest."""
     llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (20, 50) if card.short else (256, 2048), 50 if card.short else 512
     yield from at_fitting_size(card, llama, partial(steps_of, card, lengths=bf16))
     if has_bitsandbytes():
@@ -96,6 +86,8 @@ def steps(card: Card) -> Found:
         yield from attempt("nf4", partial(at_fitting_size, card, llama, quantized, itemsize=0.8))
     else:
         yield NO_NF4
+    compiled = partial(steps_of, card, lengths=bf16, compiled=True)
+    yield from attempt("compiled steps", partial(at_fitting_size, card, llama, compiled))
 
 
 def has_bitsandbytes() -> bool:
@@ -103,41 +95,65 @@ def has_bitsandbytes() -> bool:
     return installed("bitsandbytes") != "missing"
 
 
-def steps_of(card: Card, config: Config, *, lengths: Sequence[int], scheme: str | None = None) -> Found:
-    """The same of one model and way of keeping its weights; compiled where they are not quantized."""
-    n, oft = (4, 8) if card.short else (32, 256)
-    variants, left_out = choose_variants(config, targets=("query", "value"), blocks=(n,), oft_blocks=(oft,))
-    yield from left_out
-    models = random_models(config, variants, dtype=card.dtype, device=card.device, scheme=scheme)
+@dataclass(frozen=True)
+class Steps:
+    """Models that are timed in turns, on one set of weights: the floor, LoRA, and the other methods."""
 
-    def timed(how: str, form: str) -> Found:
-        how = how if form == reflections.FORMS[0] else f"{how} with {form}"
-        for T in lengths:
+    card: Card
+    title: str
+    variants: list[Variant]
+    models: list[GPT]
+    lengths: Sequence[int]
+
+    def timed(self, how: str, form: str, n_models: int | None = None) -> Found:
+        """A table for each length, with reflections in this form."""
+        for T in self.lengths:
             with reflections.use_form(form):
-                rows: list[dict[str, Any]] = measure(models, seq_length=T, rounds=2 if card.short else 8)
+                rows = self.measure(slice(n_models), T, rounds=2 if self.card.short else 8)
             add_ratios(rows)
-            for variant, row in zip(variants, rows, strict=True):
+            for variant, row in zip(self.variants, rows, strict=False):
                 values = {"step, ms": 1e3 * median(row["seconds"])}
                 values |= {f"x {FLOOR}": row["time_x_floor"]["median"], f"x {LORA}": row["time_x_lora"]["median"]}
                 if "peak_bytes" in row:
                     values |= {"peak, GB": row["peak_bytes"] / 1e9}
                     values |= {f"peak x {LORA}": row["peak_bytes"] / rows[1]["peak_bytes"]}
-                kept = "nf4" if scheme else name_of(card.dtype)
-                yield Row(f"{config.name}, {kept}, q and v, T = {T}, {how}", variant.label, values)
+                yield Row(f"{self.title}, q and v, T = {T}, {how}", variant.label, values)
 
-    yield from timed("eager", card.forms[0])  # too little memory is the caller's to see
-    if scheme is not None:
-        return
-    for form in card.forms[1:]:
-        yield from attempt(f"eager with {form}", partial(timed, "eager", form))
-    if card.short:
-        del models[2:], variants[2:]
-    for model in models:
-        compile_blocks(model)
-    for form in card.forms:
-        torch._dynamo.reset()
-        late = [f"compiled steps with {form}: left out for want of time"]
-        yield from attempt("compiled steps", partial(timed, "compiled", form)) if card.left > 20 else late
+    def compiled(self, how: str, form: str) -> Found:
+        """The same of as many models as there is time to compile: one step of each at each length, not timed."""
+        torch._dynamo.reset()  # the graphs of another form
+        n_models, took, most = 0, 0.0, 2 if self.card.short else len(self.models)
+        while n_models < most and self.card.left > 20 + took:
+            start = perf_counter()
+            for T in self.lengths:
+                with reflections.use_form(form):
+                    self.measure(slice(n_models, n_models + 1), T, rounds=0)
+            n_models, took = n_models + 1, perf_counter() - start
+        if late := [variant.label for variant in self.variants[n_models:most]]:
+            yield f"{how}: left out for want of time: {', '.join(late)}"
+        if n_models >= 2:
+            yield from self.timed(how, form, n_models)
+
+    def measure(self, which: slice, T: int, *, rounds: int) -> list[dict[str, Any]]:
+        """Of some of the models."""
+        return measure(self.models[which], seq_length=T, rounds=rounds)
+
+
+def steps_of(
+    card: Card, config: Config, *, lengths: Sequence[int], scheme: str | None = None, compiled: bool = False
+) -> Found:
+    """One model and way of keeping its weights; where these are not quantized, in each form of reflections."""
+    n, oft = (4, 8) if card.short else (32, 256)
+    variants, left_out = choose_variants(config, targets=("query", "value"), blocks=(n,), oft_blocks=(oft,))
+    models = random_models(config, variants, dtype=card.dtype, device=card.device, compiled=compiled, scheme=scheme)
+    steps = Steps(card, f"{config.name}, {'nf4' if scheme else name_of(card.dtype)}", variants, models, lengths)
+    yield from () if compiled else left_out
+    for form in card.forms[: 1 if scheme else None]:
+        how = "compiled" if compiled else "eager"
+        how = how if form == card.forms[0] else f"{how} with {form}"
+        timed = partial(steps.compiled if compiled else steps.timed, how, form)
+        # The first form's lack of memory is the caller's to see.
+        yield from timed() if form == card.forms[0] else attempt(how, timed)
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
