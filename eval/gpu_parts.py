@@ -112,9 +112,12 @@ class Card:
             torch.cuda.synchronize()
 
 
-def attempt(label: str, measure_it: Callable[[], Found]) -> Found:
-    """What is measured; one line in its place where that fails, so that the rest goes on."""
+def attempt(label: str, measure_it: Callable[[], Found], *needs: str) -> Found:
+    """What is measured; one line in its place where that fails or lacks a package, so that the rest goes on."""
     try:
+        for name in needs:
+            if installed(name) == "missing":
+                raise ModuleNotFoundError(name=name)
         yield from measure_it()
     except Exception as error:
         yield f"{label}: {explain(error)}"
@@ -263,12 +266,15 @@ def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
             logits = one(idx.to(one.lm_head.weight.device))
             logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits))
         results.append([logits, *(p.grad for p in one.parameters() if p.requires_grad)])
-    of_logits, of_grads = (
-        largest_error(*(tensors[part] for tensors in results)) for part in (slice(1), slice(1, None))
-    )
-    yield Row("", label, {f"{name_of(dtype)}, {how}": f"{of_logits:.0e} / {of_grads:.0e}"})
-    if not (of_logits <= BARS[dtype] and of_grads <= BARS[dtype]):
-        yield f"{label}, {name_of(dtype)}, {how}: WRONG by {of_logits:.2g} (logits), {of_grads:.2g} (gradients)"
+    yield from judge(label, dtype, how, *results)
+
+
+def judge(label: str, dtype: torch.dtype, how: str, exact: Sequence[Tensor], found: Sequence[Tensor]) -> Found:
+    """Of logits or a loss, which come first, and of gradients the largest errors; a note where these are too large."""
+    errors = [largest_error(exact[part], found[part]) for part in (slice(1), slice(1, None))]
+    yield Row("", label, {f"{name_of(dtype)}, {how}": " / ".join(f"{error:.0e}" for error in errors)})
+    if not all(error <= BARS[dtype] for error in errors):
+        yield f"{label}, {name_of(dtype)}, {how}: WRONG by {' and '.join(f'{error:.2g}' for error in errors)}"
 
 
 def largest_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -298,10 +304,7 @@ def packing(card: Card) -> Found:
             loss = model(idx, lengths=lengths, targets=targets)
             grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
             results.append([loss, *grads])
-        error = largest_error(*results)
-        yield Row("", label, {f"{name_of(dtype)}, packed": f"{error:.0e}"})
-        if not error <= BARS[dtype]:
-            yield f"{label}, {name_of(dtype)}, packed: WRONG by {error:.2g} beside the same samples padded"
+        yield from judge(label, dtype, "packed", *results)
 
 
 def random_samples(lengths: Sequence[int], vocab_size: int) -> list[Sample]:
@@ -337,8 +340,8 @@ def kernels(card: Card) -> Found:
             forward = seconds_of(card, [partial(torch.no_grad()(function), x, *parameters) for x in xs])
             both = seconds_of(card, [partial(step, x, g) for x, g in zip(xs, gs, strict=True)])
         passes, backward = 1.5 if label.startswith(LORA) else 1, max(1e-9, both - forward)
-        values = {"forward, µs": forward * 1e6, "forward, of copy": share(passes * copied / forward)}
-        values |= {"backward, µs": backward * 1e6, "backward, of copy": share(1.5 * copied / backward)}
+        values = {"forward, µs": forward * 1e6, "forward, of copy": f"{passes * copied / forward:.0%}"}
+        values |= {"backward, µs": backward * 1e6, "backward, of copy": f"{1.5 * copied / backward:.0%}"}
         yield Row(title, label, values)
 
     for label, function, shapes, form in kernel_cases(card, d, n):
@@ -370,8 +373,3 @@ def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Te
         found += [(f"{name}, {form}", partial(in_blocks, reflect), shapes, form) for form in card.forms]
         found += [(f"{name}, as written", partial(in_blocks, plain), shapes, first)]
     return [*found, ("ETHER+, as written, compiled", torch.compile(found[-1][1]), *found[-1][2:])]
-
-
-def share(ratio: float) -> str:
-    """In percent."""
-    return f"{ratio:.0%}"

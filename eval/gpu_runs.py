@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any
 
 import torch
 from torch import nn
 
 from eval.costs import FLOOR, LORA, Variant, add_ratios, choose_variants, measure, random_models
-from eval.gpu_parts import Card, Found, Row, attempt, copy_bandwidth, installed, name_of, random_samples, share
+from eval.gpu_parts import Card, Found, Row, attempt, copy_bandwidth, name_of, random_samples
 from lit_gpt import reflections
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.config import Config
@@ -36,9 +35,7 @@ from lit_gpt.resume import checkpoint_folders
 REPO = Path(__file__).resolve().parents[1]
 QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"
 CHECKPOINTING = ("--train.activation_checkpointing", "true")
-NO_NF4 = "nf4: left out: needs bitsandbytes, which is not installed"
 Loss = Callable[[torch.Tensor], torch.Tensor]
-QUIET: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def free_memory(card: Card) -> None:
@@ -81,18 +78,10 @@ def steps(card: Card) -> Found:
     """Time forward and backward passes of every method in turns: eager, in nf4, and compiled, which takes longest."""
     llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (20, 50) if card.short else (256, 2048), 50 if card.short else 512
     yield from at_fitting_size(card, llama, partial(steps_of, card, lengths=bf16))
-    if has_bitsandbytes():
-        quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
-        yield from attempt("nf4", partial(at_fitting_size, card, llama, quantized, itemsize=0.8))
-    else:
-        yield NO_NF4
+    quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
+    yield from attempt("nf4", partial(at_fitting_size, card, llama, quantized, itemsize=0.8), "bitsandbytes")
     compiled = partial(steps_of, card, lengths=bf16, compiled=True)
     yield from attempt("compiled steps", partial(at_fitting_size, card, llama, compiled))
-
-
-def has_bitsandbytes() -> bool:
-    """Whether weights can be quantized here."""
-    return installed("bitsandbytes") != "missing"
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ class Steps:
         """A table for each length, with reflections in this form."""
         for T in self.lengths:
             with reflections.use_form(form):
-                rows = self.measure(slice(n_models), T, rounds=2 if self.card.short else 8)
+                rows = measure(self.models[:n_models], seq_length=T, rounds=2 if self.card.short else 8)
             add_ratios(rows)
             for variant, row in zip(self.variants, rows, strict=False):
                 values = {"step, ms": 1e3 * median(row["seconds"])}
@@ -127,16 +116,12 @@ class Steps:
             start = perf_counter()
             for T in self.lengths:
                 with reflections.use_form(form):
-                    self.measure(slice(n_models, n_models + 1), T, rounds=0)
+                    measure(self.models[n_models : n_models + 1], seq_length=T, rounds=0)
             n_models, took = n_models + 1, perf_counter() - start
         if late := [variant.label for variant in self.variants[n_models:most]]:
             yield f"{how}: left out for want of time: {', '.join(late)}"
         if n_models >= 2:
             yield from self.timed(how, form, n_models)
-
-    def measure(self, which: slice, T: int, *, rounds: int) -> list[dict[str, Any]]:
-        """Of some of the models."""
-        return measure(self.models[which], seq_length=T, rounds=rounds)
 
 
 def steps_of(
@@ -226,13 +211,12 @@ def training(card: Card) -> Found:
         packed = ("--train.packing", "true")
         yield from attempt("packed, checkpointing", partial(train, "packed, checkpointing", *packed, *CHECKPOINTING))
         yield from attempt("kill and resume", partial(kill_and_resume, card, work))
-        cases = {"padded": (), "packed": packed, "packed, compiled": (*packed, "--compile", "true")}
-        if has_bitsandbytes():
-            cases["packed, nf4"] = (*packed, "--quantize", "bnb.nf4")
-        else:
-            yield NO_NF4
+        cases = {"padded": (), "packed": packed, "packed, nf4": (*packed, "--quantize", "bnb.nf4")}
+        cases["packed, compiled"] = (*packed, "--compile", "true")
         for label, flags in () if card.short else cases.items():
-            yield from attempt(label, partial(train, label, *flags)) if card.left > 20 else [f"{label}: no time left"]
+            needs = ["bitsandbytes"] * label.endswith("nf4")
+            tried = attempt(label, partial(train, label, *flags), *needs)
+            yield from tried if card.left > 20 else [f"{label}: left out for want of time"]
 
 
 def make_work(card: Card, work: Path, config: Config) -> None:
@@ -257,15 +241,10 @@ def make_work(card: Card, work: Path, config: Config) -> None:
 
 def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
     """A byte-level BPE, trained on the bundled questions."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(QUESTIONS.read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer, lines = ByteLevelBPETokenizer(), QUESTIONS.read_text(encoding="utf-8").splitlines()
+    tokenizer.train_from_iterator(lines, vocab_size, special_tokens=["</s>"], show_progress=False)
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
@@ -283,17 +262,23 @@ def training_command(card: Card, work: Path, name: str, *flags: str) -> list[str
 def run_training(card: Card, work: Path, title: str, label: str, *flags: str) -> Found:
     """One run: its rate in the second half, when all is compiled, and the memory estimate against the peak."""
     name = label.replace(", ", "-")
-    finish(subprocess.Popen(training_command(card, work, name, *flags), **QUIET))
+    finish(start(training_command(card, work, name, *flags)))
     summary, rows = read_json(work / name / "summary.json"), read_metrics(work / name / "metrics.csv")
     rows = [row for row in rows if "loss" in row]
     half, end = rows[len(rows) // 2 - 1], rows[-1]
     rate = (end["tokens"] - half["tokens"]) / max(1e-9, end["seconds"] - half["seconds"])
-    values = {"real tokens/s": rate, "padding": share(summary["padding"])}
+    values = {"real tokens/s": rate, "padding": f"{summary['padding']:.0%}"}
     measured, estimated = summary["run_memory_bytes"], summary["estimated_memory_bytes"]
     values |= {"peak, GiB": measured / 2**30}
     if estimated:
         values |= {"estimated, GiB": estimated / 2**30, "off by": f"{estimated / measured - 1:+.0%}"}
     yield Row(title, label, values)
+
+
+def start(command: Sequence[str]) -> subprocess.Popen:
+    """Begin a run; of what it says only the errors are kept."""
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=pipe, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -307,8 +292,8 @@ def kill_and_resume(card: Card, work: Path) -> Found:
     """Kill a run that cannot notice, let it go on, and compare with an unbroken one, bit by bit."""
     command = partial(training_command, card, work)
     flags = ("--deterministic", "true", "--train.max_steps", "12", "--train.save_interval", "2")
-    finish(subprocess.Popen(command("unbroken", *flags), **QUIET))
-    killed = subprocess.Popen(command("killed", *flags), **QUIET)
+    finish(start(command("unbroken", *flags)))
+    killed = start(command("killed", *flags))
     while killed.poll() is None and not checkpoint_folders(work / "killed"):
         sleep(0.005)
     killed.send_signal(signal.SIGKILL)
@@ -316,7 +301,7 @@ def kill_and_resume(card: Card, work: Path) -> Found:
     if (work / "killed" / "summary.json").exists():
         yield "kill and resume: the run ended before it could be killed; nothing is shown"
         return
-    finish(subprocess.Popen(command("killed", *flags, "--resume", "true"), **QUIET))
+    finish(start(command("killed", *flags, "--resume", "true")))
     one, other = (load_state(work / name / "lit_model_ether_finetuned.pth")["model"] for name in ("unbroken", "killed"))
     same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     verdict = "equals" if same else "is WRONG: not"
@@ -337,7 +322,7 @@ def generation(card: Card, config: Config) -> Found:
             for _ in generate(model, list(range(100)), max_new_tokens=8 if card.short else 100):
                 ends.append(perf_counter())
         rate = (len(ends) - 1) / (ends[-1] - ends[0])
-        values = {"tokens/s": rate, "limit": limit, "of limit": share(rate / limit)}
+        values = {"tokens/s": rate, "limit": limit, "of limit": f"{rate / limit:.0%}"}
         values |= {"first token, ms": 1e3 * (ends[0] - start)}
         yield Row(f"{config.name}, {name_of(card.dtype)}, eager, 100 tokens of prompt", variant.label, values)
 
