@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,38 +64,21 @@ PARTS = {
     "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
     "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
     "d": Part("Training steps", gpu_runs.steps, 30),
-    "e": Part(
-        "Beside PEFT on transformers", partial(gpu_runs.on_llama, gpu_runs.beside_peft), 12, ("peft", "transformers")
-    ),
+    "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 12, ("peft", "transformers")),
     "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
-    "g": Part("Generation", partial(gpu_runs.on_llama, gpu_runs.generation), 6),
-    "h": Part("Evaluation", partial(gpu_runs.on_llama, gpu_runs.evaluation), 6, ("lm_eval", "tokenizers")),
+    "g": Part("Generation", gpu_runs.generation, 6),
+    "h": Part("Evaluation", gpu_runs.evaluation, 6, ("lm_eval", "tokenizers")),
 }
 
 
 # ------------------------------------------------------------------------------------------------------ running parts
-def run_part(part: Part, *, seconds: float, short: bool, log: Path) -> dict[str, Any]:
-    """Run one part for at most so many seconds, and return its rows, its notes and the time that it took."""
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    start = monotonic()
-    for found in receive(part, seconds=seconds, short=short, log=log):
-        if isinstance(found, Row):
-            rows.append(asdict(found))
-        else:
-            notes.append(found)
-            print(f"   {found}", flush=True)
-    return {"title": part.title, "seconds": monotonic() - start, "rows": rows, "notes": notes}
-
-
 def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
     """Yield what the part's process sends until it or its time is over, and a note on an early end."""
-    missing = part.missing
-    if missing or seconds < 1:
-        install = "pip install -r requirements.txt -r tests/requirements.txt"
-        yield (
-            f"left out: needs {', '.join(missing)}; {install}" if missing else "left out: no time; give more --minutes"
-        )
+    if part.missing:
+        yield f"left out: needs {', '.join(part.missing)}; pip install -r requirements.txt -r tests/requirements.txt"
+        return
+    if seconds < 1:
+        yield "left out: no time; give more --minutes"
         return
     end, fork = monotonic() + seconds, multiprocessing.get_context("fork")  # all is imported; CUDA starts in the child
     receiver, sender = fork.Pipe(duplex=False)
@@ -212,11 +194,18 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
         later = [other.weight for other in list(parts.values())[position + 1 :] if not other.missing]
         seconds = (end - monotonic()) * part.weight / (part.weight + sum(later))
         print(f"\n== {name}. {part.title} (at most {max(0, seconds):.0f} s)", flush=True)
-        done = run_part(part, seconds=seconds, short=short, log=out_dir / LOG)
+        start, rows, notes = monotonic(), [], []
+        for found in receive(part, seconds=seconds, short=short, log=out_dir / LOG):
+            if isinstance(found, Row):
+                rows.append(asdict(found))
+            else:
+                notes.append(found)
+                print(f"   {found}", flush=True)
+        done = {"title": part.title, "seconds": monotonic() - start, "rows": rows, "notes": notes}
         report["parts"][name] = done
         if name == "a":
-            report["machine"] = "\n".join(done["notes"][:2])
-        print(f"\n{show(done['rows'])}\n\n   {done['seconds']:.0f} s", flush=True)
+            report["machine"] = "\n".join(notes[:2])
+        print(f"\n{show(rows)}\n\n   {done['seconds']:.0f} s", flush=True)
         write_json(out_dir / RESULTS, report)
     try:
         draw(out_dir / PICTURE, report)

@@ -68,9 +68,9 @@ def at_fitting_size(
     yield f"not even one layer of {config.name} fits the memory that is free"
 
 
-def on_llama(measure_it: Callable[[Card, Config], Found], card: Card) -> Found:
-    """Measure Llama-2-7B, or as many of its layers as fit."""
-    yield from at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
+def on_llama(measure_it: Callable[[Card, Config], Found]) -> Callable[[Card], Found]:
+    """The same of Llama-2-7B, or as many of its layers as fit."""
+    return lambda card: at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -142,6 +142,7 @@ def steps_of(
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
+@on_llama
 def beside_peft(card: Card, config: Config) -> Found:
     """Optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
     n, oft, T = (1, 8, 64) if card.short else (32, 256, 2048)
@@ -309,6 +310,7 @@ def kill_and_resume(card: Card, work: Path) -> Found:
 
 
 # --------------------------------------------------------------------------------------------- generation, evaluation
+@on_llama
 def generation(card: Card, config: Config) -> Found:
     """Tokens a second of one conversation, against the rate at which the weights can be read."""
     n = 4 if card.short else 32
@@ -327,6 +329,7 @@ def generation(card: Card, config: Config) -> Found:
         yield Row(f"{config.name}, {name_of(card.dtype)}, eager, 100 tokens of prompt", variant.label, values)
 
 
+@on_llama
 def evaluation(card: Card, config: Config) -> Found:
     """Requests a second of ARC's bundled questions through the model that lm-eval sees."""
     from lm_eval.api.instance import Instance

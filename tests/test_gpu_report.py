@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.costs import Variant
 from eval.gpu_parts import BARS, Card, Row, compare_all, describe, largest_error, seconds_of
 from eval.gpu_report import PARTS, Part, draw, faults, receive, report_on, setup, show
-from eval.gpu_runs import at_fitting_size
+from eval.gpu_runs import Steps, at_fitting_size
 from lit_gpt import GPT, Config
+from lit_gpt.reflections import FORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
@@ -172,6 +174,54 @@ def test_cases_are_left_out_when_time_is_over():
 
 def test_time_of_a_call_is_the_fastest_turns_share():
     assert 0.01 <= seconds_of(CPU, [lambda: time.sleep(0.01)] * 3, repeats=2) < 0.1
+
+
+def test_results_of_a_turn_are_kept_until_its_end():
+    """A result that is freed is written over by the next call, in the cache: no memory would be written."""
+    alive, most = set(), []
+
+    class Result:
+        def __init__(self):
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    seconds_of(CPU, [Result] * 3, repeats=1)
+    assert max(most) == 3 and not alive
+
+
+def test_methods_that_cannot_be_compiled_in_time_are_named_and_nothing_is_lost():
+    late = replace(CPU, deadline=time.monotonic() + 20)
+    steps = Steps(late, "tiny", [Variant("frozen model", None), Variant("LoRA", None)], [], (8,))
+    assert list(steps.compiled("compiled", FORMS[0])) == [
+        "compiled: left out for want of time: frozen model, LoRA",
+    ]
+
+
+def test_parts_that_cannot_run_hold_back_no_time(tmp_path, capsys):
+    parts = {"a": Part("a", two_rows, 1.0), "b": Part("b", two_rows, 99.0, ("no_such_package",))}
+    report_on(parts, tmp_path, minutes=1, short=True)
+    assert "a. a (at most 60 s)" in capsys.readouterr().out
+
+
+def test_a_report_that_is_terminated_takes_its_part_with_it(tmp_path):
+    code = "import subprocess, signal, sys, pathlib\n"
+    code += "from eval import gpu_report as g\n"
+    code += "g.PARTS = {'a': g.Part('a', lambda card: [subprocess.run(['sleep', '62.25'])], 1.0)}\n"
+    code += f"g.setup(['--parts', 'a', '--out_dir', {str(tmp_path)!r}])"
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def sleeps():
+        commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+        return any(command == b"sleep\x0062.25\x00" for command in commands)
+
+    while not sleeps():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait() == 143 and not sleeps()
 
 
 def test_report_needs_no_more_than_torch_and_lightning():
