@@ -184,7 +184,7 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
     except RuntimeError as error:  # PyTorch's writer does not say what the system said
         free = shutil.disk_usage(path.parent).free
         raise OSError(
-            errno.EIO, f"writing failed with {free:,} bytes free on the disk (full, or the size of files limited?)"
+            errno.ENOSPC, f"writing failed with {free:,} bytes free on the disk (full, or the size of files limited?)"
         ) from error
 
 

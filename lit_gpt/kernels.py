@@ -245,11 +245,12 @@ class FusedReflection(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, projections, about, keep, *vectors = ctx.saved_tensors
-        need_grad_x = ctx.needs_input_grad[0]
+        need_grad_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_x, grad_vectors = torch.ops.ether.reflect_backward(
             grad, saved, projections, about, keep, ctx.save_output, need_grad_x, vectors
         )
-        return grad_x if need_grad_x else None, None, None, None, *grad_vectors.to(vectors[0].dtype).unbind()
+        of_about = (grad - grad_x).unsqueeze(0).flatten(0, -3).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x if need_grad_x else None, of_about, None, None, *grad_vectors.to(vectors[0].dtype).unbind()
 
 
 def try_on(device: torch.device) -> None:

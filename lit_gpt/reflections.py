@@ -209,7 +209,7 @@ class _Reflection(torch.autograd.Function):
 
     With c the center, a_k = w_k . (x - c) and g the incoming gradient:
         y = x + f sum_k a_k w_~k
-        dL/dx = R g
+        dL/dx = R g, dL/dc = sum over positions of (I - R) g
         dL/dw_~k = f sum over positions of a_k g + (w_k . g) (x - c)
         dL/du = (dL/du^ - u^ (u^ . dL/du^)) / |u|, for u^ = u / |u|
 
@@ -250,7 +250,8 @@ class _Reflection(torch.autograd.Function):
             first, second = of_units.unbind(-2)
             of_units = torch.stack([second + first, second - first], dim=-2)
         tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
-        return grad_x.view_as(grad), None, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
+        of_about = (g - grad_x).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x.view_as(grad), of_about, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
 
 
 class _Cayley(torch.autograd.Function):

@@ -335,7 +335,7 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
             raise UserError(
                 f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
         if isinstance(error, RuntimeError) and is_lost_process(error):
             what = "does not answer" if "imed out" in text else "has ended, see its message"

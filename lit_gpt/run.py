@@ -261,8 +261,10 @@ class Run:
         usable = (math.isfinite(loss) and math.isfinite(grad_norm)) or overflow
         if not usable:
             self.skip(values, rows)
-        if usable or scaler is not None:
+        if usable:
             self.optimizer.step()
+        elif scaler is not None:
+            scaler.update()  # its scale, without the step
         self.optimizer.zero_grad()
         at.samples += len(batch)
         at.tokens += sum(map(length, batch))

@@ -97,6 +97,8 @@ def finetune(
     torch.use_deterministic_algorithms(deterministic)
     shared = dict(strategy=strategy, precision=precision)
     unfit = check_launch(devices, num_nodes)
+    if precision == "16-mixed" and not torch.cuda.is_available():  # Fabric would take bf16, and say so in passing
+        unfit.append("--precision 16-mixed needs a GPU: take bf16-mixed or 32-true")
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(**shared, devices=devices, num_nodes=num_nodes, patience=PATIENCE[job.kind])
     shared |= dict(io=io, train=train, eval=eval, quantize=quantize, overwrite=overwrite, resume=resume, seed=seed)

@@ -205,6 +205,10 @@ def test_gradients_of_the_reflections_are_exact(save_output, dropped, centred):
     options = dict(save_output=save_output)
     options["keep"] = torch.tensor([[1.0], [0.0]], dtype=torch.float64) if dropped else None
     options["about"] = torch.randn(2, 4, dtype=torch.float64) if centred else None
+    if centred:  # a bias that trains, beside the adapter
+        about = options["about"].clone().requires_grad_()
+        rest = {name: value for name, value in options.items() if name != "about"}
+        assert torch.autograd.gradcheck(lambda x, c, u: reflect(x, u, about=c, **rest), (x, about, u))
     assert torch.autograd.gradcheck(lambda x, u: reflect(x, u, **options), (x, u))
     assert torch.autograd.gradcheck(lambda x, u, v: reflect_plus(x, u, v, **options), (x, u, v))
     a = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)

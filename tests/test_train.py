@@ -251,6 +251,7 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
         (["--ether_query", "false", "--ether_value", "false"], "no adapter target is enabled"),
         (["--precision", "fp32"], "choices: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed"),
+        (["--precision", "16-mixed"], "16-mixed needs a GPU: take bf16-mixed"),
         (["--io.checkpoint_dir", "nowhere"], "nowhere is not a folder"),
         (["--io.train_data_dir", "nowhere"], "nowhere"),
         (["--train.learning_rat", "1"], "learning_rat"),
