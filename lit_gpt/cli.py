@@ -12,6 +12,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -22,7 +24,10 @@ from lit_gpt.errors import UserError, out_of_memory
 __all__ = ["Secret", "build_parser", "run"]
 
 GIVEN = "given"
-"""The argument of a ``setup`` that no flag sets: the names of the flags that were given, defaults or not."""
+"""The argument of a ``setup`` that no flag sets: the names of the flags on the command line, defaults or not.
+
+Those of a --config file are not among them: --print_config writes all flags, whether they are meant or not."""
+CONFIG_HELP = "A YAML file with any of the flags below; a flag on the command line wins, wherever it stands."
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -36,7 +41,7 @@ def build_parser(setup: Callable) -> ArgumentParser:
     summary = (setup.__doc__ or "").strip().split("\n")[0]
     # No abbreviations: --train.learning_rat would pass today and mean something else once a flag is added.
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="A YAML file with any of the flags below.")
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_function_arguments(setup, as_group=False, skip={GIVEN})
     return parser
@@ -52,7 +57,7 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1 after a user's error or a bug of ours, 2 after a mistake on the command line.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = config_first(sys.argv[1:] if args is None else args)
     parser = build_parser(setup)
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
@@ -65,11 +70,11 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
         if empty := nulls(parser, parsed):
             raise ArgumentError(None, f"null is no value of --{', --'.join(empty)}")
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
-        fail(f"{one_line(error)} (--help lists the flags)", code=2)
+        fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
     for name in ("config", "debug"):
         values.pop(name)
     if GIVEN in inspect.signature(setup).parameters:
-        values[GIVEN] = frozenset(parser.parse_args(args, defaults=False).keys())
+        values[GIVEN] = frozenset(arg[2:].split("=")[0] for arg in args if arg.startswith("--"))
     try:
         setup(**values)
     except KeyboardInterrupt:
@@ -86,6 +91,27 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
             fail(f"out of memory: something smaller may fit ({one_line(error)[:200]})", code=1)
         traceback.print_exc()
         fail("a bug of ours, not a mistake of yours: please report the lines above and the command", code=1)
+
+
+def config_first(args: Sequence[str]) -> list[str]:
+    """Return the arguments with each --config moved to the front: what comes later wins, and flags must."""
+    first, rest, words = [], [], iter(args)
+    for word in words:
+        if word == "--config":
+            first += [word, *islice(words, 1)]
+        else:
+            (first if word.startswith("--config=") else rest).append(word)
+    return first + rest
+
+
+def meant_flags(parser: ArgumentParser, args: Sequence[str]) -> str:
+    """Return a question for each flag that the parser does not have: the one of the same last word, or the nearest."""
+    known, found = list(parser._option_string_actions), []
+    for flag in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+        if flag not in known:
+            same = [name for name in known if name.endswith((f".{flag[2:]}", f"_{flag[2:]}"))]
+            found += (same or get_close_matches(flag, known, n=1))[:1]
+    return f"did you mean {', '.join(found)}? " if found else ""
 
 
 def is_curable(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -86,6 +87,40 @@ def test_a_config_file_that_is_none_is_one_line(content, tmp_path, capsys):
     assert code == 2 and text.startswith("error: ") and text.count("\n") == 1
 
 
+def given_to(*args: str) -> dict:
+    """The arguments that a script's setup gets."""
+    got = {}
+
+    def setup(*, size: int = 1, rate: float = 0.5, given: Collection[str] = ()) -> None:
+        """Do it."""
+        got.update(size=size, rate=rate, given=given)
+
+    run(setup, args)
+    return got
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_flag_wins_over_a_config_file_wherever_it_stands(joined, tmp_path):
+    """`--train.learning_rate 5e-3 --config f.yaml` trained with the file's rate, without a word."""
+    configs = []
+    for name, text in (("a", "size: 2\nrate: 2.0"), ("b", "size: 3")):
+        (tmp_path / name).write_text(text)
+        configs += [f"--config={tmp_path / name}"] if joined else ["--config", str(tmp_path / name)]
+    for args in (["--rate", "7", *configs], [*configs, "--rate=7"]):
+        got = given_to(*args)
+        assert (got["size"], got["rate"]) == (3, 7.0)  # the later file wins over the earlier one
+        assert {"size", "rate"} & got["given"] == {"rate"}
+
+
+@pytest.mark.parametrize("flag", ["--train.learning_rat", "--learning_rate"])
+def test_an_unknown_flag_is_told_with_the_one_that_may_be_meant(flag, capsys):
+    told = refusal(capsys, "finetune/ether.py", ["--io.train_data_dir", "data", flag, "1"])
+    assert "did you mean --train.learning_rate?" in told
+    told = refusal(capsys, "finetune/ether.py", ["--io.train_data_dir", "data", "--checkpoint_dir=base"])
+    assert "did you mean --io.checkpoint_dir?" in told
+    assert "did you mean" not in refusal(capsys, "finetune/ether.py", ["--io.train_data_dir", "data", "--zzz", "1"])
+
+
 def test_printed_commands_can_be_pasted(tmp_path):
     words = shlex.split(command("scripts/merge_ether.py", checkpoint_dir=tmp_path / "my model", ether_path="it's.pth"))
     assert words[:2] == ["python", "scripts/merge_ether.py"]
@@ -112,6 +147,8 @@ def test_a_flag_with_the_defaults_value_contradicts_an_adapter_too(work, tmp_pat
         (["--config", str(tmp_path / "one.yaml")], "value = True, a flag says False"),
     ):
         assert told in refusal(capsys, "finetune/ether.py", [*flags, *start, *more])
+    (tmp_path / "all.yaml").write_text("Htype: ether\nether_nb: 1")  # as --print_config writes what no one chose
+    start += ["--config", str(tmp_path / "all.yaml")]
     run(script("finetune/ether.py"), [*flags, *start, "--ether_nb", "2", "--ether_dropout", "0.0"])
 
 
