@@ -9,7 +9,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +39,7 @@ TINY = Config(
 )  # fmt: skip
 BARS = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative error of logits and gradients in part b: some roundings, far below a wrong formula's."""
+LATE = "left out for want of time"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,17 @@ class Row:
     values: dict[str, float | str]
 
 
-Found = Iterator[Row | str]
+@dataclass(frozen=True)
+class Due:
+    """What a part has yet to finish: named where the part ends early."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f", not finished or not reached: {', '.join(self.names)}" if self.names else ""
+
+
+Found = Iterator[Row | Due | str]
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,18 @@ def attempt(label: str, measure_it: Callable[[], Found], *needs: str) -> Found:
         yield f"{label}: {explain(error)}"
 
 
+def in_turn(card: Card, tasks: Mapping[str, Callable[[], Found]], *, seconds: float) -> Found:
+    """Attempt each; those that find fewer ``seconds`` left are named and left out, but for the first one."""
+    names = tuple(tasks)
+    for index, (name, task) in enumerate(tasks.items()):
+        if index and card.left < seconds:
+            yield f"{LATE}: {', '.join(names[index:])}"
+            break
+        yield Due(names[index:])
+        yield from attempt(name, task, *["bitsandbytes"] * name.endswith("nf4"))
+    yield Due(())
+
+
 def explain(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, ModuleNotFoundError):
@@ -188,7 +211,8 @@ def describe(card: Card) -> Iterator[str]:
         capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
         yield f"{torch.cuda.get_device_name()}, {total / 1e9:.0f} GB, capability {capability[0]}.{capability[1]}"
     else:
-        yield f"no GPU: tiny sizes on a CPU with {torch.get_num_threads()} threads, which say nothing about a GPU"
+        n = torch.get_num_threads()
+        yield f"no GPU: tiny sizes on a CPU with {n} thread{'s' * (n > 1)}, which say nothing about a GPU"
     packages = ("lightning", "triton", "transformers", "peft", "bitsandbytes")
     yield f"torch {torch.__version__}, " + ", ".join(f"{name} {installed(name)}" for name in packages)
     if card.on_gpu and card.kernel_fault:
@@ -246,7 +270,7 @@ def compare_all(card: Card, cases: Sequence[tuple[str, torch.dtype, str]]) -> Fo
     took = 0.0
     for index, (label, dtype, how) in enumerate(cases):
         if card.left < max(took, 20.0 if how == "compiled" else 5.0):  # the first one is slower than all others
-            yield f"left out for want of time: {len(cases) - index} of {len(cases)} cases, {how}"
+            yield f"{LATE}: {len(cases) - index} of {len(cases)} cases, {how}"
             return
         start = monotonic()
         yield from attempt(f"{label}, {name_of(dtype)}, {how}", partial(compare, card, label, dtype, how))
@@ -344,10 +368,11 @@ def kernels(card: Card) -> Found:
         values |= {"backward, µs": backward * 1e6, "backward, of copy": f"{1.5 * copied / backward:.0%}"}
         yield Row(title, label, values)
 
+    tasks = {}
     for label, function, shapes, form in kernel_cases(card, d, n):
         parameters = [torch.randn(shape, device=card.device, requires_grad=True) for shape in shapes]
-        if card.left > 5:
-            yield from attempt(label, partial(timed, label, function, parameters, form))
+        tasks[label] = partial(timed, label, function, parameters, form)
+    yield from in_turn(card, tasks, seconds=5)
 
 
 def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], str]]:

@@ -27,14 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
-from eval.gpu_parts import Card, Found, Row, explain
+from eval.gpu_parts import LATE, Card, Due, Found, Row, explain
 from lit_gpt.files import atomic_write, write_json
+from lit_gpt.plan import timestamp
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85
 """Share of its time after which a part begins nothing new; at the end of it, it is stopped."""
-FAULTS = ("failed: ", "WRONG", "ended early", "stopped after")
+FAULTS = ("failed: ", "WRONG", "ended early")
 """What the notes on faults hold: with one of them the command ends with exit code 1, after all parts."""
+UNFINISHED = (LATE, "stopped after", "left out: no time")
+"""What the notes hold on what merely took too long."""
+SMALLEST_GIB = 0.1
+"""What the picture shows of memory is above this: a tiny model's says nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Part:
         measure: yields its rows and notes.
         weight: its share of the time.
         needs: packages without which it is left out.
+        below: a line below its tables.
     """
 
     title: str
     measure: Callable[[Card], Found]
     weight: float
     needs: tuple[str, ...] = ()
+    below: str = ""
 
     @property
     def missing(self) -> list[str]:
@@ -63,7 +70,7 @@ PARTS = {
     "a": Part("What the machine does", gpu_parts.machine, 3),
     "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
     "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
-    "d": Part("Training steps", gpu_runs.steps, 30),
+    "d": Part("Training steps", gpu_runs.steps, 30, below="ratios are medians of the rounds' own ratios"),
     "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 12, ("peft", "transformers")),
     "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
     "g": Part("Generation", gpu_runs.generation, 6),
@@ -85,14 +92,19 @@ def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
     process = fork.Process(target=work, args=(part, sender, log), kwargs=dict(seconds=SOFT * seconds, short=short))
     process.start()
     sender.close()
+    due = Due(())
     try:
         while receiver.poll(max(0.0, end - monotonic())):
-            yield receiver.recv()
-        yield f"stopped after {seconds:.0f} s; what was measured until then is kept"
+            found = receiver.recv()
+            if isinstance(found, Due):
+                due = found
+            else:
+                yield found
+        yield f"stopped after {seconds:.0f} s{due}; what was measured until then is kept"
     except EOFError:  # the process is through
         process.join()
         if process.exitcode:
-            yield f"ended early, exit code {process.exitcode}; what was measured until then is kept, see {log}"
+            yield f"ended early, exit code {process.exitcode}{due}; what was measured until then is kept, see {log}"
     finally:
         with suppress(ProcessLookupError):  # with all that it has started
             os.killpg(process.pid, signal.SIGKILL)
@@ -158,10 +170,17 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(13, 11), layout="constrained")
     for axes, (name, (title, columns)) in zip(figure.subplots(2, 2).flat, BARS.items(), strict=True):
         found = tables(report["parts"].get(name, {}).get("rows", []))
-        # Steps have a table for each length; of those that keep weights and run alike, the last one stays: the longest.
+        subtitle = next(reversed(found), "")
+        if name == "d" and found:
+            # A table for each length; of those that keep weights and run alike, the last one stays: the longest.
+            last = {tuple(key.split(", ")[1::3]): key for key in found}
+            found = {key.split(", ", 1)[1]: found[key] for key in last.values()}
+            subtitle = subtitle.split(", ")[0]
         series = {
-            " ".join(key.split(", ")[1::3]) if name == "d" else column: {
-                label: values[column] for label, values in lines.items() if column in values
+            key if name == "d" else column: {
+                label: float(str(values[column]).rstrip("%"))
+                for label, values in lines.items()
+                if column in values and not ("GiB" in column and values[column] < SMALLEST_GIB)
             }
             for key, lines in found.items()
             for column in columns
@@ -169,11 +188,10 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         labels = list(dict.fromkeys(label for values in series.values() for label in values))
         for index, (label, values) in enumerate(series.items()):
             heights = [labels.index(key) + 0.8 * (index + 0.5) / len(series) - 0.4 for key in values]
-            widths = [float(str(value).rstrip("%")) for value in values.values()]
-            drawn = axes.barh(heights, widths, 0.8 / len(series), label=label)
-            axes.bar_label(drawn, [cell(width) for width in widths], padding=3, fontsize=7)
+            drawn = axes.barh(heights, list(values.values()), 0.8 / len(series), label=label)
+            axes.bar_label(drawn, list(map(cell, values.values())), padding=3, fontsize=7)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.set_title(title if labels else f"{title}: not measured")
+        axes.set_title(f"{title}\n{subtitle}" if labels else f"{title}: nothing to show", fontsize=10)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         if len(series) > 1:
@@ -205,7 +223,8 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
         report["parts"][name] = done
         if name == "a":
             report["machine"] = "\n".join(notes[:2])
-        print(f"\n{show(rows)}\n\n   {done['seconds']:.0f} s", flush=True)
+        below = f"\n\n   {part.below}" * bool(rows and part.below)
+        print(f"\n{show(rows)}{below}\n\n   {done['seconds']:.0f} s", flush=True)
         write_json(out_dir / RESULTS, report)
     try:
         draw(out_dir / PICTURE, report)
@@ -215,10 +234,10 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
     return report
 
 
-def faults(report: Mapping[str, Any]) -> list[str]:
-    """The notes that say that something is wrong, with the parts' names."""
+def notes_on(kinds: Sequence[str], report: Mapping[str, Any]) -> list[str]:
+    """The notes that hold one of ``FAULTS``, or of ``UNFINISHED``, with the parts' names."""
     notes = [f"{name}. {note}" for name, part in report["parts"].items() for note in part["notes"]]
-    return [note for note in notes if any(fault in note for fault in FAULTS)]
+    return [note for note in notes if any(kind in note for kind in kinds)]
 
 
 def setup(arguments: Sequence[str] | None = None) -> None:
@@ -227,17 +246,23 @@ def setup(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="Tiny sizes, to see that everything works.")
     parser.add_argument("--parts", default="".join(PARTS), help=f"Letters of the parts to run, of {''.join(PARTS)}.")
     parser.add_argument("--minutes", type=float, default=8.0, help="The most time that all parts take together.")
-    parser.add_argument("--out_dir", type=Path, default=Path("logs/gpu"), help="Where the results go.")
+    parser.add_argument("--out_dir", type=Path, help="Where the results go; a new folder under logs/gpu by default.")
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts {given.parts}: {', '.join(sorted(unknown))} unknown, expected some of {''.join(PARTS)}")
+    out_dir = given.out_dir or Path("logs/gpu", timestamp())
+    if (out_dir / RESULTS).exists():
+        parser.error(f"{out_dir} holds a report, perhaps of another card: choose another --out_dir")
+    print(f"results go to {out_dir}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part that runs, in a session of its own, ends too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {name: part for name, part in PARTS.items() if name in given.parts}
-    found = faults(report_on(chosen, given.out_dir, minutes=given.minutes, short=given.short))
-    if found:
-        print("\nWrong here:", *found, sep="\n   ", file=sys.stderr)
+    report = report_on(chosen, out_dir, minutes=given.minutes, short=given.short)
+    if late := notes_on(UNFINISHED, report):
+        print("\nNot finished (give more --minutes):", *late, sep="\n   ", file=sys.stderr)
+    if wrong := notes_on(FAULTS, report):
+        print("\nWrong here:", *wrong, sep="\n   ", file=sys.stderr)
         raise SystemExit(1)
 
 

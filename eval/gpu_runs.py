@@ -17,8 +17,8 @@ from time import perf_counter, sleep
 import torch
 from torch import nn
 
-from eval.costs import FLOOR, LORA, Variant, add_ratios, choose_variants, measure, random_models
-from eval.gpu_parts import Card, Found, Row, attempt, copy_bandwidth, name_of, random_samples
+from eval.costs import FLOOR, LORA, METHOD_NAMES, Variant, add_ratios, choose_variants, measure, random_models
+from eval.gpu_parts import LATE, Card, Found, Row, attempt, copy_bandwidth, in_turn, name_of, random_samples
 from lit_gpt import reflections
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.config import Config
@@ -77,11 +77,12 @@ def on_llama(measure_it: Callable[[Card, Config], Found]) -> Callable[[Card], Fo
 def steps(card: Card) -> Found:
     """Time forward and backward passes of every method in turns: eager, in nf4, and compiled, which takes longest."""
     llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (20, 50) if card.short else (256, 2048), 50 if card.short else 512
-    yield from at_fitting_size(card, llama, partial(steps_of, card, lengths=bf16))
     quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
-    yield from attempt("nf4", partial(at_fitting_size, card, llama, quantized, itemsize=0.8), "bitsandbytes")
+    tasks = {"eager steps": partial(at_fitting_size, card, llama, partial(steps_of, card, lengths=bf16))}
+    tasks["steps in nf4"] = partial(at_fitting_size, card, llama, quantized, itemsize=0.8)
     compiled = partial(steps_of, card, lengths=bf16, compiled=True)
-    yield from attempt("compiled steps", partial(at_fitting_size, card, llama, compiled))
+    tasks["compiled steps"] = partial(at_fitting_size, card, llama, compiled)
+    yield from in_turn(card, tasks, seconds=0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Steps:
     def compiled(self, how: str, form: str) -> Found:
         """The same of as many models as there is time to compile: one step of each at each length, not timed."""
         torch._dynamo.reset()  # the graphs of another form
-        n_models, took, most = 0, 0.0, 2 if self.card.short else len(self.models)
+        n_models, took, most = 0, 0.0, len(self.variants)
         while n_models < most and self.card.left > 20 + took:
             start = perf_counter()
             for T in self.lengths:
@@ -119,7 +120,7 @@ class Steps:
                     measure(self.models[n_models : n_models + 1], seq_length=T, rounds=0)
             n_models, took = n_models + 1, perf_counter() - start
         if late := [variant.label for variant in self.variants[n_models:most]]:
-            yield f"{how}: left out for want of time: {', '.join(late)}"
+            yield f"{how}: {LATE}: {', '.join(late)}"
         if n_models >= 2:
             yield from self.timed(how, form, n_models)
 
@@ -130,6 +131,9 @@ def steps_of(
     """One model and way of keeping its weights; where these are not quantized, in each form of reflections."""
     n, oft = (4, 8) if card.short else (32, 256)
     variants, left_out = choose_variants(config, targets=("query", "value"), blocks=(n,), oft_blocks=(oft,))
+    if compiled:  # takes long: the paper's method comes right after LoRA, and of tiny models is the last
+        late = [v for v in variants[2:] if not v.label.startswith(METHOD_NAMES["etherplusHH"])]
+        variants = [v for v in variants if v not in late] + late * (not card.short)
     models = random_models(config, variants, dtype=card.dtype, device=card.device, compiled=compiled, scheme=scheme)
     steps = Steps(card, f"{config.name}, {'nf4' if scheme else name_of(card.dtype)}", variants, models, lengths)
     yield from () if compiled else left_out
@@ -147,14 +151,16 @@ def beside_peft(card: Card, config: Config) -> Found:
     """Optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
     n, oft, T = (1, 8, 64) if card.short else (32, 256, 2048)
     title = f"{config.name}, {name_of(card.dtype)}, q and v, T = {T}, eager, with AdamW"
-    theirs = {LORA: ("LoraConfig", {"r": 8, "lora_alpha": 16})}
-    theirs[f"OFT n={oft}"] = ("OFTConfig", {"r": 0, "oft_block_size": config.n_embd // oft})
-    ours = {LORA: LoraConfig(r=8), f"OFT n={oft}": EtherConfig("oft", nb=oft)}
-    ours[f"ETHER+ two-sided n={n}"] = EtherConfig("etherplusHH", nb=n)
-    makers = {f"PEFT {label}": partial(peft_loss, card, config, *kind) for label, kind in theirs.items()}
-    makers |= {f"ours, {label}": partial(our_loss, card, config, adapter) for label, adapter in ours.items()}
-    for label, make in makers.items():
-        yield from attempt(label, partial(optimizer_steps, card, title, label, make, T))
+    peft, ours = partial(peft_loss, card, config), partial(our_loss, card, config)
+    makers = {  # what matters most first: time may be short
+        f"PEFT {LORA}": partial(peft, "LoraConfig", {"r": 8, "lora_alpha": 16}),
+        f"ours, {LORA}": partial(ours, LoraConfig(r=8)),
+        f"ours, ETHER+ two-sided n={n}": partial(ours, EtherConfig("etherplusHH", nb=n)),
+        f"PEFT OFT n={oft}": partial(peft, "OFTConfig", {"r": 0, "oft_block_size": config.n_embd // oft}),
+        f"ours, OFT n={oft}": partial(ours, EtherConfig("oft", nb=oft)),
+    }
+    tasks = {label: partial(optimizer_steps, card, title, label, make, T) for label, make in makers.items()}
+    yield from in_turn(card, tasks, seconds=0)
 
 
 def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> tuple[nn.Module, Loss]:
@@ -210,14 +216,13 @@ def training(card: Card) -> Found:
         make_work(card, work, config)
         train = partial(run_training, card, work, f"{config.name}, {card.precision}, ETHER+ two-sided")
         packed = ("--train.packing", "true")
-        yield from attempt("packed, checkpointing", partial(train, "packed, checkpointing", *packed, *CHECKPOINTING))
-        yield from attempt("kill and resume", partial(kill_and_resume, card, work))
+        first = "packed, checkpointing"
+        tasks = {first: partial(train, first, *packed, *CHECKPOINTING)}
+        tasks["kill and resume"] = partial(kill_and_resume, card, work)
         cases = {"padded": (), "packed": packed, "packed, nf4": (*packed, "--quantize", "bnb.nf4")}
         cases["packed, compiled"] = (*packed, "--compile", "true")
-        for label, flags in () if card.short else cases.items():
-            needs = ["bitsandbytes"] * label.endswith("nf4")
-            tried = attempt(label, partial(train, label, *flags), *needs)
-            yield from tried if card.left > 20 else [f"{label}: left out for want of time"]
+        tasks |= {} if card.short else {label: partial(train, label, *flags) for label, flags in cases.items()}
+        yield from in_turn(card, tasks, seconds=20)
 
 
 def make_work(card: Card, work: Path, config: Config) -> None:
@@ -324,7 +329,8 @@ def generation(card: Card, config: Config) -> Found:
             for _ in generate(model, list(range(100)), max_new_tokens=8 if card.short else 100):
                 ends.append(perf_counter())
         rate = (len(ends) - 1) / (ends[-1] - ends[0])
-        values = {"tokens/s": rate, "limit": limit, "of limit": f"{rate / limit:.0%}"}
+        values = {"tokens/s": rate}
+        values |= {"limit": limit, "of limit": f"{rate / limit:.0%}"} if card.on_gpu else {}
         values |= {"first token, ms": 1e3 * (ends[0] - start)}
         yield Row(f"{config.name}, {name_of(card.dtype)}, eager, 100 tokens of prompt", variant.label, values)
 

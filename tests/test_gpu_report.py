@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval import gpu_report
 from eval.costs import Variant
-from eval.gpu_parts import BARS, Card, Row, compare_all, describe, largest_error, seconds_of
-from eval.gpu_report import PARTS, Part, draw, faults, receive, report_on, setup, show
+from eval.gpu_parts import BARS, Card, Row, compare_all, describe, in_turn, largest_error, seconds_of
+from eval.gpu_report import FAULTS, PARTS, UNFINISHED, Part, draw, notes_on, receive, report_on, setup, show
 from eval.gpu_runs import Steps, at_fitting_size
 from lit_gpt import GPT, Config
 from lit_gpt.reflections import FORMS
@@ -79,7 +80,8 @@ def test_a_part_that_goes_wrong_gives_a_line_keeps_its_rows_and_the_others_go_on
     for name in bad:
         assert [row["label"] for row in report["parts"][name]["rows"]] == ["kept"], name
     assert len(report["parts"]["g"]["rows"]) == 3 and notes["g"] == ["a note"]
-    assert [line[0] for line in faults(report)] == ["b", "d", "e"]  # what is left out is no fault
+    assert [line[0] for line in notes_on(FAULTS, report)] == ["b", "d"]  # what is left out is no fault
+    assert [line[0] for line in notes_on(UNFINISHED, report)] == ["e"]
     assert json.loads((tmp_path / "report.json").read_text()) == report
     shown = capfd.readouterr().out
     assert all(note in shown for part in notes.values() for note in part)
@@ -98,6 +100,32 @@ def test_the_json_is_there_after_each_part_and_what_is_stopped_leaves_no_process
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # a process that has ended since
             assert marker.encode() not in path.read_bytes()
+
+
+def test_what_merely_took_too_long_is_no_fault_and_is_named(tmp_path, monkeypatch, capsys):
+    """Parts that were out of time stood under "Wrong here", with exit code 1 and without a word on what was missing."""
+    tasks = {"packed": lambda: two_rows(None), "kill and resume": lambda: one_row_and(hangs)(None), "padded": fails}
+    slow = Part("slow", lambda card: in_turn(card, tasks, seconds=0), 1.0)
+    late = Part("late", lambda card: in_turn(replace(card, deadline=0.0), tasks, seconds=20), 1.0)
+    monkeypatch.setattr(gpu_report, "PARTS", {"a": slow, "b": late})
+    setup(["--minutes", "0.1", "--out_dir", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert "Not finished (give more --minutes):" in told and "Wrong" not in told
+    assert "a. stopped after 3 s, not finished or not reached: kill and resume, padded; what" in told
+    assert "b. left out for want of time: kill and resume, padded" in told
+
+
+def test_an_earlier_report_is_never_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "PARTS", {"a": Part("a", two_rows, 1.0, below="below the table")})
+    monkeypatch.chdir(tmp_path)
+    setup([])
+    (made,) = Path("logs/gpu").iterdir()
+    shown = capsys.readouterr().out
+    assert (made / "report.json").is_file() and f"results go to {made}" in shown
+    assert shown.index("second") < shown.index("below the table")
+    with pytest.raises(SystemExit) as end:
+        setup(["--out_dir", str(made)])
+    assert end.value.code == 2 and f"{made} holds a report" in capsys.readouterr().err
 
 
 def test_no_time_is_said():
