@@ -26,6 +26,7 @@ from lit_gpt.files import file_sha256
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
+from lit_gpt.reflections import check_form
 from lit_gpt.resume import check_run_folder
 from lit_gpt.tokenizer import Tokenizer
 
@@ -203,6 +204,7 @@ def make_plan(
     if base_dir:
         config = problems.attempt(load_config, base_dir)
         state = problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: nothing is read but what is asked for
+    problems.attempt(check_form)
     problems.attempt(weights_dtype, precision, mixed=True)
     problems.attempt(check_quantize, quantize, precision, full=job.adapter is None)
     name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{io.jobnum or timestamp()}"

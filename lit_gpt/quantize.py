@@ -74,11 +74,11 @@ def check_quantize(scheme: str | None, precision: str, *, full: bool = False) ->
 
 def import_bitsandbytes() -> ModuleType:
     """The module, an optional dependency; quiet about casts of activations to fp16, which are what int8 is."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # first: its import warns of kernels that it lacks
     try:
         import bitsandbytes
     except ModuleNotFoundError as error:
         raise UserError("--quantize needs bitsandbytes: pip install 'bitsandbytes>=0.50'") from error
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return bitsandbytes
 
 

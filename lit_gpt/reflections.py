@@ -46,10 +46,15 @@ def use_form(name: str) -> Iterator[None]:
         _chosen["form"] = before
 
 
-def _function(x: Tensor) -> type[torch.autograd.Function]:
-    """Return what takes a reflection of x: the kernels where they are asked for and run, else thin products."""
+def check_form() -> None:
+    """Raise UserError unless the chosen form, the environment's or ``use_form``'s, is one of ``FORMS``."""
     if _chosen["form"] not in FORMS:
         raise UserError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
+
+
+def _function(x: Tensor) -> type[torch.autograd.Function]:
+    """Return what takes a reflection of x: the kernels where they are asked for and run, else thin products."""
+    check_form()
     if _chosen["form"] == "triton" and _kernels_run_on(x.device):
         from lit_gpt.kernels import LARGEST_BLOCK, FusedReflection
 
@@ -72,6 +77,7 @@ def _try_kernels(device: torch.device) -> bool:
         try_on(device)
     except Exception as error:  # whatever Triton, a driver or a compiler raises: the products need none of them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = "needs an NVIDIA GPU" if device.type == "cpu" else reason
         print(f"no Triton kernels on {device} ({reason}): reflections are taken as thin products", file=sys.stderr)
         return False
     return True

@@ -173,6 +173,7 @@ def set_up(
         fabric.print(f"memory: {memory}, estimated{' for blocks that are not compiled' if compile else ''}")
     wrapped = fabric.setup_module(model)
     if compile:
+        fabric.print("compiling the model's blocks: a minute or more")
         compile_blocks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     share_start(trained)
@@ -210,6 +211,10 @@ def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
         f"{plan.train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {plan.train.learning_rate:g}, "
         f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
     )
+    if plan.n_steps < (plan.train.max_steps or 0):
+        fabric.print(
+            f"the data ends before --train.max_steps {plan.train.max_steps}: more --train.epochs make a longer run"
+        )
     if job.method == "ether":
         fabric.print("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
 

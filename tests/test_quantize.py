@@ -3,12 +3,13 @@
 import copy
 import ctypes
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import refusal, script, train, work, write_base  # noqa: F401  (work is a fixture)
+from test_train import ROOT, refusal, script, train, work, write_base  # noqa: F401  (work is a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import GPT, Config
@@ -228,6 +229,14 @@ def test_what_cannot_work_is_refused_before_weights_load(work, tmp_path, capsys,
     flags += [] if method == "full" else ["--Htype", method, "--ether_nb", "2"]
     assert message in refusal(capsys, f"finetune/{name}.py", [*flags, *more])
     assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_bitsandbytes_lacks_are_no_noise():
+    """On a CPU with AVX512-BF16 its import advised to install a package that nothing here needs."""
+    code = "import sys; sys.modules['kernels'] = None\nfrom lit_gpt.quantize import check_quantize\n"
+    code += "check_quantize('bnb.nf4', '32-true')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_missing_bitsandbytes_is_told_with_the_command(work, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -24,6 +24,7 @@ from lit_gpt.cli import run
 from lit_gpt.data import load_split, prepare, save_split
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.reflections import use_form
 from lit_gpt.run import Position, Run, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,6 +270,24 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(work
     name, arguments = command(work, "ether", tmp_path / "run", *more)
     assert message in refusal(capsys, name, arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_form_of_reflections_is_refused_before_anything_is_written(work, tmp_path, capsys):
+    """ETHER_REFLECTIONS=tritn left an empty run folder."""
+    name, arguments = command(work, "ether", tmp_path / "run")
+    with use_form("tritn"):
+        assert "ETHER_REFLECTIONS is 'tritn'" in refusal(capsys, name, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_ends_before_the_steps_asked_for_is_told(work, tmp_path, capsys):
+    """--train.max_steps 12 on data for 8 steps ran 8 without a word."""
+    told = "the data ends before --train.max_steps 7: more --train.epochs make a longer run"
+    epoch = ("--train.epoch_size", "8")  # two steps
+    assert train(work, "lora", tmp_path / "one", *epoch, "--train.max_steps", "7")["steps"] == 2
+    assert told in capsys.readouterr().out
+    train(work, "lora", tmp_path / "two", *epoch, "--train.max_steps", "2")
+    assert "the data ends" not in capsys.readouterr().out
 
 
 def test_data_for_another_tokenizer_is_refused(work, tmp_path, capsys, spm_dir):
