@@ -194,7 +194,7 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         axes.set_title(f"{title}\n{subtitle}" if labels else f"{title}: nothing to show", fontsize=10)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        if len(series) > 1:
+        if labels and len(series) > 1:
             axes.legend(fontsize=7)
     figure.suptitle(report["machine"], fontsize=10)
     with atomic_write(path) as temporary:

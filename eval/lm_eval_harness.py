@@ -95,11 +95,24 @@ def run_tasks(
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The harness's own tables: tasks, and groups where there are any."""
-    print(make_table(results))
-    if results.get("groups"):
-        print(make_table(results, "groups"))
+    """The harness's own tables: tasks, and groups where there are any; no standard errors of few documents."""
+    shown = dict(results)
+    for column in ("results", "groups"):
+        shown[column] = {
+            task: {key: v for key, v in values.items() if documents(results, task) >= 30 or "_stderr" not in key}
+            for task, values in results.get(column, {}).items()
+        }
+    print(make_table(shown))
+    if shown["groups"]:
+        print(make_table(shown, "groups"))
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
+
+
+def documents(results: dict[str, Any], task: str) -> int:
+    """Documents that a task was, or a group's tasks were, evaluated on."""
+    if task in results["n-samples"]:
+        return results["n-samples"][task]["effective"]
+    return sum(documents(results, name) for name in results["group_subtasks"].get(task, ()))
 
 
 def setup(
@@ -160,6 +173,8 @@ def setup(
     model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
     results = run_tasks(model, tokenizer, loaded=loaded, **options)
+    adapted = f"with {ether_path or lora_path}" if ether_path or lora_path else "no adapter"
+    print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)
     if save_filepath is not None:
         paths = {"checkpoint_dir": checkpoint_dir, "adapter": ether_path or lora_path, "data_dir": data_dir}

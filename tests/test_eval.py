@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from eval import harness_model
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
-from eval.lm_eval_harness import evaluate, run_tasks, setup
+from eval.lm_eval_harness import evaluate, print_results, run_tasks, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
@@ -571,7 +571,8 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
     shown, noise = capfd.readouterr()
     assert "|arc_challenge " in shown
     assert "acc_norm" in shown
-    assert "±" in shown
+    assert f"{checkpoint}, no adapter, --limit 4\n" in shown
+    assert "±" not in shown  # 4 documents tell nothing: equal answers gave 0 ± 0
     assert noise == ""
     saved = json.loads(path.read_text())
     assert saved["results"]["truthfulqa_mc2"].keys() >= {"acc,none", "acc_stderr,none"}
@@ -589,6 +590,17 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
     more = ["--limit", "1", "--overwrite", "true"]
     run(setup, command(checkpoint, data_dir, "--save_filepath", str(path), *more))
     assert json.loads(path.read_text())["n-samples"]["arc_challenge"]["effective"] == 1
+
+
+def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
+    scores = {"acc,none": 0.4321, "acc_stderr,none": 0.1234}
+    found = {"results": {"few": scores, "many": scores, "both": scores}, "groups": {"both": scores, "none": scores}}
+    found |= {"n-samples": {name: {"original": n, "effective": n} for name, n in (("few", 29), ("many", 30))}}
+    found |= {"versions": {}, "group_subtasks": {"both": ["few", "many"], "none": ["few"]}, "requests": 1, "seconds": 1}
+    print_results(found)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "0.4321" in line]
+    named = {line.split("|")[1].strip(" -"): "±" in line and "0.1234" in line for line in lines}
+    assert named == {"few": False, "many": True, "both": True, "none": False}
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,14 @@ def test_rows_of_one_label_become_one_line():
     ]
 
 
-def test_picture_is_drawn_of_what_there_is(tmp_path):
+def test_picture_says_of_what_it_is_and_shows_no_memory_of_nothing(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, text, **_: titles.append(text))
     row = {"table": "Llama, bf16, q and v, T = 256, eager", "label": "LoRA", "values": {"x LoRA r=8": 1.0}}
-    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": [row]}}})
+    tiny = {"table": "Tiny, fp32", "label": "padded", "values": {"peak, GiB": 0.02, "estimated, GiB": 0.001}}
+    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": [row]}, "f": {"rows": [tiny]}}})
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert titles[1] == "Step time x LoRA r=8\nLlama" and titles[3] == "Memory, GiB: nothing to show"
 
 
 def test_an_old_card_takes_fp16_and_says_so(monkeypatch):
