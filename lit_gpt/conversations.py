@@ -43,7 +43,8 @@ def find_answers(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[A
     """Return the answers of a conversation that are learned, and notes on what the template does to it.
 
     Raises:
-        ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content.
+        ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content;
+            an answer to be learned stands right behind another.
     """
     answers, notes, asked = [], set(), False
     for i, message in enumerate(messages):
@@ -51,6 +52,11 @@ def find_answers(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[A
         marked = any(message.get(key) not in (None, 1) for key in LEARN_KEYS)
         if message["role"] != "assistant" or not asked or marked:
             continue
+        if messages[i - 1]["role"] == "assistant":
+            raise UserError(
+                f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer: join "
+                'them, or mark the second "weight": 0'
+            )
         prompt = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
         answer, as_written = _make_answer(tokenizer, messages[:i], message, prompt=prompt)
         answers.append(answer)
@@ -125,6 +131,13 @@ def encode_answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[Answer
             so_far = prompt + ids
         results.append(samples)
     return results
+
+
+def early_stop(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> str | None:
+    """Return a token that ends answers and stands inside one: learned, it would end answers in the middle."""
+    ids = (i for pieces in samples for answer, learned in pieces if learned for i in answer[:-1])
+    stop = next(filter(tokenizer.stop_ids.__contains__, ids), None)
+    return None if stop is None else tokenizer.decode([stop], skip_special=False)
 
 
 def _squeeze(text: str) -> str:

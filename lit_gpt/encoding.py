@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lit_gpt.conversations import Piece, encode_answers, find_answers
+from lit_gpt.conversations import Piece, early_stop, encode_answers, find_answers
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, plain, render_prompt
@@ -119,7 +119,8 @@ def encode_rows(
         style: the prompt style; "chat" for conversations.
         mask_inputs: learn the response alone; of conversations only the answers are learned anyway.
         max_seq_length: cut the samples to so many tokens.
-        problems: takes the rows that the chat template refuses; without it, they are raised at the end.
+        problems: takes the rows that the chat template refuses, and those with the end of an answer inside one; without
+            it, they are raised at the end.
     """
     rows, samples, refused = iter(rows), Samples(max_seq_length), problems or Problems("data")
     while part := list(islice(rows, SLICE)):
@@ -129,6 +130,9 @@ def encode_rows(
             encoded = _encode_instructions(tokenizer, [row for _, row in part], style)
         samples.n_rows += len(part)
         for (number, row), found in zip(part, encoded, strict=True):
+            if stop := early_stop(tokenizer, found):
+                refused.add(number, f"an answer holds {stop}, which ends answers; take it out, or leave the row out")
+                continue
             samples.n_dropped += not found
             for pieces in found:
                 samples.add(number, pieces, learn_all=not (mask_inputs or "messages" in row))
@@ -148,8 +152,7 @@ def _encode_chat(
         try:
             found, own_notes = find_answers(tokenizer, messages)
         except UserError as error:
-            way = "; a template without a system role takes its text in the first user message"
-            problems.add(number, f"{error}{way if messages[0]['role'] == 'system' else ''}")
+            problems.add(number, error)
             continue
         good.append((number, row))
         answers.append(found)

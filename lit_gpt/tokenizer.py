@@ -171,7 +171,9 @@ class Tokenizer:
                 **self.special_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"the chat template of {self.dir} refuses the conversation: {error}") from error
+            way = "; a template without a system role takes its text in the first user message"
+            way = way if messages[0]["role"] == "system" else ""
+            raise UserError(f"the chat template of {self.dir} refuses the conversation: {error}{way}") from error
 
     @cached_property
     def _template(self) -> jinja2.Template:

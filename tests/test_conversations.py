@@ -11,6 +11,7 @@ import torch
 
 from lit_gpt.conversations import AS_WRITTEN, LEFT_OUT
 from lit_gpt.encoding import SEVERAL, encode_rows
+from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.tokenizer import Tokenizer
 
@@ -205,6 +206,30 @@ def test_a_greeting_before_the_first_question_is_not_learned(folders):
     assert learned_texts(ours, greeted) == ["The stone.<|end|>", "New light, naïve café.<|end|>"]
     ids = theirs.apply_chat_template(greeted, return_dict=False)
     assert sample["input_ids"].tolist() == ids[: len(sample["input_ids"])]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_right_behind_another_is_refused_unless_it_is_marked(folders, name):
+    """What the template writes between the two was learned, a stop among it."""
+    ours, _ = load(folders["bpe"], TEMPLATES[name][0])
+    second = {"role": "assistant", "content": "It is old."}
+    twice = [SYSTEM, *TALK[:2], second, *TALK[2:]]
+    with pytest.raises(UserError, match=r"data, row 2: messages 3 and 4 are both the assistant's, .*: join [^;]*$"):
+        encode(ours, TALK, twice)
+    twice[3] = {**second, "weight": 0}
+    assert len(learned_texts(ours, twice)) == 2
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+@pytest.mark.parametrize("output", ["red TOKEN green", "red TOKEN", "TOKEN", "red </s>"])
+def test_an_answer_that_holds_its_own_end_is_refused(folders, style, output):
+    ours, _ = load(folders["bpe"], TEMPLATES["a header and an end"][0])
+    output = output.replace("TOKEN", "<|end|>").replace("</s>", ours.special_tokens["eos_token"])
+    rows = [(1, {"instruction": output, "input": "", "output": "red"})]
+    assert len(encode_rows(ours, rows, style=style, mask_inputs=False)) == 1
+    rows += [(7, {"instruction": "a", "input": "", "output": output})]
+    with pytest.raises(UserError, match=r"data, row 7: an answer holds <\|\w+\|>, which ends answers"):
+        encode_rows(ours, rows, style=style, mask_inputs=True)
 
 
 REASONED = [TALK[0], {"role": "assistant", "content": "<think>\nold?\n</think>\n\nThe stone."}, *TALK[2:]]
