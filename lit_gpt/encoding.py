@@ -8,8 +8,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ Sample = dict[str, Tensor]
 
 NAMES = ("input_ids", "labels", "response")
 SLICE = 1000
-"""Rows that are encoded at a time."""
+CHARACTERS = 2_000_000
+"""Rows that are encoded at a time, and their characters: of a conversation, all before each turn."""
 SEVERAL = (
     "an answer each is a sample, since the chat template does not render earlier turns as it did when they were last"
 )
@@ -122,8 +122,8 @@ def encode_rows(
         problems: takes the rows that the chat template refuses, and those with the end of an answer inside one; without
             it, they are raised at the end.
     """
-    rows, samples, refused = iter(rows), Samples(max_seq_length), problems or Problems("data")
-    while part := list(islice(rows, SLICE)):
+    samples, refused = Samples(max_seq_length), problems or Problems("data")
+    for part in _slices(rows):
         if style == CHAT:
             part, encoded = _encode_chat(tokenizer, part, problems=refused, notes=samples.notes)
         else:
@@ -139,6 +139,20 @@ def encode_rows(
     if problems is None:
         refused.check()
     return samples
+
+
+def _slices(rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
+    """Yield the rows in lists that take little memory to encode."""
+    part, characters = [], 0
+    for number, row in rows:
+        part.append((number, row))
+        turns = row.get("messages", ())
+        characters += len(turns) * sum(len(turn["content"]) for turn in turns)
+        if len(part) == SLICE or characters > CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def _encode_chat(

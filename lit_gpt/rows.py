@@ -1,8 +1,9 @@
 """Rows of instruction data, read one by one from JSON, JSONL or CSV and checked.
 
-A row is {"instruction", "input", "output"}, or {"messages"}: a conversation of system, user and assistant. A file
-holds rows of one kind. Rows that cannot be read as they were meant are gathered, and told together with the file and
-their numbers, counted from 1. Nothing is mended or guessed; rows without any text are left out and counted.
+A row is {"instruction", "input", "output"}, or {"messages"}: a conversation of system, user and assistant, which
+ShareGPT calls {"conversations"}. A file holds rows of one kind. Rows that cannot be read as they were meant are
+gathered, and told together with the file and their numbers, counted from 1. Nothing is mended or guessed; rows without
+any text are left out and counted.
 """
 
 import csv
@@ -11,7 +12,7 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from io import TextIOWrapper
@@ -26,6 +27,10 @@ ROLES = ("system", "user", "assistant")
 LEARN_KEYS = ("weight", "train", "loss")
 """Keys with which data sets mark a message of the assistant that is not to be learned (0 or false)."""
 TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+CONTEXT_KEYS = ("system", "system_prompt", "history")
+"""What belongs to a conversation and stands beside it, or beside an instruction."""
+CHAT_KEYS = ("messages", "conversations")
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 SHOWN_PROBLEMS = 20
 CHUNK = 1 << 20
 MANY_DIGITS = 4300
@@ -71,11 +76,15 @@ def read_rows(
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such file, or it can't be downloaded.
-        ValueError: the file is of an unknown kind, no UTF-8, or holds no rows.
+        ValueError: the file is of an unknown kind, no UTF-8, or holds no rows, or none with a field that is mapped.
     """
     if unknown := fields.keys() - FIELDS.keys():
         raise UserError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
-    fields = FIELDS | dict(fields)
+    # A file's "input" that is the instruction, say, is not the input too
+    fields = FIELDS | ({"input": None} if "input" in fields.values() else {}) | dict(fields)
+    if len(set(fields.values())) < len(fields):
+        raise UserError(f"--fields takes two texts from one column ({dict(fields)}): give each a column of its own")
+    absent = set(fields.values()) - set(FIELDS) - {None}
     suffix = Path(str(source).split("?")[0]).suffix.lower()
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
@@ -86,8 +95,9 @@ def read_rows(
             # Spreadsheets put a byte order mark in front
             text = TextIOWrapper(file, encoding="utf-8-sig", newline="" if suffix == ".csv" else "\n")
             for number, row in enumerate(readers[suffix](text), start=1):
-                if chat is None and isinstance(row, dict):
-                    chat = "messages" in row
+                if isinstance(row, dict):
+                    absent -= row.keys()
+                    chat = not row.keys().isdisjoint(CHAT_KEYS) if chat is None else chat
                 try:
                     if isinstance(row, UserError):
                         raise row
@@ -104,6 +114,8 @@ def read_rows(
             raise UserError(f"{source} is not UTF-8 text (line {_bad_line(file)}); save it as UTF-8") from error
     if problems is None:
         found.check()
+    if absent and (n_good or found.blank):
+        raise UserError(f"{source}: no row has {' or '.join(map(repr, sorted(absent)))}, which --fields names")
     if not n_good and not found.count:
         raise UserError(f"{source} holds no rows{' with text' if found.blank else ''}")
 
@@ -224,10 +236,13 @@ def _check_text(name: str, text: object) -> None:
 def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]:
     """Return the three texts of a row; the input may be missing or null, the output may be empty."""
     if not isinstance(row, dict):
-        raise UserError(f"is a {type(row).__name__}, expected an object with {', '.join(fields.values())}")
+        raise UserError(
+            f"is a {type(row).__name__}, expected an object with {', '.join(filter(None, fields.values()))}"
+        )
     needed = (fields["instruction"], fields["output"])
     if missing := [name for name in needed if name not in row]:
         raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
+    _check_context(row, used=fields.values())
     texts = {name: row.get(key) for name, key in fields.items()}
     if texts["input"] is None:
         texts["input"] = ""
@@ -236,9 +251,15 @@ def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]
     return texts
 
 
+def _check_context(row: Mapping, used: Collection[str | None] = ()) -> None:
+    """Raise ValueError where a row holds what would be left out of the conversation."""
+    if lost := [key for key in CONTEXT_KEYS if row.get(key) and key not in used]:
+        raise UserError(f"has {' and '.join(lost)}, which would be left out; put it into messages, or take it away")
+
+
 def _check_messages(row: object) -> dict[str, list]:
     """Return the conversation of a row."""
-    messages = row.get("messages") if isinstance(row, dict) else None
+    messages = next((row[key] for key in CHAT_KEYS if key in row), None) if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError("has no messages, expected a list of {role, content}")
     for turn, message in enumerate([row, *messages]):
@@ -252,6 +273,8 @@ def _check_messages(row: object) -> dict[str, list]:
                 f"{where} has {' and '.join(tools)}: chat offers no tools, so they can't be learned; leave the row out "
                 "or write the calls as text under content"
             )
+    _check_context(row)
+    messages = [_plain_message(turn, message) for turn, message in enumerate(messages, start=1)]
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message.get("content"), str):
             raise UserError(f"message {turn} has no text under content")
@@ -264,3 +287,19 @@ def _check_messages(row: object) -> dict[str, list]:
             if isinstance(value, str):
                 _check_text(f"message {turn}, {key}", value)
     return {"messages": messages}
+
+
+def _plain_message(turn: int, message: dict) -> dict:
+    """Return a message with role and content, of ShareGPT's from and value too; parts of text become one."""
+    if "from" in message and "role" not in message:
+        role, content = SHAREGPT.get(str(message["from"]), message["from"]), message.get("value")
+        message = {**message, "role": role, "content": content}
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    for part, text in zip(parts, texts, strict=True):
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f"message {turn} has a part {kind} under content, expected texts alone")
+    return {**message, "content": "".join(texts)}

@@ -17,7 +17,8 @@ from conftest import sample_text
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import run
 from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
-from lit_gpt.encoding import Samples, encode_rows
+from lit_gpt.encoding import CHARACTERS, Samples, _slices, encode_rows
+from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
 from lit_gpt.rows import read_rows
@@ -110,6 +111,31 @@ def test_input_may_be_missing_or_null_and_other_names_may_be_told(tmp_path):
     ]
 
 
+def test_a_mapped_field_must_occur_and_two_take_no_column_together(tmp_path):
+    """A typo emptied the input of every row."""
+    path = write(tmp_path / "d.json", [{"instruction": "a", "context": "b", "output": "c"}])
+    with pytest.raises(UserError, match=r"d.json: no row has 'contxt', which --fields names"):
+        read(path, {"input": "contxt"})
+    for fields in ({"input": "output"}, {"input": "q", "output": "q"}, {"instruction": "input", "input": "input"}):
+        with pytest.raises(UserError, match="--fields takes two texts from one column"):
+            read(path, fields)
+    path = write(tmp_path / "f.json", [{"input": "d", "output": "e", "system": ""}])
+    assert read(path, {"instruction": "input"}) == [{"instruction": "d", "input": "", "output": "e"}]
+    path = write(tmp_path / "g.json", [{"instruction": "d", "output": "e", "system": "f"}])
+    assert read(path, {"input": "system"}) == [{"instruction": "d", "input": "f", "output": "e"}]
+
+
+def test_parts_of_text_and_sharegpts_names_are_read(tmp_path):
+    parts = [{"type": "text", "text": text} for text in ("a", " b")]
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": parts},
+                             {"from": "gpt", "value": "c", "weight": 0}]}  # fmt: skip
+    (found,) = read(write(tmp_path / "d.json", [row]))
+    assert [(m["role"], m["content"]) for m in found["messages"]] == [
+        *(("system", "s"), ("user", "a b"), ("assistant", "c"))
+    ]
+    assert found["messages"][2]["weight"] == 0
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(b"\xef\xbb\xbfinstruction,output\r\nthe,two\r\n")
@@ -170,6 +196,20 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ("d.json", '[{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}]', "weight 0.5, expected 0 or 1"),
         ("d.json", '[{"messages": [{"role": "user", "content": "\\udc00"}]}]', "message 1, content holds half a char"),
         ("d.json", '[{"messages": ["a"]}]', r"message 1 is a str, expected \{role, content\}"),
+        (
+            "d.json",
+            '[{"system": "Be kind", "history": [1], "messages": [{"role": "user", "content": "a"}]}]',
+            "row 1: has system and history, which would be left out; put it into messages",
+        ),
+        ("d.jsonl", '{"instruction": "a", "output": "", "system_prompt": "b"}', "row 1: has system_prompt, which"),
+        (
+            "d.json",
+            '[{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}]',
+            "row 1: message 1 has a part image_url under content, expected texts alone",
+        ),
+        ("d.json", '[{"messages": [{"role": "user", "content": ["a"]}]}]', "has a part str under content"),
+        ("d.json", '[{"conversations": [{"from": "tool", "value": "a"}]}]', "has the role 'tool', expected system"),
+        ("d.json", '[{"conversations": [{"from": [], "value": 1}]}]', "message 1 has no text under content"),
         ("d.json", str([*range(25)]), r"row 1: is a int.*; row 20: is a int[^;]*; and 5 more rows$"),
     ],
 )
@@ -339,6 +379,17 @@ def test_memory_grows_by_the_ids_and_two_masks(bpe_dir, style, monkeypatch):
         tracemalloc.stop()
         tokens.append(sum(samples.sizes))
     assert (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) < 10
+
+
+def test_a_slice_of_long_conversations_takes_little_memory():
+    """Each answer has all before it in its prompt: 1,000 rows of 40 turns were encoded at once."""
+    turns = [{"role": role, "content": "the river " * 10} for role in ("user", "assistant")] * 20
+    rows = [(number, {"messages": turns}) for number in range(1000)]
+    parts = list(_slices(rows))
+    assert [row for part in parts for row in part] == rows
+    assert max(map(len, parts)) <= CHARACTERS / (40 * 40 * 100) + 1 < 20
+    rows = [(number, {"instruction": "a"}) for number in range(2500)]
+    assert list(map(len, _slices(rows))) == [1000, 1000, 500]
 
 
 def test_the_held_out_rows_follow_from_the_seed():
