@@ -27,7 +27,7 @@ import torch
 from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
 from lit_gpt.cli import run
-from lit_gpt.conversations import LEFT_OUT, hidden_roles
+from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
 from lit_gpt.errors import UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
@@ -173,13 +173,14 @@ class Conversation:
                 print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
             settings = dict(self.sampling, style=self.style, cached=self.cached)
             reply = answer(self.model, self.tokenizer, self.messages(), write=write, **settings)
+            if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
+                self.turns = before
+            else:  # the next prompt is the one of a training row with this answer
+                content = written(self.tokenizer, self.messages(), reply.text)
+                self.turns.append({"role": "assistant", "content": content})
         except (ValueError, KeyboardInterrupt):
             self.turns = before
             raise
-        # Templates write white space around an answer, which is no part of it; not all trim what comes back
-        self.turns.append({"role": "assistant", "content": reply.text.strip()})
-        if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
-            self.turns = before
         return reply
 
     def _forget(self) -> int:

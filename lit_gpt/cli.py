@@ -11,9 +11,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
+from pathlib import Path
 from typing import get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -69,6 +70,7 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
         values = parser.instantiate_classes(parsed).as_dict()
         if empty := nulls(parser, parsed):
             raise ArgumentError(None, f"null is no value of --{', --'.join(empty)}")
+        check_paths(parsed.as_flat().__dict__)
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
         fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
     for name in ("config", "debug"):
@@ -140,6 +142,13 @@ def check_encoding(args: Sequence[str]) -> None:
         except UnicodeEncodeError:
             shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             fail(f"argument {shown} is not valid {sys.getfilesystemencoding()}: give a name in that encoding", code=2)
+
+
+def check_paths(values: Mapping) -> None:
+    """Raise ValueError where a path holds a NUL, which no system takes; a --config can say one."""
+    for name, value in values.items():
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise ArgumentError(None, f"--{name} {str(value)!r} holds a NUL, expected a name without")
 
 
 def fail(message: str, *, code: int) -> None:

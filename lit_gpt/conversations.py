@@ -71,6 +71,17 @@ def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
     return {m["role"] for m in messages if m["role"] != "assistant" and _squeeze(m["content"]) not in shown}
 
 
+def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
+    """Return a decoded answer without what the template itself writes around one, as its row would have it."""
+    probe = {"role": "assistant", "content": PROBE}
+    prompt = tokenizer.render_chat(before, add_generation_prompt=True)
+    answer, _ = _make_answer(tokenizer, before, probe, prompt=prompt)
+    ((_, (ids, _)),) = encode_answers(tokenizer, [[answer]])[0]
+    # Decoded, since that drops special tokens, and SentencePiece's first space
+    head, _, tail = tokenizer.decode(ids).partition(PROBE)
+    return text.removeprefix(head).removesuffix(tail)
+
+
 def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
     """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
     shown = tokenizer.render_chat([*before, message])

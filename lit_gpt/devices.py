@@ -57,8 +57,8 @@ def launch_variables() -> dict[str, str]:
 def check_launch(devices: int, num_nodes: int) -> list[str]:
     """Return every reason why the flags do not suit the processes that were started, or these cannot connect."""
     flags, processes = f"--devices {devices} --num_nodes {num_nodes}", devices * num_nodes
-    if devices < 1 or num_nodes < 1:
-        return [f"--devices times --num_nodes must be positive, got {devices} times {num_nodes}"]
+    if devices < 1 or num_nodes < 1 or processes >= 1 << 31:
+        return [f"--devices times --num_nodes must be positive and below 2^31, got {devices} times {num_nodes}"]
     if LSFEnvironment.detect() or MPIEnvironment.detect():  # they have words of their own, which Fabric knows
         return []
     said = launch_variables()

@@ -127,7 +127,7 @@ def _open(source: Path | str) -> BinaryIO:
         try:
             with urllib.request.urlopen(str(source), timeout=60) as reply:
                 copy.write(reply.read())
-        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
+        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", repr(error))
             raise ConnectionError(
                 f"cannot download {source} ({reason}); get the file in another way and give --data_file_path FILE"

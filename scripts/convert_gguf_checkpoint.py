@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
-from lit_gpt.errors import UserError, command
+from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
@@ -78,18 +78,20 @@ def setup(
     if architecture != "llama" or metadata.get("llama.expert_count", 0):
         kind = "llama with experts" if architecture == "llama" else architecture
         raise UserError(f"{gguf_path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
-    config = model_config(metadata, tensors, gguf_path)
-    config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
-    described = {
-        "config.json": {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype},
-        "generation_config.json": generation_config(metadata),
-    }
+    with reading(gguf_path):
+        config = model_config(metadata, tensors, gguf_path)
+        config.name = checkpoint_dir.resolve().name  # general.name is whatever the uploader's folder was called
+        described = {
+            "config.json": {**hf_config(config), **special_ids(metadata), "torch_dtype": dtype},
+            "generation_config.json": generation_config(metadata),
+        }
+        tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
+        settings = {} if keep_tokenizer else tokenizer_config(metadata, config)
+        names = hf_tensor_names(tensors, gguf_path)
     if not overwrite:  # as the tokenizer, those of the model's Hugging Face folder are kept
         if (checkpoint_dir / "config.json").is_file():
             note_other_model(checkpoint_dir / "config.json", config)
         described = {name: text for name, text in described.items() if not (checkpoint_dir / name).is_file()}
-    tokenizer = None if keep_tokenizer else build_tokenizer(metadata, gguf_path)
-    names = hf_tensor_names(tensors, gguf_path)
     shapes = {name: tensors[theirs].shape.tolist()[::-1] for name, theirs in names.items()}
     blanks = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape in shapes.items()}
     template = hf_to_lit(blanks, config)
@@ -103,7 +105,7 @@ def setup(
         for name, content in described.items():
             write_json(staging / name, content)
         if tokenizer is not None:
-            write_json(staging / "tokenizer_config.json", tokenizer_config(metadata, config))
+            write_json(staging / "tokenizer_config.json", settings)
             (staging / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")

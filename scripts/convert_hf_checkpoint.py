@@ -108,7 +108,14 @@ def read_weights(path: Path) -> State:
             return map_or_read(lambda: load_file(path), lambda: load(path.read_bytes()))
         except SafetensorError as error:
             raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
-    return load_state(path)
+    state = load_state(path)
+    if other := [
+        name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or type(name) is not str
+    ]:
+        raise UserError(
+            f"{path} holds {other[0]!r}, which is no tensor of a name: save the model's own state_dict alone"
+        )
+    return state
 
 
 def cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:

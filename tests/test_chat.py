@@ -159,15 +159,17 @@ def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained
     assert talk.turns == before, "a prompt that was refused is not part of the conversation"
 
 
-def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, tmp_path):
-    """The model writes the template's spaces around its answer; they came back twice."""
+@pytest.mark.parametrize("text", ["The river runs.", "    def f():\n        return 1\n"])
+def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, tmp_path, text):
+    """The model writes the template's spaces around its answer; they came back twice, or the answer's own went."""
     shutil.copytree(spm_dir, tmp_path / "tokenizer")
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% else %}"
         "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
     )
-    (sample,) = encode_rows(tokenizer, [(1, {"messages": TALK})], style="chat", mask_inputs=True)
+    messages = [TALK[0], {"role": "assistant", "content": text}, *TALK[2:]]
+    (sample,) = encode_rows(tokenizer, [(1, {"messages": messages})], style="chat", mask_inputs=True)
     ids, learned = sample["input_ids"].tolist(), (sample["labels"] != -100).tolist()
     model = tiny_model(block_size=512)
     begin = learned.index(True)
@@ -186,6 +188,7 @@ def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, t
     model.lm_head.n = 0
     talk = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": end - begin + 1, "temperature": 0.0})
     assert talk.ask(TALK[0]["content"], lambda piece: None).end == "done"
+    assert talk.turns == messages[:2]
     asked = [*talk.turns, TALK[2]]
     assert encode(tokenizer, "chat", asked) == ids[: learned.index(True, end)]
 
