@@ -32,6 +32,7 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
+from lit_gpt.cli import one_line
 from lit_gpt.errors import UserError
 
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
@@ -106,7 +107,7 @@ class Factory(TaskFactory):
             return super()._build_task(entry, overrides)
         except Exception as error:  # tasks are code of others, which raises anything for want of a package or a file
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else UserError
-            raise kind(f"task {entry.name} can't be loaded: {error or type(error).__name__}") from error
+            raise kind(f"task {entry.name} can't be loaded: {one_line(error)}") from error
 
 
 @lru_cache

@@ -70,7 +70,7 @@ def run(setup: Callable, args: Sequence[str] | None = None) -> None:
         values = parser.instantiate_classes(parsed).as_dict()
         if empty := nulls(parser, parsed):
             raise ArgumentError(None, f"null is no value of --{', --'.join(empty)}")
-        check_paths(parsed.as_flat().__dict__)
+        check_paths(vars(parsed.as_flat()))
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
         fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
     for name in ("config", "debug"):

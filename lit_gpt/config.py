@@ -131,6 +131,8 @@ class Config:
 
     @classmethod
     def _from_hf(cls, hf: dict[str, Any], name: str) -> "Config":
+        if isinstance(hf.get("architectures"), str):
+            hf = {**hf, "architectures": [hf["architectures"]]}
         architecture = (hf.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
             raise UserError(

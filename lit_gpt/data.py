@@ -223,9 +223,8 @@ def _report(
         print(f"{count} rows: {note}")
     print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
     print(f"cut at {limit} tokens: {facts['n_cut']}; dropped, because nothing to learn was left: {facts['n_dropped']}")
-    if facts["n_cut"] > MANY_CUT * facts["n_rows"]:
-        share = facts["n_cut"] / facts["n_rows"]
-        print(f"{share:.0%} of the rows were cut; --max_seq_length {lengths['p99']} would keep 99% whole")
+    if (share := facts["n_cut"] / sum(len(samples.full_sizes) for samples in encoded)) > MANY_CUT:
+        print(f"{share:.0%} of the samples were cut; --max_seq_length {lengths['p99']} would keep 99% whole")
     shown = mark_masked(tokenizer, sample)
     print(f"the first sample, prompt style {facts['prompt_style']}:\n{shown[:PREVIEW_CHARACTERS]}")
     if len(shown) > PREVIEW_CHARACTERS:

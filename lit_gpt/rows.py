@@ -207,19 +207,20 @@ def _parse_jsonl(file: TextIO) -> Iterator[Any]:
 
 def _parse_csv(file: TextIO) -> Iterator[dict | UserError]:
     csv.field_size_limit(1 << 30)  # the default stops at 131,072 characters
-    records = csv.reader(file, strict=True)
+    reader = csv.reader(file, strict=True)
+    records = filter(None, reader)
     try:
         header = next(records, [])
         if twice := sorted({name for name in header if name and header.count(name) > 1}):
             yield UserError(f"the header has {' and '.join(map(repr, twice))} twice; give every column its own name")
             return
-        for record in filter(None, records):
+        for record in records:
             if any(map(str.strip, record[len(header) :])):
                 yield UserError(f"{len(record)} fields, the header has {len(header)}; quote a text that holds commas")
             else:
                 yield dict(zip(header, record, strict=False))
     except csv.Error as error:
-        yield UserError(f"is not valid CSV (line {records.line_num}): {error}")
+        yield UserError(f"is not valid CSV (line {reader.line_num}): {error}")
 
 
 def _check_text(name: str, text: object) -> None:

@@ -109,12 +109,9 @@ def read_weights(path: Path) -> State:
         except SafetensorError as error:
             raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
     state = load_state(path)
-    if other := [
-        name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or type(name) is not str
-    ]:
-        raise UserError(
-            f"{path} holds {other[0]!r}, which is no tensor of a name: save the model's own state_dict alone"
-        )
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise UserError(f"{path} holds {name!r}, expected names and tensors alone: save the model's own state_dict")
     return state
 
 

@@ -299,6 +299,12 @@ def test_dtype_casts_and_by_default_keeps_what_is_stored(llama):
     assert {tensor.dtype for tensor in convert(llama).values()} == {torch.float16}
 
 
+def test_one_architecture_may_stand_without_its_list(llama):
+    expected = Config.from_hf(read_json(llama / "config.json"))
+    edit_config(llama, architectures="LlamaForCausalLM")
+    assert Config.from_hf(read_json(llama / "config.json")) == expected
+
+
 def test_model_name_is_recorded(llama):
     convert(llama)
     assert load_config(llama).name == "llama"
@@ -416,6 +422,11 @@ REFUSALS = {
     "truncated bin": (lambda d: cut(bin_instead(d)), "pytorch_model.bin is corrupt"),
     "text for bin": (lambda d: bin_instead(d).write_text("<html>not found</html>"), "pytorch_model.bin is corrupt"),
     "pickled object": (lambda d: torch.save({"a": Path}, bin_instead(d)), "pytorch_model.bin is corrupt"),
+    "a checkpoint for bin": (
+        lambda d: torch.save({"state_dict": {}}, bin_instead(d)),
+        r"bin holds 'state_dict', expected",
+    ),
+    "numbers for names": (lambda d: torch.save({1: torch.ones(2)}, bin_instead(d)), "bin holds 1, expected names and"),
     "shard missing": (lose_a_shard, "names files that are not there .model-00001.*download.py"),
     "tensor missing": (lambda d: change(d, NORM), f"1 missing .{NORM}"),
     "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),

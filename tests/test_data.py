@@ -136,6 +136,17 @@ def test_parts_of_text_and_sharegpts_names_are_read(tmp_path):
     assert found["messages"][2]["weight"] == 0
 
 
+def test_blank_lines_before_the_header_are_passed_over(tmp_path):
+    (tmp_path / "d.csv").write_text("\n\ninstruction,output\nthe,two\n")
+    assert read(tmp_path / "d.csv") == [{"instruction": "the", "input": "", "output": "two"}]
+
+
+@pytest.mark.parametrize("address", ["https://[a/d.json", "https://a.invalid/é.json", "https://[::1]a/d.json"])
+def test_an_address_that_is_none_is_a_users_error(address):
+    with pytest.raises(ConnectionError, match="cannot download"):
+        read(address)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(b"\xef\xbb\xbfinstruction,output\r\nthe,two\r\n")
@@ -278,6 +289,9 @@ def test_a_conversations_samples_are_held_out_together(bpe_dir, tmp_path, capsys
     facts = read_data_config(tmp_path / "out")
     assert (facts["n_rows"], facts["n_train"], facts["n_test"]) == (20, 30, 10)
     assert "20 rows: an answer each is a sample" in capsys.readouterr().out
+    call(prepare_json, "--data_file_path", tmp_path / "d.jsonl", "--destination_path", tmp_path / "cut",
+         "--checkpoint_dir", tmp_path / "model", "--max_seq_length", 8)  # fmt: skip
+    assert "100% of the samples were cut" in capsys.readouterr().out
 
 
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):

@@ -327,6 +327,8 @@ REFUSALS = {
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
     "rope scaling": (changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN}), "rope scaling yarn"),
     "no tokenizer": (lambda path, bpe_dir: write_gguf(path, llama()), "None/None can't be rebuilt.*tokenizer.json"),
+    "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold what it should"),
+    "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold what it should"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),
 }
 
