@@ -29,7 +29,7 @@ from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
 from lit_gpt.cli import run
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_json
+from lit_gpt.files import settled, write_json
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
 from lit_gpt.tokenizer import Tokenizer
@@ -208,7 +208,7 @@ def value_problems(*, limit: float | None, num_fewshot: int | None, batch_size: 
 
 def file_problems(save_filepath: Path | None, overwrite: bool) -> list[str]:
     """Why the results can't be saved there."""
-    if save_filepath is None or not save_filepath.exists():
+    if save_filepath is None or not (save_filepath := settled(save_filepath)).exists():
         return []
     if save_filepath.is_dir():
         return [f"--save_filepath {save_filepath} is a folder: expected a file name"]

@@ -78,7 +78,7 @@ def prepare(
     Raises:
         FileNotFoundError, FileExistsError, ConnectionError, ValueError: one line that says what to do.
     """
-    prepare_out_dir(destination_path, overwrite, names=(TRAIN_FILE, TEST_FILE, DATA_CONFIG))
+    destination_path = prepare_out_dir(destination_path, overwrite, names=(TRAIN_FILE, TEST_FILE, DATA_CONFIG))
     tokenizer = Tokenizer(checkpoint_dir)
     _check_arguments(
         tokenizer,

@@ -196,8 +196,8 @@ def check_alike(mine: Mapping[str, Any]) -> None:
     """
     (first_host, first), *others = gather((socket.gethostname(), mine))
     differences = {
-        f"{name} is {other.get(name)} on {host}, {first.get(name)} on {first_host}"
-        for host, other in others
+        f"{name} is {other.get(name)} on {host} (rank {rank}), {first.get(name)} on {first_host} (rank 0)"
+        for rank, (host, other) in enumerate(others, 1)
         for name in first | other
         if first.get(name) != other.get(name)
     }

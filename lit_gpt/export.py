@@ -97,7 +97,7 @@ def export_adapter(
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     adapter, path = found
     config = load_config(check_checkpoint_dir(checkpoint_dir))
-    prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
+    out_dir = prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
     check_base(adapter, checkpoint_dir, source=path)
     layers = adapted_layers(adapter, config, source=path)
     reasons = obstacles(adapter, config, layers)

@@ -76,6 +76,8 @@ def move(source: Path, target: Path) -> None:
         target.mkdir(exist_ok=True)
         for path in sorted(source.iterdir()):
             move(path, target / path.name)
+        with suppress(OSError):  # what had to be copied is still there
+            source.rmdir()
     else:
         shutil.copyfile(source, target)
         flush(target)
@@ -94,6 +96,34 @@ def map_or_read(mapped: Callable[[], T], whole: Callable[[], T]) -> T:
 
 
 # ------------------------------------------------------------------------------------------------- writing
+def settled(path: Path | str) -> Path:
+    """Return a path without "..": `missing/../here` is not seen until `missing` is made, and then it is `here`."""
+    path = Path(path)
+    return path.resolve() if ".." in path.parts else path
+
+
+def settled_folder(path: Path | str) -> Path:
+    """Return the ``settled`` path of a folder that is there or can be made.
+
+    Raises:
+        FileExistsError: a file or a dangling link is in its place, or where a folder above it is to be.
+    """
+    folder = settled(path)
+    found = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
+    if not found.is_dir():
+        what = "a file" if found.exists() else f"a link to {os.readlink(found)}, which is not there"
+        raise FileExistsError(f"{found} is {what}, a folder was expected")
+    return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def temporary_name(path: Path) -> Path:
     """Return a new name beside ``path``, with our prefix; torch.save stores what is before the last dot."""
     return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
@@ -102,8 +132,8 @@ def temporary_name(path: Path) -> Path:
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = settled(path)
+    settled_folder(path.parent).mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
@@ -135,7 +165,7 @@ def check_space(path: Path, needed: int) -> None:
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
     """Raise where a file that is to be written is there and ``overwrite`` is not set, or a folder has its name."""
-    for path in paths:
+    for path in map(settled, paths):
         if path.is_dir():
             raise FileExistsError(f"{path} is a folder, and a file of that name is to be written; move it away")
         if os.path.lexists(path) and not overwrite:
@@ -147,7 +177,7 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 def prepare_out_dir(
     out_dir: Path | str, overwrite: bool = False, *, names: Iterable[str] = (), source: Path | str | None = None
 ) -> Path:
-    """Check that a folder may be written into; it is made when the first file is.
+    """Return a folder, ``settled``, that may be written into; it is made when the first file is.
 
     Args:
         out_dir: the folder.
@@ -159,11 +189,9 @@ def prepare_out_dir(
         FileExistsError: it holds such a file, a model, an adapter or prepared data, and ``overwrite`` is not set.
         ValueError: it is the source.
     """
-    folder = Path(out_dir)
+    folder = settled_folder(out_dir)
     if source is not None and folder.resolve() == Path(source).resolve():
         raise UserError(f"--out_dir {folder} is the checkpoint folder itself; name another folder")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, a folder was expected")
     found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
     if found and not overwrite:
         raise FileExistsError(f"{folder} already holds {found[0]}; choose another folder or give --overwrite true")

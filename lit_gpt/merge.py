@@ -79,9 +79,9 @@ def merge_adapter(
     if verify_data_dir and not verify:
         raise UserError("--verify_data_dir is of no use without --verify true")
     adapter = load_adapter(path, kind)
-    out_dir = Path(out_dir or Path(path).parent / "merged")
     names = [*side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
-    prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
+    out_dir = out_dir or Path(path).parent / "merged"
+    out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
         check_base(adapter, check_checkpoint_dir(checkpoint_dir), source=path)
         if "quantize" in adapter.base:

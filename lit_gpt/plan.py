@@ -22,7 +22,7 @@ from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_
 from lit_gpt.devices import STRATEGIES
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS
-from lit_gpt.files import file_sha256
+from lit_gpt.files import file_sha256, settled
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
@@ -208,8 +208,8 @@ def make_plan(
     problems.attempt(weights_dtype, precision, mixed=True)
     problems.attempt(check_quantize, quantize, precision, full=job.adapter is None)
     name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{job.method}-{io.jobnum or timestamp()}"
-    run_dir = Path(io.out_dir or Path(io.log_dir) / name)
-    sources = [job.init_from, io.checkpoint_dir]
+    run_dir = settled(io.out_dir or Path(io.log_dir) / name)
+    sources = [job.init_from, *([base_dir, base_dir / WEIGHTS] if base_dir else []), train_file, val_file]
     problems.attempt(check_run_dir, run_dir, io, sources=sources, overwrite=overwrite, resume=resume)
     n_samples = train.epochs * (train.epoch_size or len(train_set or []))
     if n_samples >= 2**31:  # their order is drawn at once
@@ -268,7 +268,9 @@ def timestamp() -> str:
     return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def check_run_dir(folder: Path, io: IOArgs, *, sources: Sequence[str | None], overwrite: bool, resume: bool) -> None:
+def check_run_dir(
+    folder: Path, io: IOArgs, *, sources: Sequence[Path | str | None], overwrite: bool, resume: bool
+) -> None:
     """Raise where the run folder holds something that neither --resume nor --overwrite allows to go on or to go."""
     if resume and overwrite:
         raise UserError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
@@ -276,8 +278,8 @@ def check_run_dir(folder: Path, io: IOArgs, *, sources: Sequence[str | None], ov
         raise UserError("--resume true needs to know the run folder: give --io.out_dir DIR")
     check_run_folder(folder, overwrite=overwrite, resume=resume)
     for source in filter(None, sources):
-        if overwrite and folder.resolve() in Path(source).resolve().parents:
-            raise UserError(f"{source} lies in {folder}, which --overwrite true starts anew: give another --io.out_dir")
+        if folder.resolve() in Path(source).resolve().parents:
+            raise UserError(f"{source} lies in {folder}, which this run fills anew: give another --io.out_dir")
 
 
 def check_reporting(io: IOArgs, eval: EvalArgs) -> list[str]:

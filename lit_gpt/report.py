@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lit_gpt import monitor
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, write_json
-from lit_gpt.resume import SUMMARY
+from lit_gpt.resume import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 COLUMNS = (
     "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
 )  # fmt: skip
-METRICS, MONITOR, LOSS_CURVE = "metrics.csv", "monitor.csv", "loss.png"
 NAMES = ("part", "side")
 """Columns of words, of monitor.csv."""
 PLAIN_EVERY = 10
@@ -186,7 +185,7 @@ def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step:
         from lightning.fabric.loggers import TensorBoardLogger  # here: optional
 
         purge_step = step + 1 if step else None  # hides what was logged after the checkpoint
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge_step))
+        loggers.append(TensorBoardLogger(run_dir, name=TENSORBOARD, version="", purge_step=purge_step))
     if wanted["wandb"]:
         import wandb
         from lightning.pytorch.loggers import WandbLogger

@@ -13,6 +13,7 @@ import fcntl
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -27,10 +28,23 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 
+from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
 from lit_gpt.errors import UserError
-from lit_gpt.files import TEMPORARY, WEIGHTS, file_sha256, flush, move, optional, read_json, temporary_name, write_json
+from lit_gpt.files import (
+    TEMPORARY,
+    WEIGHTS,
+    file_sha256,
+    flush,
+    move,
+    optional,
+    read_json,
+    remove,
+    settled_folder,
+    temporary_name,
+    write_json,
+)
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
 FINAL = "final"
@@ -39,6 +53,7 @@ SETTINGS = "hparams.yaml"
 """The first file that a run writes: what has it, with our settings, is a run folder of ours."""
 SUMMARY = "summary.json"
 """The last file that a run writes: what has it is finished."""
+METRICS, MONITOR, LOSS_CURVE, TENSORBOARD = "metrics.csv", "monitor.csv", "loss.png", "tensorboard"
 
 RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{WEIGHTS}", SUMMARY)
 """What a run has made: none of it is replaced without --overwrite."""
@@ -58,7 +73,10 @@ def is_run(folder: Path) -> bool:
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    return isinstance(settings, dict) and {"method", "io", "train"} <= settings.keys()
+    match settings:  # other tools' hparams.yaml may have some of these keys
+        case {"method": _, "adapter": _, "precision": _, "io": {"train_data_dir": _}, "train": {"micro_batch_size": _}}:
+            return True
+    return False
 
 
 def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -67,8 +85,7 @@ def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Raises:
         FileExistsError: says what it holds, and which flag allows to go on with that.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, a folder was expected")
+    settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
     held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
     if not is_run(folder) and held:
@@ -127,15 +144,20 @@ def remove_leftovers(run_dir: Path) -> None:
     """Remove the temporary files and folders of a process that was killed while it wrote."""
     for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):
         for path in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def clear_run(run_dir: Path) -> None:
-    """Remove what a run of ours leaves that a later --resume would go on from or take for its own."""
+    """Remove what a run of ours leaves, so that a new one's settings stand beside nothing that they did not make."""
+    if not is_run(run_dir):
+        return
     for folder in checkpoint_folders(run_dir):
-        shutil.rmtree(folder)
-    if is_run(run_dir):
-        (run_dir / SUMMARY).unlink(missing_ok=True)
+        remove(folder)
+    for name in (SUMMARY, METRICS, MONITOR, LOSS_CURVE, *(kind.file_name for kind in KINDS.values())):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder, names in ((run_dir / FINAL, WEIGHTS), (run_dir / TENSORBOARD, "events.out.tfevents*")):
+        for path in [folder] if folder.is_symlink() else folder.glob(names):  # what a link leads to is somebody's own
+            path.unlink()
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -144,10 +166,21 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first, whole or not; a folder of another name (a copy) is none."""
+    """Return the checkpoints of a run, oldest first, whole or not.
+
+    A folder of another name (a copy) is none, nor one of anybody else's files.
+    """
     found = (run_dir / CHECKPOINTS).glob("step-*") if is_run(run_dir) else ()
-    ours = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    named = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name)]
+    ours = [path for path in named if (path / MANIFEST).is_file() or (path / STATE).is_file()]
     return sorted(ours, key=lambda path: (len(path.name), path.name))
+
+
+def set_aside(folder: Path) -> Path:
+    """Give what has a checkpoint's name another one, which no checkpoint has; returns the new path."""
+    target = folder.with_name(f"aside-{folder.name}.{secrets.token_hex(2)}")
+    move(folder, target)
+    return target
 
 
 @contextmanager
@@ -216,13 +249,15 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
         write_json(staging / MANIFEST, facts)
         for path in (*staging.rglob("*"), staging):
             flush(path)
+        if os.path.lexists(folder):  # somebody's own
+            print(f"{folder} is no checkpoint of this run: it is {set_aside(folder).name} now")
         move(staging, folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for old in checkpoint_folders(run_dir)[:-keep]:
         if old != checkpoint_folder(run_dir, best):
-            shutil.rmtree(old)
+            remove(old)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -240,7 +275,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all. Damaged ones after it are named and removed.
+    """The newest undamaged checkpoint; None where there is none at all. Damaged ones after it are named and set aside.
 
     Raises:
         ValueError: all of them are damaged.
@@ -250,8 +285,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         problem = damage(folder)
         if problem is None:
             for bad, why in damaged.items():
-                print(f"{bad} is damaged ({why}): going on from {folder.name} instead")
-                shutil.rmtree(bad)
+                print(f"{bad} is damaged ({why}): going on from {folder.name} instead; it is {set_aside(bad).name} now")
             return folder
         damaged[folder] = problem
     if damaged:

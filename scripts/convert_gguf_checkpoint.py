@@ -29,7 +29,7 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
 from lit_gpt.cli import run
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, prepare_out_dir, read_json, staged_dir, write_json
+from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
 from lit_gpt.hf import hf_config, hf_to_lit, lit_tensor
 from lit_gpt.model import scale_frequencies
 
@@ -70,6 +70,7 @@ def setup(
         dtype: the type to store weights in.
         overwrite: replace the model and the configs that are already in checkpoint_dir.
     """
+    checkpoint_dir = settled_folder(checkpoint_dir)
     keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
     names = [WEIGHTS, CONFIG] + ([] if keep_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
     prepare_out_dir(checkpoint_dir, overwrite, names=names)

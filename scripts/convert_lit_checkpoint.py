@@ -49,7 +49,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         overwrite: replace a model that is already in out_dir.
     """
     check_checkpoint_dir(checkpoint_dir)
-    prepare_out_dir(out_dir, overwrite, names=["config.json", *side_files(checkpoint_dir)], source=checkpoint_dir)
+    names = ["config.json", *side_files(checkpoint_dir)]
+    out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     described = read_json(checkpoint_dir / "config.json") if (checkpoint_dir / "config.json").is_file() else None
     config = load_config(checkpoint_dir)
     if described is not None:

@@ -19,7 +19,17 @@ from test_train import ROOT, command, refusal, script, train, write_work
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import run
 from lit_gpt.data import prepare
-from lit_gpt.files import TEMPORARY, atomic_write, map_or_read, move, say_once, staged_dir, write_json
+from lit_gpt.files import (
+    TEMPORARY,
+    atomic_write,
+    map_or_read,
+    move,
+    prepare_out_dir,
+    refuse_existing,
+    say_once,
+    staged_dir,
+    write_json,
+)
 from lit_gpt.resume import checkpoint_folders, locked
 from scripts import convert_lit_checkpoint, export_lora
 
@@ -102,6 +112,91 @@ def test_a_finished_full_finetuning_is_not_replaced(work, tmp_path, capsys):
     assert summary.read_bytes() == before[1]
     train(work, "full", out, "--train.learning_rate", "0.1", "--overwrite", "true")
     assert weights.read_bytes() != before[0]
+
+
+def test_overwrite_removes_what_a_run_of_ours_wrote_and_nothing_else(work, tmp_path):
+    """Another method's adapter stayed beside the new settings; what is linked (a checkpoint moved away) stays."""
+    out, away = tmp_path / "run", tmp_path / "away"
+    train(work, "ether", out, "--train.save_interval", "2", "--train.monitor", "true", "--train.keep_checkpoints", "9")
+    shutil.move(out / "checkpoints" / "step-000002", away)
+    (out / "checkpoints" / "step-000002").symlink_to(away)
+    shutil.copytree(work / "base", tmp_path / "model")
+    (out / "final").symlink_to(tmp_path / "model")
+    files = own_files(out, "checkpoints/step-000001/x", "lit_model_ether_best_finetuned.pth", "tensorboard/mine")
+    (out / "tensorboard" / "events.out.tfevents.0").touch()
+    before = entries(away) | entries(tmp_path / "model")
+    train(work, "lora", out, "--overwrite", "true")
+    assert untouched(files) and entries(away) | entries(tmp_path / "model") == before
+    results = {"hparams.yaml", "metrics.csv", "loss.png", "summary.json", "lit_model_lora_finetuned.pth"}
+    own = {str(path.relative_to(out)) for path in files} | {"checkpoints", "checkpoints/step-000001", "tensorboard"}
+    assert entries(out) == results | own
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_a_run_does_not_train_over_its_own_base_or_data(work, tmp_path, capsys, how):
+    """The base that data_config.json names was not looked at, nor --resume, which starts anew without checkpoints."""
+    out = tmp_path / "run"
+    train(work, "full", out)
+    (out / "summary.json").unlink()
+    weights = (out / "final" / "lit_model.pth").read_bytes()
+    rows, options = work / "rows.json", {"checkpoint_dir": out / "final", "max_seq_length": 128}
+    prepare(rows, destination_path=tmp_path / "data", **options)
+    shutil.copytree(work / "data", out / "data")
+    shutil.copytree(work / "base", tmp_path / "linked")
+    (tmp_path / "linked" / "lit_model.pth").unlink()
+    (tmp_path / "linked" / "lit_model.pth").symlink_to(out / "final" / "lit_model.pth")
+    for more, told in (
+        (["--io.train_data_dir", str(tmp_path / "data")], "final lies in"),
+        (["--io.train_data_dir", str(out / "data")], "train.pt lies in"),
+        (["--io.val_data_dir", str(out / "data")], "test.pt lies in"),
+        (["--io.checkpoint_dir", str(tmp_path / "linked")], "linked/lit_model.pth lies in"),
+    ):
+        name, arguments = command(work, "full", out, *more, f"--{how}", "true")
+        assert f"{told} {out}, which this run fills anew: give another --io.out_dir" in refusal(capsys, name, arguments)
+    assert (out / "final" / "lit_model.pth").read_bytes() == weights
+
+
+def test_a_missing_folder_in_a_path_hides_nothing(work, tmp_path, bpe_dir, capsys):
+    """`missing/../here` was not there when looked at, and there once the missing folder was made."""
+    files = own_files(tmp_path / "mine", "hparams.yaml", "model-00001-of-00002.safetensors", "picture.png")
+    hidden = tmp_path / "missing" / ".." / "mine"
+    name, arguments = command(work, "ether", hidden)
+    assert "is not empty and not a run's folder" in refusal(capsys, name, arguments)
+    adapter = make(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
+    flags = [f"--checkpoint_dir={tmp_path / 'base'}", f"--out_dir={hidden}"]
+    for name, more in (
+        ("scripts/merge_ether.py", [f"--ether_path={adapter}"]),
+        ("scripts/export_lora.py", [f"--ether_path={adapter}"]),
+        ("scripts/convert_lit_checkpoint.py", []),
+    ):
+        assert "mine already holds model-00001-of-00002.safetensors" in refusal(capsys, name, [*flags, *more]), name
+    with pytest.raises(FileExistsError, match="mine already holds picture"):
+        refuse_existing([hidden / "picture.png"], overwrite=False)
+    write_json(hidden / "new.json", {})
+    convert_lit_checkpoint.setup(checkpoint_dir=tmp_path / "base", out_dir=hidden / "hf")
+    assert untouched(files) and not (tmp_path / "missing").exists()
+    assert (tmp_path / "mine" / "new.json").is_file() and (tmp_path / "mine" / "hf" / "model.safetensors").is_file()
+
+
+def test_a_file_or_a_link_to_nothing_in_the_place_of_a_folder_is_one_line(work, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    own_files(tmp_path, "file")
+    for folder in ("link", "link/run", "file", "file/run"):
+        kind = "a file" if "file" in folder else f"a link to {tmp_path / 'nowhere'}, which is not there"
+        name, arguments = command(work, "ether", tmp_path / folder)
+        told = f"{tmp_path / folder.partition('/')[0]} is {kind}, a folder was expected"
+        assert refusal(capsys, name, arguments) == f"error: {told}"
+        with pytest.raises(FileExistsError, match=f"^{told}$"):
+            prepare_out_dir(tmp_path / folder)
+
+
+def test_settings_of_another_tool_are_no_run(work, tmp_path, capsys):
+    files = own_files(tmp_path, "loss.png", "hparams.yaml")
+    theirs = {tmp_path / "hparams.yaml": "method: sgd\nio: x\ntrain: {lr: 1}\nadapter: no\nprecision: 16\n"}
+    (tmp_path / "hparams.yaml").write_text(theirs[tmp_path / "hparams.yaml"])
+    name, arguments = command(work, "ether", tmp_path, "--overwrite", "true")
+    assert "not a run's folder (it holds hparams.yaml, loss.png)" in refusal(capsys, name, arguments)
+    assert untouched(files | theirs)
 
 
 # ------------------------------------------------------------------------------------- folders of other scripts

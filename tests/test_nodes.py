@@ -155,10 +155,10 @@ def test_a_sharded_base_trains_on_two_machines_as_on_one(work, tmp_path):
 
 
 def test_what_one_machine_cannot_do_ends_both_in_one_line(work, tmp_path):
-    host, out = socket.gethostname(), tmp_path / "run"
+    host, out, same = socket.gethostname(), tmp_path / "run", "give every machine the same command, .*"
     for second, told in (
         (("--io.checkpoint_dir", "nowhere"), rf"error: on {host}: nowhere is not a folder.*"),
-        (("--seed", "7"), rf"error: seed is 7 on {host}, 1337 on {host}: give every machine the same command, .*"),
+        (("--seed", "7"), rf"error: seed is 7 on {host} \(rank 1\), 1337 on {host} \(rank 0\): {same}"),
     ):
         ended = [process.end() for process in nodes(work, out, *LONG, second=second)]
         assert [code for code, _ in ended] == [1, 1]

@@ -206,7 +206,31 @@ def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, ca
     train(work, "etherplusHH", out, *LONG, "--resume", "true")
     told = capsys.readouterr().out
     assert f"{flipped} is damaged ({ADAPTER} holds other bytes): going on from {good.name}" in told
+    aside = {path.name.partition(".")[0]: path for path in (out / "checkpoints").glob("aside-*")}
+    assert (
+        set(aside) == {f"aside-{cut.name}", f"aside-{flipped.name}"}
+        and f"it is {aside[f'aside-{cut.name}'].name} now" in told
+    )
+    assert (aside[f"aside-{flipped.name}"] / ADAPTER).read_bytes() == data
     assert same_result(out, whole)
+
+
+def test_rotation_and_resume_leave_what_is_not_a_checkpoint_of_ours(work, tmp_path):
+    """A user's own folders of such names, and one of ours that was moved away and linked."""
+    out, away = tmp_path / "run", tmp_path / "away"
+    unfinished(work, out)
+    checkpoints = out / "checkpoints"
+    shutil.move(checkpoints / "step-000003", away)
+    (checkpoints / "step-000003").symlink_to(away)
+    for name in ("step-000002", "step-000006", "step-000999"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "mine").write_text(name)
+    train(work, "ether", out, "--train.save_interval", "3", "--train.keep_checkpoints", "1", "--resume", "true")
+    assert {path.parent.name.partition(".")[0] for path in checkpoints.glob("*/mine")} == {
+        "step-000002", "aside-step-000006", "step-000999"
+    }  # fmt: skip
+    assert [path.name for path in checkpoint_folders(out)] == ["step-000006"]
+    assert (away / "state.pth").is_file() and not os.path.lexists(checkpoints / "step-000003")
 
 
 def stopped_at(work, out: Path, n_checkpoints: int) -> None:
