@@ -231,7 +231,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(16, device=device))  # seconds, whose preparations the blocks need too
     except Exception as error:  # whatever is missing: each backend has exceptions of its own
-        reason = str(error).split("\n\n")[0]  # then follow PyTorch's switches for its developers
+        reason = " ".join(str(error).split("\n\n")[0].split())  # then follow PyTorch's switches for its developers
         raise UserError(
             f"--compile true cannot compile for {device}: {reason}; install what is missing, or use --compile false"
         ) from error
