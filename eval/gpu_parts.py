@@ -84,7 +84,7 @@ class Card:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """True where the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -104,7 +104,7 @@ class Card:
 
     @property
     def kernel_fault(self) -> str | None:
-        """Why Triton's kernels do not run here; None where they do."""
+        """Return the reason why Triton's kernels do not run here; None where they do."""
         try:
             from lit_gpt.kernels import try_on
 
@@ -124,7 +124,7 @@ class Card:
 
 
 def attempt(label: str, measure_it: Callable[[], Found], *needs: str) -> Found:
-    """What is measured; one line in its place where that fails or lacks a package, so that the rest goes on."""
+    """Yield what is measured; one line in its place where that fails or lacks a package, so that the rest goes on."""
     try:
         for name in needs:
             if installed(name) == "missing":
@@ -376,7 +376,7 @@ def kernels(card: Card) -> Found:
 
 
 def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], str]]:
-    """What ``kernels`` times: a name, a function of x and parameters, their shapes, and the form of reflections."""
+    """Return what ``kernels`` times: a name, a function of x and parameters, their shapes, the form of reflections."""
     u, first = (n, d // n), card.forms[0]
 
     def in_blocks(function: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
 
 
 def explain(error: Exception, what: str, command: str, *, local: bool) -> Exception:
-    """What to raise where the data set `what` can't be read from its folder, or else from the Hub."""
+    """Return the error to raise where the data set `what` can't be read from its folder, or else from the Hub."""
     if any(sign in str(error) for sign in ("ataset script", "trust_remote_code")):
         return UserError(
             f"data set {what} is a loading script, which `datasets` does not run any more; give a parquet copy under "

@@ -18,6 +18,7 @@ Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors 
 norms and differences of vectors in fp32 (fp64 for fp64).
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -340,14 +341,12 @@ def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
 
 
 def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """R - I as a product of two thin matrices.
+    """Return R - I as a product of two thin matrices, for an export.
 
-    ETHER's is -2 u^ u^T. ETHER+'s is written with the unit vectors c along u^ + v^ and e along v^ - u^:
+    ETHER's is -2 u^ u^T. ETHER+'s is that of ``thin_factors``, with the unit vectors s along u^ + v^ and d along
+    u^ - v^, as a server may round it to fp16, where the sum itself could be too small:
 
-        v^ v^T - u^ u^T = sin(angle between u and v) (e c^T + c e^T)
-
-    u^ and v^ themselves would do, but they nearly cancel where a block has learnt little: rounding them to bf16 could
-    exceed the update, while rounding these costs it no more than bf16's own precision.
+        v^ v^T - u^ u^T = -1/2 |u^ + v^| |u^ - v^| (s d^T + d s^T)
 
     Args:
         vectors: u for ETHER, u and v for ETHER+, (n, b) each.
@@ -359,11 +358,10 @@ def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     if not rest:
         left, right = (-2 * u,), (u,)
     else:
-        v = rest[0] * torch.where(_dot(u, rest[0]) < 0, -1.0, 1.0)  # the sign of v is free
-        total, difference = u + v, v - u
-        c, e = F.normalize(total, dim=-1), F.normalize(difference, dim=-1)
-        sine = torch.linalg.vector_norm(total, dim=-1) * torch.linalg.vector_norm(difference, dim=-1) / 2
-        left, right = (sine[:, None] * e, sine[:, None] * c), (c, e)
+        pair = (u + rest[0], u - rest[0])
+        s, d = (F.normalize(vector, dim=-1) for vector in pair)
+        size = math.prod(torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in pair) / 2
+        left, right = (-size * d, -size * s), (s, d)
     spread = [torch.cat([torch.block_diag(*side.split(1)) for side in sides]) for sides in (left, right)]  # (m, n b)
     return spread[0].T, spread[1]
 

@@ -194,7 +194,7 @@ def open_backend(
 
 
 def _no_sentencepiece(path: Path) -> str:
-    """Why a file is no SentencePiece model."""
+    """Return the reason why a file is no SentencePiece model."""
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
         return (
             f"{path} is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
