@@ -26,7 +26,7 @@ import torch
 
 from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
 from lit_gpt.errors import UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
@@ -342,4 +342,4 @@ def setup(
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

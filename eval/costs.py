@@ -39,7 +39,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
-from lit_gpt.memory import meta_model, spread_evenly, twin
+from lit_gpt.memory import meta_model, share_weights, spread_evenly
 from lit_gpt.model import GPT
 from lit_gpt.quantize import quantize_model
 from lit_gpt.train import compile_blocks
@@ -110,7 +110,7 @@ def count(config: Config, variant: Variant, *, seq_length: int, dtype: torch.dty
 def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.dtype) -> dict[str, int]:
     """Trained parameters, adapter bytes, FLOPs of products and of the rest, bytes saved for the backward pass."""
     base = meta_model(config, dtype)
-    model = attach(twin(base), variant.adapter)
+    model = attach(share_weights(base), variant.adapter)
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": sum(p.nbytes for p in adapter_parameters(model).values()),
@@ -175,7 +175,7 @@ def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length:
         return tensor
 
     with FakeTensorMode():
-        model = attach(twin(base, "cpu"), adapter)
+        model = attach(share_weights(base, "cpu"), adapter)
         spread_evenly(model)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
@@ -202,7 +202,7 @@ def random_models(
                 weight = torch.empty_like(parameter, device=device).normal_(std=0.02)
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
     base.tie_weights()
-    models = [attach(twin(base), variant.adapter) for variant in variants]
+    models = [attach(share_weights(base), variant.adapter) for variant in variants]
     for model in models if compiled else ():
         compile_blocks(model)
     return models

@@ -21,7 +21,7 @@ import torch
 from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, prepare_out_dir, write_json
@@ -236,4 +236,4 @@ def setup(
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

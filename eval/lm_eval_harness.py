@@ -27,7 +27,7 @@ from eval.harness_model import HarnessModel
 from eval.tasks import harness_seeds, load_tasks, quiet_harness
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.errors import UserError
 from lit_gpt.files import settled, write_json
 from lit_gpt.model import GPT
@@ -216,4 +216,4 @@ def file_problems(save_filepath: Path | None, overwrite: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
 from lit_gpt.plan import Job, default_weight_decay
 from lit_gpt.train import finetune
@@ -72,4 +72,4 @@ def setup(
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.plan import Job, TrainArgs, default_weight_decay
 from lit_gpt.train import finetune
 
@@ -24,4 +24,4 @@ def setup(*, train: TrainArgs = TrainArgs(learning_rate=2e-5), precision: str = 
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.lora import LoraConfig
 from lit_gpt.plan import Job, TrainArgs, default_weight_decay
 from lit_gpt.train import finetune
@@ -62,4 +62,4 @@ def setup(
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -18,7 +18,9 @@ from lit_gpt.loss import IGNORE_INDEX
 
 WINDOW = 50
 """Optimizer steps among which ``group_by_length`` sorts."""
-IDLE = [{"input_ids": torch.zeros(2), "labels": torch.full((2,), IGNORE_INDEX), "response": torch.zeros(2).bool()}]
+EMPTY_MICRO_BATCH = [
+    {"input_ids": torch.zeros(2), "labels": torch.full((2,), IGNORE_INDEX), "response": torch.zeros(2).bool()}
+]
 """A pass without a target, hence without a gradient: of processes that wait for others."""
 
 
@@ -159,14 +161,14 @@ class Batching:
             return micro_batches(samples, self.size)
         return packs(samples, self.n_tokens, size=self.rounded)
 
-    def share(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:
-        """This process's passes, as many as any process has (some may be ``IDLE``), and how many all have together.
+    def local_micro_batches(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:
+        """Return this process's micro-batches, as many as any process has (some may be empty), and how many all have.
 
         Processes wait for each other in every pass of a sharded model, and in the last one of a copied model.
         """
         cuts = [self.cut(samples[rank :: self.n_processes]) for rank in range(self.n_processes)]
         mine = cuts[self.rank]
-        return mine + [IDLE] * (max(map(len, cuts)) - len(mine)), sum(map(len, cuts))
+        return mine + [EMPTY_MICRO_BATCH] * (max(map(len, cuts)) - len(mine)), sum(map(len, cuts))
 
     def largest(self, samples: Sequence[Sample], n_samples: int) -> list[Sample]:
         """A pass that is as large as any can be, of at most ``n_samples``."""

@@ -1,4 +1,4 @@
-"""The one command line: every script hands its ``setup`` function to ``run``.
+"""The one command line: every script hands its ``setup`` function to ``main``.
 
 Flags, their types, defaults and help come from the function's signature and the dataclasses in it, through
 jsonargparse; ``--config file.yaml``, ``--print_config`` and ``--help`` work everywhere. A user's mistake ends in one
@@ -22,7 +22,7 @@ from jsonargparse.typing import SecretStr as Secret
 
 from lit_gpt.errors import UserError, out_of_memory
 
-__all__ = ["Secret", "build_parser", "run"]
+__all__ = ["Secret", "build_parser", "main"]
 
 GIVEN = "given"
 """The argument of a ``setup`` that no flag sets: the names of the flags on the command line, defaults or not.
@@ -48,7 +48,7 @@ def build_parser(setup: Callable) -> ArgumentParser:
     return parser
 
 
-def run(setup: Callable, args: Sequence[str] | None = None) -> None:
+def main(setup: Callable, args: Sequence[str] | None = None) -> None:
     """Parse the command line, call ``setup``, and exit with one line where a person can cure what went wrong.
 
     Args:

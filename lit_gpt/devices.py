@@ -222,7 +222,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 @contextmanager
-def whole_ends(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, embedding and head can be used outside of ``forward``, which collects their shards otherwise."""
     if not isinstance(model, FSDPModule):
         yield

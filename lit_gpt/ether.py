@@ -45,7 +45,7 @@ class Method:
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        apply: R x from blocked activations (..., n, b) and the side's parameters; ``about``, ``keep`` and
+        apply: R x from blocked activations (..., n, b) and the side's parameters; ``center``, ``block_mask`` and
             ``save_output`` as in ``reflections.reflect``.
         apply_transposed: R^T x, what a weight's rows take.
         matrices: the parameters are (n, b, b), not (n, b).
@@ -66,15 +66,20 @@ def _ether_plus(x: Tensor, vectors: Vectors, **options: Any) -> Tensor:
     return reflect_plus(x, *vectors, **options)
 
 
-def _rotation(vectors: Vectors, keep: Tensor | None = None) -> Tensor:
+def _rotation(vectors: Vectors, block_mask: Tensor | None = None) -> Tensor:
     a = vectors[0]
-    return cayley(a if keep is None else a * keep.unsqueeze(-1))  # A = 0 is the identity
+    return cayley(a if block_mask is None else a * block_mask.unsqueeze(-1))  # A = 0 is the identity
 
 
 def _oft(
-    x: Tensor, vectors: Vectors, *, about: Tensor | None = None, keep: Tensor | None = None, save_output: bool = False
+    x: Tensor,
+    vectors: Vectors,
+    *,
+    center: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    save_output: bool = False,
 ) -> Tensor:
-    return rotate(x, _rotation(vectors, keep), about=about)
+    return rotate(x, _rotation(vectors, block_mask), center=center)
 
 
 def _oft_transposed(x: Tensor, vectors: Vectors) -> Tensor:
@@ -195,32 +200,34 @@ class EtherLayer(AdapterLayer):
             y = self.published_product(part, x)
         else:
             y = self.product(part, self.transform(part, "input", x))
-        return self.transform(part, "output", y, about=self.bias_of(part)) if "output" in self.sides else y
+        return self.transform(part, "output", y, center=self.bias_of(part)) if "output" in self.sides else y
 
     def published_product(self, part: Part, x: Tensor) -> Tensor:
         """W R_in x + b in the original code's layout."""
-        vectors, keep = self.vectors(part, "input"), self.draw_blocks()
+        vectors, block_mask = self.vectors(part, "input"), self.draw_blocks()
         weight, bias = self.weight[part.rows], self.bias_of(part)
         if self.method.matrices:
-            y = published_rotate(x, weight, _rotation(vectors, keep))
+            y = published_rotate(x, weight, _rotation(vectors, block_mask))
             return y if bias is None else y + bias
         update = published_update(x, weight, *vectors).unflatten(-1, (self.ether_config.nb, -1))
-        return F.linear(x, weight, bias) + (update if keep is None else update * keep).flatten(-2).to(x.dtype)
+        return F.linear(x, weight, bias) + (update if block_mask is None else update * block_mask).flatten(-2).to(
+            x.dtype
+        )
 
     @property
     def published(self) -> bool:
         """The input side is in the original code's layout (which for one block is the diagonal one)."""
         return self.ether_config.block_layout == "published" and self.ether_config.nb > 1
 
-    def transform(self, part: Part, side: str, x: Tensor, *, about: Tensor | None = None) -> Tensor:
-        """R x on one side of one part, or R(x - about) + about: (..., size) to (..., size)."""
+    def transform(self, part: Part, side: str, x: Tensor, *, center: Tensor | None = None) -> Tensor:
+        """R x on one side of one part, or R(x - center) + center: (..., size) to (..., size)."""
         blocks = (self.ether_config.nb, -1)
-        about = None if about is None else about.unflatten(-1, blocks)
+        center = None if center is None else center.unflatten(-1, blocks)
         y = self.method.apply(
             x.unflatten(-1, blocks),
             self.vectors(part, side),
-            about=about,
-            keep=self.draw_blocks(),
+            center=center,
+            block_mask=self.draw_blocks(),
             save_output=side == "output",  # attention keeps its v too; an input x has other readers that keep it
         )
         return y.flatten(-2)

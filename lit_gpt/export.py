@@ -100,7 +100,7 @@ def export_adapter(
     out_dir = prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
     check_base(adapter, checkpoint_dir, source=path)
     layers = adapted_layers(adapter, config, source=path)
-    reasons = obstacles(adapter, config, layers)
+    reasons = why_not_lora(adapter, config, layers)
     if reasons:
         flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": path}
         merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
@@ -154,7 +154,7 @@ def rank_of(layer: AdapterLayer, part: Part) -> int:
     return sum(len(vector) for side in layer.sides for vector in layer.vectors(part, side))
 
 
-def obstacles(adapter: AdapterFile, config: Config, layers: dict[str, AdapterLayer]) -> list[str]:
+def why_not_lora(adapter: AdapterFile, config: Config, layers: dict[str, AdapterLayer]) -> list[str]:
     """Why the adapter cannot be a LoRA of Hugging Face's model; empty where it can."""
     ours = adapter.config
     if adapter.kind == "ether" and ours.Htype == "oft":

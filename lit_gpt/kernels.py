@@ -60,24 +60,24 @@ def _update(a_u, u, a_v, v, PLUS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])  # lengths vary from batch to batch: one compilation serves them all
 def _forward(
-    X, Y, PROJECTIONS, M, x_row, x_block, x_element, U, V, ABOUT, KEEP, n,
-    b: tl.constexpr, PLUS: tl.constexpr, HAS_ABOUT: tl.constexpr, HAS_KEEP: tl.constexpr, SAVE_OUTPUT: tl.constexpr,
-    WORK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
+    X, Y, PROJECTIONS, M, x_row, x_block, x_element, U, V, CENTER, BLOCK_MASK, n,
+    b: tl.constexpr, PLUS: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr, WORK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     block = (tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None]  # (1, BLOCKS, 1)
     i = tl.arange(0, B)[None, None, :]  # (1, 1, B)
     inside = (block < n) & (i < b)
     u, _ = _unit(U, block * b + i, inside, WORK)
     v, _ = _unit(V, block * b + i, inside, WORK) if PLUS else (u, _)
-    center = tl.load(ABOUT + block * b + i, mask=inside, other=0.0).to(WORK) if HAS_ABOUT else 0.0
-    keep = tl.load(KEEP + block, mask=block < n, other=0.0).to(WORK) if HAS_KEEP else 1.0
+    center = tl.load(CENTER + block * b + i, mask=inside, other=0.0).to(WORK) if HAS_CENTER else 0.0
+    block_mask = tl.load(BLOCK_MASK + block, mask=block < n, other=0.0).to(WORK) if HAS_BLOCK_MASK else 1.0
     start = tl.program_id(0) * ROWS
     while start < M:  # the same code as a range, whose bounds Triton 3.6's interpreter cannot take with numpy 2.4
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]  # (ROWS, 1, 1)
         here = inside & (row < M)
         x = tl.load(X + row * x_row + block * x_block + i * x_element, mask=here, other=0.0).to(WORK)  # the one read
-        a_u = _dot(x - center, u) * keep
-        a_v = _dot(x - center, v) * keep if PLUS else a_u
+        a_u = _dot(x - center, u) * block_mask
+        a_v = _dot(x - center, v) * block_mask if PLUS else a_u
         y = x + _update(a_u, u, a_v, v, PLUS)
         tl.store(Y + (row * n + block) * b + i, y, mask=here)  # the one write
         if SAVE_OUTPUT:  # (M, n, K): R may not be invertible, so R x alone would not give x back
@@ -91,17 +91,18 @@ def _forward(
 @triton.jit(do_not_specialize=["M"])
 def _backward(
     GRAD, SAVED, PROJECTIONS, GRAD_X, PARTIALS, M, g_row, g_block, g_element, s_row, s_block, s_element,
-    U, V, ABOUT, KEEP, n,
-    b: tl.constexpr, PLUS: tl.constexpr, HAS_ABOUT: tl.constexpr, HAS_KEEP: tl.constexpr, SAVE_OUTPUT: tl.constexpr,
-    NEED_GRAD_X: tl.constexpr, WORK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
+    U, V, CENTER, BLOCK_MASK, n,
+    b: tl.constexpr, PLUS: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr, NEED_GRAD_X: tl.constexpr, WORK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     block = (tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None]
     i = tl.arange(0, B)[None, None, :]
     inside = (block < n) & (i < b)
     u, u_length = _unit(U, block * b + i, inside, WORK)
     v, v_length = _unit(V, block * b + i, inside, WORK) if PLUS else (u, u_length)
-    center = tl.load(ABOUT + block * b + i, mask=inside, other=0.0).to(WORK) if HAS_ABOUT else 0.0
-    keep = tl.load(KEEP + block, mask=block < n, other=0.0).to(WORK) if HAS_KEEP else 1.0
+    center = tl.load(CENTER + block * b + i, mask=inside, other=0.0).to(WORK) if HAS_CENTER else 0.0
+    block_mask = tl.load(BLOCK_MASK + block, mask=block < n, other=0.0).to(WORK) if HAS_BLOCK_MASK else 1.0
     sum_u = tl.full((ROWS, BLOCKS, B), 0.0, WORK)  # dL/du^ of this program's positions, up to R's factor
     sum_v = sum_u
     start = tl.program_id(0) * ROWS
@@ -111,8 +112,8 @@ def _backward(
         # The two reads: the gradient g, and x or R x.
         g = tl.load(GRAD + row * g_row + block * g_block + i * g_element, mask=here, other=0.0).to(WORK)
         z = tl.load(SAVED + row * s_row + block * s_block + i * s_element, mask=here, other=0.0).to(WORK)
-        g_u = _dot(g, u) * keep
-        g_v = _dot(g, v) * keep if PLUS else g_u
+        g_u = _dot(g, u) * block_mask
+        g_v = _dot(g, v) * block_mask if PLUS else g_u
         if NEED_GRAD_X:  # R g; the one write
             grad_x = g + _update(g_u, u, g_v, v, PLUS)
             tl.store(GRAD_X + (row * n + block) * b + i, grad_x, mask=here)
@@ -124,8 +125,8 @@ def _backward(
             z = z - _update(a_u, u, a_v, v, PLUS) - center
         else:
             z = z - center
-            a_u = _dot(z, u) * keep
-            a_v = _dot(z, v) * keep if PLUS else a_u
+            a_u = _dot(z, u) * block_mask
+            a_v = _dot(z, v) * block_mask if PLUS else a_u
         sum_u += a_u * g + g_u * z
         if PLUS:
             sum_v += a_v * g + g_v * z
@@ -155,11 +156,13 @@ def _plan(M: int, n: int, b: int, *, programs: int, rows: int) -> tuple[tuple[in
     return (programs, groups), dict(ROWS=ROWS, BLOCKS=BLOCKS, B=B, num_warps=num_warps)
 
 
-def _arguments(about: Tensor | None, keep: Tensor | None, vectors: list[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+def _arguments(
+    center: Tensor | None, block_mask: Tensor | None, vectors: list[Tensor], dtype: torch.dtype
+) -> dict[str, Any]:
     """Return the arguments that both kernels take."""
-    tensors = dict(U=vectors[0], V=vectors[-1], ABOUT=about, KEEP=keep)
+    tensors = dict(U=vectors[0], V=vectors[-1], CENTER=center, BLOCK_MASK=block_mask)
     tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
-    flags = dict(PLUS=len(vectors) == 2, HAS_ABOUT=about is not None, HAS_KEEP=keep is not None)
+    flags = dict(PLUS=len(vectors) == 2, HAS_CENTER=center is not None, HAS_BLOCK_MASK=block_mask is not None)
     WORK = tl.float64 if dtype == torch.float64 else tl.float32
     return dict(n=vectors[0].size(0), b=vectors[0].size(1), WORK=WORK, enable_fp_fusion=False, **flags, **tensors)
 
@@ -169,7 +172,7 @@ def _work(x: Tensor, vectors: list[Tensor]) -> torch.dtype:
 
 
 def _reflect_fake(
-    x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, vectors: list[Tensor]
+    x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, vectors: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return what ``_reflect`` returns, not computed."""
     projections = (*x.shape[:-1], len(vectors)) if save_output else (0,)
@@ -178,21 +181,21 @@ def _reflect_fake(
 
 
 def _reflect(
-    x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, vectors: list[Tensor]
+    x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, vectors: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return R(x - about) + about and, for ``save_output``, the projections (..., n, k)."""
-    y, projections = _reflect_fake(x, about, keep, save_output, vectors)
+    """Return R(x - center) + center and, for ``save_output``, the projections (..., n, k)."""
+    y, projections = _reflect_fake(x, center, block_mask, save_output, vectors)
     x = x.reshape(-1, *vectors[0].shape)  # a view, unless the leading dimensions have no common stride
     grid, tile = _plan(*x.shape, **FORWARD)
-    arguments = _arguments(about, keep, vectors, projections.dtype)
+    arguments = _arguments(center, block_mask, vectors, projections.dtype)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _forward[grid](x, y, projections, len(x), *x.stride(), SAVE_OUTPUT=save_output, **arguments, **tile)
     return y, projections
 
 
 def _reflect_backward_fake(
-    grad: Tensor, saved: Tensor, projections: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool,
-    need_grad_x: bool, vectors: list[Tensor],
+    grad: Tensor, saved: Tensor, projections: Tensor, center: Tensor | None, block_mask: Tensor | None,
+    save_output: bool, need_grad_x: bool, vectors: list[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what ``_reflect_backward`` returns, not computed."""
     grad_x = torch.empty(grad.shape if need_grad_x else (0,), dtype=grad.dtype, device=grad.device)
@@ -200,17 +203,17 @@ def _reflect_backward_fake(
 
 
 def _reflect_backward(
-    grad: Tensor, saved: Tensor, projections: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool,
-    need_grad_x: bool, vectors: list[Tensor],
+    grad: Tensor, saved: Tensor, projections: Tensor, center: Tensor | None, block_mask: Tensor | None,
+    save_output: bool, need_grad_x: bool, vectors: list[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x and of the vectors (k, n, b)."""
     grad_x, grad_vectors = _reflect_backward_fake(
-        grad, saved, projections, about, keep, save_output, need_grad_x, vectors
+        grad, saved, projections, center, block_mask, save_output, need_grad_x, vectors
     )
     grad, saved = (tensor.reshape(-1, *vectors[0].shape) for tensor in (grad, saved))
     grid, tile = _plan(*grad.shape, **BACKWARD)
     partials = grad_vectors.new_empty(grid[0], *grad_vectors.shape)
-    arguments = _arguments(about, keep, vectors, partials.dtype)
+    arguments = _arguments(center, block_mask, vectors, partials.dtype)
     flags = dict(SAVE_OUTPUT=save_output, NEED_GRAD_X=need_grad_x)
     with torch.cuda.device_of(grad):
         _backward[grid](
@@ -234,23 +237,23 @@ class FusedReflection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, *vectors: Tensor
+        ctx: Any, x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, *vectors: Tensor
     ) -> Tensor:
-        y, projections = torch.ops.ether.reflect(x, about, keep, save_output, vectors)
+        y, projections = torch.ops.ether.reflect(x, center, block_mask, save_output, vectors)
         ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, projections, about, keep, *vectors)
+        ctx.save_for_backward(y if save_output else x, projections, center, block_mask, *vectors)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, projections, about, keep, *vectors = ctx.saved_tensors
+        saved, projections, center, block_mask, *vectors = ctx.saved_tensors
         need_grad_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_x, grad_vectors = torch.ops.ether.reflect_backward(
-            grad, saved, projections, about, keep, ctx.save_output, need_grad_x, vectors
+            grad, saved, projections, center, block_mask, ctx.save_output, need_grad_x, vectors
         )
-        of_about = (grad - grad_x).unsqueeze(0).flatten(0, -3).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x if need_grad_x else None, of_about, None, None, *grad_vectors.to(vectors[0].dtype).unbind()
+        of_center = (grad - grad_x).unsqueeze(0).flatten(0, -3).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x if need_grad_x else None, of_center, None, None, *grad_vectors.to(vectors[0].dtype).unbind()
 
 
 def try_on(device: torch.device) -> None:

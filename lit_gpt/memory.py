@@ -191,7 +191,7 @@ def remedies(job: Job, plan: Plan, *, fabric: Fabric) -> str:
 
 def fake_model(base: GPT, job: Job, plan: Plan, device: torch.device) -> GPT:
     """The model of a run on a base without data."""
-    model = twin(base, device)
+    model = share_weights(base, device)
     make_trainable(model, job.kind, job.adapter)
     model.activation_checkpointing = plan.train.activation_checkpointing
     spread_evenly(model)
@@ -204,7 +204,7 @@ def meta_model(config: Config, dtype: torch.dtype) -> GPT:
         return GPT(config).to(dtype)
 
 
-def twin(base: GPT, device: torch.device | str | None = None) -> GPT:
+def share_weights(base: GPT, device: torch.device | str | None = None) -> GPT:
     """A copy of the modules over the same weights; with a device, over empty ones of the same kind there."""
 
     def weight(parameter: nn.Parameter) -> nn.Parameter:

@@ -96,19 +96,19 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def reflect(
-    x: Tensor, u: Tensor, *, about: Tensor | None = None, keep: Tensor | None = None, save_output: bool = False
+    x: Tensor, u: Tensor, *, center: Tensor | None = None, block_mask: Tensor | None = None, save_output: bool = False
 ) -> Tensor:
     """ETHER: x - 2 u^ (u^ . x), block by block.
 
     Args:
         x: (..., n, b).
         u: (n, b), of any length but zero.
-        about: (n, b), the point that R leaves where it is, so that the result is R(x - about) + about: a layer's bias,
-            which is not transformed; the origin where it is None.
-        keep: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
+        center: (n, b), the point that R leaves where it is, so that the result is R(x - center) + center: a layer's
+            bias, which is not transformed; the origin where it is None.
+        block_mask: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
         save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _function(x).apply(x, about, keep, save_output, u)
+    return _function(x).apply(x, center, block_mask, save_output, u)
 
 
 def reflect_plus(
@@ -116,15 +116,15 @@ def reflect_plus(
     u: Tensor,
     v: Tensor,
     *,
-    about: Tensor | None = None,
-    keep: Tensor | None = None,
+    center: Tensor | None = None,
+    block_mask: Tensor | None = None,
     save_output: bool = False,
 ) -> Tensor:
     """ETHER+: x - u^ (u^ . x) + v^ (v^ . x), block by block; x itself, bit for bit, where v = -u.
 
     Args: as for ``reflect``, with a second vector.
     """
-    return _function(x).apply(x, about, keep, save_output, u, v)
+    return _function(x).apply(x, center, block_mask, save_output, u, v)
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -132,17 +132,17 @@ def cayley(a: Tensor) -> Tensor:
     return _Cayley.apply(a)
 
 
-def rotate(x: Tensor, rotation: Tensor, *, about: Tensor | None = None) -> Tensor:
-    """R x, block by block, or x + (R - I)(x - about), which for R = I is x bit for bit.
+def rotate(x: Tensor, rotation: Tensor, *, center: Tensor | None = None) -> Tensor:
+    """R x, block by block, or x + (R - I)(x - center), which for R = I is x bit for bit.
 
     Args:
         x: (..., n, b).
         rotation: (n, b, b).
-        about: (n, b), the point that R leaves where it is; the origin where it is None.
+        center: (n, b), the point that R leaves where it is; the origin where it is None.
     """
-    if about is not None:
+    if center is not None:
         identity = torch.eye(rotation.size(-1), device=rotation.device, dtype=rotation.dtype)
-        return x + rotate(x - about, rotation - identity)
+        return x + rotate(x - center, rotation - identity)
     rotation = rotation.to(x.dtype)  # a product of this size belongs to the dtype that the weights multiply in
     return torch.einsum("...nb,ncb->...nc", x, rotation)
 
@@ -200,14 +200,14 @@ def _sides(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return w[:, -k:], w[:, :k]
 
 
-def _apply(x: Tensor, w: Tensor, k: int, *, about: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return R(x - about) + about, (N, n, b), and the projections w_k . (x - about), (n, N, k)."""
+def _apply(x: Tensor, w: Tensor, k: int, *, center: Tensor | None, block_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return R(x - center) + center, (N, n, b), and the projections w_k . (x - center), (n, N, k)."""
     left, right = _sides(w, k)
     projections = torch.bmm(x.transpose(0, 1), right.mT)
-    if about is not None:
-        projections = projections - torch.bmm(about.unsqueeze(1), right.mT)
-    if keep is not None:
-        projections = projections * keep.unsqueeze(-1).to(x.dtype)
+    if center is not None:
+        projections = projections - torch.bmm(center.unsqueeze(1), right.mT)
+    if block_mask is not None:
+        projections = projections * block_mask.unsqueeze(-1).to(x.dtype)
     return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=_factor(k)), projections
 
 
@@ -225,40 +225,40 @@ class _Reflection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, about: Tensor | None, keep: Tensor | None, save_output: bool, *vectors: Tensor
+        ctx: Any, x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, *vectors: Tensor
     ) -> Tensor:
         stacked = torch.stack(vectors, dim=-2)
         stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
         lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
         units = stacked / lengths
         w = _partners(units).to(x.dtype)
-        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), w, len(vectors), about=about, keep=keep)
+        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), w, len(vectors), center=center, block_mask=block_mask)
         y, projections = y.view_as(x), projections.to(x.dtype)  # autocast takes the products in 16 bits
         ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, about, keep, projections, units, lengths, w)
+        ctx.save_for_backward(y if save_output else x, center, block_mask, projections, units, lengths, w)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, about, keep, projections, units, lengths, w = ctx.saved_tensors
+        saved, center, block_mask, projections, units, lengths, w = ctx.saved_tensors
         g, saved = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, saved))  # (N, n, b)
         k = units.size(-2)
-        grad_x, grad_projections = _apply(g, w, k, about=None, keep=keep)
+        grad_x, grad_projections = _apply(g, w, k, center=None, block_mask=block_mask)
         grad_projections = grad_projections.mT  # (n, k, N)
         sums = torch.bmm(projections.mT, g.transpose(0, 1))
         sums = torch.baddbmm(sums, grad_projections, saved.transpose(0, 1))  # (n, k, b)
         if ctx.save_output:  # x = y - f sum_k a_k w_~k, and of that sum only its products with g count
             sums = torch.baddbmm(sums, grad_projections @ projections, _sides(w, k)[0], alpha=-_factor(k))
-        if about is not None:
-            sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), about.unsqueeze(1), alpha=-1)
+        if center is not None:
+            sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), center.unsqueeze(1), alpha=-1)
         of_units = sums.to(units.dtype)
         if k == 2:  # the first sum is the difference's gradient, the second one the sum's
             first, second = of_units.unbind(-2)
             of_units = torch.stack([second + first, second - first], dim=-2)
         tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
-        of_about = (g - grad_x).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x.view_as(grad), of_about, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
+        of_center = (g - grad_x).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x.view_as(grad), of_center, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
 
 
 class _Cayley(torch.autograd.Function):

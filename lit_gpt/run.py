@@ -25,7 +25,7 @@ from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.batches import Batching, group_by_length, n_targets, sample_order
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.data import Sample, length
-from lit_gpt.devices import average_gradients, gather, is_sharded, whole_ends
+from lit_gpt.devices import average_gradients, gather, is_sharded, unsharded
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write
 from lit_gpt.generate import generate
@@ -63,7 +63,7 @@ def validate(fabric: Fabric, model: nn.Module, samples: Sequence[Sample], batchi
     """Mean loss over all target tokens of the samples, and over the tokens of their responses alone."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss and count, of all targets and of the responses'
-    for batch in batching.share(samples)[0]:
+    for batch in batching.local_micro_batches(samples)[0]:
         idx, targets, lengths = batching.collate(batch, fabric.device)
         _, responses, _ = batching.collate(batch, fabric.device, response_only=True)
         both = torch.where(targets == IGNORE_INDEX, responses, targets)
@@ -273,7 +273,7 @@ class Run:
 
     def forward_backward(self, batch: Sequence[Sample], targets_in_all: int) -> torch.Tensor:
         """Leave the gradient of a step's mean loss; returns this process's share of that loss."""
-        micros, in_all = self.batching.share(batch)
+        micros, in_all = self.batching.local_micro_batches(batch)
         total = torch.zeros((), device=self.fabric.device)
         for index, micro in enumerate(micros):
             idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
@@ -349,7 +349,7 @@ class Run:
     def show_sample(self, tokenizer: Tokenizer) -> None:
         """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
         # A token at a time suits no graph that was compiled for training.
-        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), whole_ends(self.model.module):
+        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), unsharded(self.model.module):
             ids = generate(
                 self.model.module,
                 self.plan.sample_ids,

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS, stream_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
@@ -373,4 +373,4 @@ def tokenizer_config(metadata: dict[str, Any], config: Config) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.checkpoint import load_state, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config, check_unquantized
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
@@ -68,8 +68,8 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     check_unquantized(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
-    for kind, main in (("safetensors", "model"), ("bin", "pytorch_model")):
-        whole, index = checkpoint_dir / f"{main}.{kind}", checkpoint_dir / f"{main}.{kind}.index.json"
+    for kind, stem in (("safetensors", "model"), ("bin", "pytorch_model")):
+        whole, index = checkpoint_dir / f"{stem}.{kind}", checkpoint_dir / f"{stem}.{kind}.index.json"
         if whole.is_file():  # before an index, as in transformers
             if index.is_file():
                 print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
@@ -82,7 +82,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
             return [checkpoint_dir / name for name in shards]
         # Not every *.safetensors: some repos hold the same weights twice (consolidated.safetensors), or an adapter's.
-        found = sorted(checkpoint_dir.glob(f"{main}*.{kind}"))
+        found = sorted(checkpoint_dir.glob(f"{stem}*.{kind}"))
         if found:
             return found
     raise FileNotFoundError(f"{checkpoint_dir} has neither model*.safetensors nor pytorch_model*.bin; {again}")
@@ -133,4 +133,4 @@ def untie_where_different(weights: State, config: Config) -> Config:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

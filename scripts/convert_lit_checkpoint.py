@@ -29,7 +29,7 @@ from lit_gpt.checkpoint import (
     load_state,
     side_files,
 )
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
@@ -109,4 +109,4 @@ def write_weights(weights: State, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import Secret, run
+from lit_gpt.cli import Secret, main
 from lit_gpt.config import KNOWN_MODELS, check_unquantized
 from lit_gpt.errors import UserError, command
 
@@ -164,4 +164,4 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **option
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

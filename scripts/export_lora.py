@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.export import export_adapter
 
 
@@ -42,4 +42,4 @@ def setup(
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

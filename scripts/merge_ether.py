@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.merge import merge_adapter
 
 
@@ -24,4 +24,4 @@ def setup(*, ether_path: Path, **options) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.errors import UserError
 from lit_gpt.files import refuse_existing
 from lit_gpt.report import METRICS, compare_runs, read_metrics
@@ -66,4 +66,4 @@ def as_flag(args: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = as_flag(sys.argv[1:])
-    run(setup)
+    main(setup)

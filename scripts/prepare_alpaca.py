@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import prepare
 
 ALPACA = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -28,4 +28,4 @@ def setup(*, data_file_path: str = ALPACA, **options) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

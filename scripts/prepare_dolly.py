@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from huggingface_hub import hf_hub_url
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import prepare
 
 DOLLY = hf_hub_url("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", repo_type="dataset")
@@ -31,4 +31,4 @@ def setup(*, data_file_path: str = DOLLY, **options) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

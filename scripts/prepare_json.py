@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import prepare
 
 
@@ -33,4 +33,4 @@ def setup(*, data_file_path: str, **options) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

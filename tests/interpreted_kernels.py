@@ -40,8 +40,8 @@ def inputs(n: int, b: int, dtype: torch.dtype, *, vectors: int, lead: tuple[int,
 
 def options(n: int, b: int, dtype: torch.dtype, *, centered: bool, dropped: bool) -> dict[str, torch.Tensor | None]:
     """A center, and blocks of which every second one is left as it is."""
-    keep = (torch.arange(n) % 2).float()[:, None] if dropped else None
-    return dict(about=torch.randn(n, b).to(dtype) if centered else None, keep=keep)
+    block_mask = (torch.arange(n) % 2).float()[:, None] if dropped else None
+    return dict(center=torch.randn(n, b).to(dtype) if centered else None, block_mask=block_mask)
 
 
 def fused(x: torch.Tensor, *vectors: torch.Tensor, **given) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_inputs_that_are_not_contiguous():
     """Columns of a weight, every second position, an expanded gradient, sliced vectors and center."""
     weight = torch.randn(12, 9, dtype=torch.float64, requires_grad=True)
     wide = torch.randn(4, 6, dtype=torch.float64)
-    given = dict(about=wide[::2], keep=torch.ones(2, 2)[:, :1])
+    given = dict(center=wide[::2], block_mask=torch.ones(2, 2)[:, :1])
     vectors = [wide[1::2].clone().requires_grad_(), wide.T[:, :2].reshape(6, 2).T.clone().requires_grad_()]
     for view in (weight.T.unflatten(-1, (2, 6)), weight.T[::2].unflatten(-1, (2, 6)), weight.T[:8].view(2, 4, 2, 6)):
         pairs = []

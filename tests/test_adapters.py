@@ -120,7 +120,7 @@ def test_16_bits_cost_an_update_its_last_digits_however_small_it_is(dtype, digit
         inside = torch.float64 if wide == torch.float64 else dtype
         update = (x.to(inside).transpose(0, 1) @ right.to(inside).mT) @ left.to(inside)  # before it is added to x
         found.append([update.detach()])
-        for options in ({}, dict(save_output=True, about=x[0].to(inside))):
+        for options in ({}, dict(save_output=True, center=x[0].to(inside))):
             y = reflect_plus(x.to(inside), *vectors, **options)
             found[-1] += torch.autograd.grad(y, vectors, g.to(inside))
     for rough, exact in zip(found[1], found[0], strict=True):
@@ -203,16 +203,16 @@ def test_gradients_of_the_reflections_are_exact(save_output, dropped, centred):
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     u, v = (torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     options = dict(save_output=save_output)
-    options["keep"] = torch.tensor([[1.0], [0.0]], dtype=torch.float64) if dropped else None
-    options["about"] = torch.randn(2, 4, dtype=torch.float64) if centred else None
+    options["block_mask"] = torch.tensor([[1.0], [0.0]], dtype=torch.float64) if dropped else None
+    options["center"] = torch.randn(2, 4, dtype=torch.float64) if centred else None
     if centred:  # a bias that trains, beside the adapter
-        about = options["about"].clone().requires_grad_()
-        rest = {name: value for name, value in options.items() if name != "about"}
-        assert torch.autograd.gradcheck(lambda x, c, u: reflect(x, u, about=c, **rest), (x, about, u))
+        center = options["center"].clone().requires_grad_()
+        rest = {name: value for name, value in options.items() if name != "center"}
+        assert torch.autograd.gradcheck(lambda x, c, u: reflect(x, u, center=c, **rest), (x, center, u))
     assert torch.autograd.gradcheck(lambda x, u: reflect(x, u, **options), (x, u))
     assert torch.autograd.gradcheck(lambda x, u, v: reflect_plus(x, u, v, **options), (x, u, v))
     a = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, a: rotate(x, cayley(a), about=options["about"]), (x, a))
+    assert torch.autograd.gradcheck(lambda x, a: rotate(x, cayley(a), center=options["center"]), (x, a))
 
 
 class LargestStorage(TorchDispatchMode):

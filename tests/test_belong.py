@@ -10,7 +10,7 @@ from conftest import write_bpe_tokenizer
 from test_tokenizer import edit_json
 from test_train import QUICK, refusal, script, write_base
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
 from lit_gpt.files import read_json, write_json
 
@@ -65,7 +65,7 @@ def test_ids_without_a_row_are_named_when_data_are_prepared_and_before_training(
         make_data(small, CHAT, "chat")
     assert not (tmp_path / "chat").exists()
     data = make_data(small, ROWS, "plain", prompt_style="plain")  # no row holds such a token
-    run(script("finetune/ether.py"), flags(data, tmp_path / "run"))
+    main(script("finetune/ether.py"), flags(data, tmp_path / "run"))
     more = ["--eval.sample_prompt", "the<|im_start|>", "--eval.sample_interval", "1"]
     line = refusal(capsys, "finetune/ether.py", flags(data, tmp_path / "r2", *more))
     assert "<|im_start|> is id 400: the model has 400 rows" in line
@@ -104,7 +104,7 @@ def test_validation_data_of_another_tokenizer_or_style_are_refused(base, small, 
         assert message in line
     assert not (tmp_path / "run").exists()
     same = make_data(base, ROWS[:5], "same")
-    run(script("finetune/ether.py"), flags(data, tmp_path / "run", "--io.val_data_dir", str(same)))
+    main(script("finetune/ether.py"), flags(data, tmp_path / "run", "--io.val_data_dir", str(same)))
 
 
 # ---- what an answer ends with
@@ -123,18 +123,18 @@ def test_the_end_of_a_turn_is_listed_in_what_finetuning_merging_and_converting_w
     chat, alpaca = make_data(ends_elsewhere, CHAT, "chat"), make_data(ends_elsewhere, ROWS, "alpaca")
     for data, ends in ((chat, [0, 2]), (alpaca, 0)):
         out = tmp_path / f"run-{data.name}"
-        run(script("finetune/ether.py"), flags(data, out))
+        main(script("finetune/ether.py"), flags(data, out))
         adapter = ["--ether_path", str(out / "lit_model_ether_finetuned.pth"), "--checkpoint_dir", str(ends_elsewhere)]
-        run(script("scripts/merge_ether.py"), [*adapter, "--precision", "32-true"])
-        run(script("finetune/full.py"), flags(data, out / "full"))
+        main(script("scripts/merge_ether.py"), [*adapter, "--precision", "32-true"])
+        main(script("finetune/full.py"), flags(data, out / "full"))
         for folder in (out / "merged", out / "full" / "final"):
             assert read_json(folder / "generation_config.json") == {"eos_token_id": ends, "temperature": 0.6}
             write_json(folder / "generation_config.json", {"eos_token_id": 0})  # as older versions left it
             convert = ["--checkpoint_dir", str(folder), "--out_dir", str(folder / "hf")]
-            run(script("scripts/convert_lit_checkpoint.py"), convert)
+            main(script("scripts/convert_lit_checkpoint.py"), convert)
             assert read_json(folder / "hf" / "generation_config.json")["eos_token_id"] == ends
         capsys.readouterr()
-        run(script("scripts/export_lora.py"), [*adapter, "--out_dir", str(out / "lora")])
+        main(script("scripts/export_lora.py"), [*adapter, "--out_dir", str(out / "lora")])
         assert ("ask with stop_token_ids = [2]" in capsys.readouterr().out) == (data == chat)
 
 

@@ -19,7 +19,7 @@ from lit_gpt import GPT, Config
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.files import write_json
@@ -81,7 +81,7 @@ def pipe(monkeypatch, capsys):
         data = prompt if isinstance(prompt, bytes) else prompt.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
         try:
-            run(setup, [str(arg) for arg in args])
+            main(setup, [str(arg) for arg in args])
             code = 0
         except SystemExit as error:
             code = error.code

@@ -12,7 +12,7 @@ from test_train import command as train_command
 from test_train import refusal, script, train, work, write_base
 
 from lit_gpt.checkpoint import load_state, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
 from lit_gpt.errors import UserError, command, reading
@@ -50,7 +50,7 @@ def ends(capsys, raise_it, *flags: str) -> tuple[int, str]:
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run(setup, [*flags])
+        main(setup, [*flags])
     return end.value.code, capsys.readouterr().err
 
 
@@ -95,7 +95,7 @@ def given_to(*args: str) -> dict:
         """Do it."""
         got.update(size=size, rate=rate, given=given)
 
-    run(setup, args)
+    main(setup, args)
     return got
 
 
@@ -157,7 +157,7 @@ def test_a_flag_with_the_defaults_value_contradicts_an_adapter_too(work, tmp_pat
         assert told in refusal(capsys, "finetune/ether.py", [*flags, *start, *more])
     (tmp_path / "all.yaml").write_text("Htype: ether\nether_nb: 1")  # as --print_config writes what no one chose
     start += ["--config", str(tmp_path / "all.yaml")]
-    run(script("finetune/ether.py"), [*flags, *start, "--ether_nb", "2", "--ether_dropout", "0.0"])
+    main(script("finetune/ether.py"), [*flags, *start, "--ether_nb", "2", "--ether_dropout", "0.0"])
 
 
 @pytest.mark.parametrize("flags", [["--lora_alpha", ".nan"], ["--lora_r", str(10**30)]])

@@ -452,14 +452,14 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusal(case, llama, capsys):
-    from lit_gpt.cli import run
+    from lit_gpt.cli import main
 
     break_it, message = REFUSALS[case]
     break_it(llama)
     capsys.readouterr()
     before = {path.name for path in llama.iterdir()} if llama.exists() else set()
     with pytest.raises(SystemExit) as stop:
-        run(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama)])
+        main(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama)])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -478,10 +478,10 @@ def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
 
 
 def test_unknown_dtype_names_the_choices(llama, capsys):
-    from lit_gpt.cli import run
+    from lit_gpt.cli import main
 
     with pytest.raises(SystemExit):
-        run(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama), "--dtype", "int3"])
+        main(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama), "--dtype", "int3"])
     assert "bfloat16" in capsys.readouterr().err
 
 

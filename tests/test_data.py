@@ -15,7 +15,7 @@ import torch
 from conftest import sample_text
 
 from lit_gpt.batches import collate as make_batch
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
 from lit_gpt.encoding import CHARACTERS, Samples, _slices, encode_rows
 from lit_gpt.errors import UserError
@@ -68,7 +68,7 @@ def write(path, rows):
 
 def call(script, *flags):
     """Run a script's `setup` behind the real command line."""
-    run(script.setup, [str(flag) for flag in flags])
+    main(script.setup, [str(flag) for flag in flags])
 
 
 def failure(capsys, script, *flags):

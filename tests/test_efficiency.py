@@ -26,11 +26,11 @@ from eval.costs import (
     random_models,
     step_loss,
 )
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
-from lit_gpt.memory import even_mixture, meta_model, twin
+from lit_gpt.memory import even_mixture, meta_model, share_weights
 from lit_gpt.model import GPT, LLaMAMoE
 
 LLAMA = Config.from_name("Llama-2-7b-hf")
@@ -192,7 +192,7 @@ def test_variants_share_the_weights_and_train_their_adapter_alone():
     base = GPT(TINY)
     before = {name: p.clone() for name, p in base.named_parameters()}
     for adapter in (None, LoraConfig(), TWO_SIDED.adapter):
-        model = attach(twin(base), adapter)
+        model = attach(share_weights(base), adapter)
         step_loss(model, torch.arange(16)[None]).backward()
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert trained and not trained & set(before)
@@ -217,7 +217,7 @@ def test_step_loss_is_the_models_own():
 
 
 def efficiency(*flags: str) -> None:
-    run(load_script(ROOT / "eval" / "efficiency.py").setup, [*flags])
+    main(load_script(ROOT / "eval" / "efficiency.py").setup, [*flags])
 
 
 def test_script_writes_its_two_files_and_no_others(tmp_path, capsys):

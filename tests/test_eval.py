@@ -24,7 +24,7 @@ from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
 from lit_gpt.merge import merge_adapter
@@ -567,7 +567,7 @@ def command(checkpoint: Path, data_dir: Path, *more: str) -> list[str]:
 
 def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, tmp_path, capfd):
     path = tmp_path / "new" / "results.json"
-    run(setup, command(checkpoint, data_dir, "--save_filepath", str(path), "--limit", "4"))
+    main(setup, command(checkpoint, data_dir, "--save_filepath", str(path), "--limit", "4"))
     shown, noise = capfd.readouterr()
     assert "|arc_challenge " in shown
     assert "acc_norm" in shown
@@ -585,10 +585,10 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
     assert saved["config"]["limit"] == 4
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(SystemExit):
-        run(setup, command(checkpoint, data_dir, "--save_filepath", str(path)))
+        main(setup, command(checkpoint, data_dir, "--save_filepath", str(path)))
     assert "results.json exists; choose another --save_filepath or give --overwrite true" in capfd.readouterr().err
     more = ["--limit", "1", "--overwrite", "true"]
-    run(setup, command(checkpoint, data_dir, "--save_filepath", str(path), *more))
+    main(setup, command(checkpoint, data_dir, "--save_filepath", str(path), *more))
     assert json.loads(path.read_text())["n-samples"]["arc_challenge"]["effective"] == 1
 
 
@@ -617,7 +617,7 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
 )
 def test_the_script_refuses_in_one_line(checkpoint, data_dir, capsys, more, message):
     with pytest.raises(SystemExit) as caught:
-        run(setup, command(checkpoint, data_dir, *more))
+        main(setup, command(checkpoint, data_dir, *more))
     shown = capsys.readouterr().err
     assert caught.value.code == 1
     assert shown.count("\n") == 1
@@ -643,7 +643,7 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
     found = []
     for name, more in (("base", [f"--{kind}_path", str(path)]), ("merged", []), ("base", [])):
         file = tmp_path / "results" / f"{len(found)}.json"
-        run(setup, command(tmp_path / name, data_dir, "--save_filepath", str(file), *more))
+        main(setup, command(tmp_path / name, data_dir, "--save_filepath", str(file), *more))
         found.append(json.loads(file.read_text()))
     assert found[0]["config"]["adapter"] == str(path)
     for task, metrics in found[0]["results"].items():
@@ -654,5 +654,5 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
 def test_a_chat_template_is_needed_to_apply_one(spm_dir, data_dir, tmp_path, capsys):
     folder = make_checkpoint(tmp_path, spm_dir)
     with pytest.raises(SystemExit):
-        run(setup, command(folder, data_dir, "--apply_chat_template", "true"))
+        main(setup, command(folder, data_dir, "--apply_chat_template", "true"))
     assert "has no chat template" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import KINDS, load_adapted_model, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.export import Export, report
 from lit_gpt.files import read_json
 from lit_gpt.hf import lit_to_hf
@@ -263,7 +263,7 @@ def failure(adapter: Path, capsys, **options) -> str:
     options = {"checkpoint_dir": folder / "base", "out_dir": folder / "out", **flags(adapter), **options}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run(export_lora.setup, [f"--{name}={value}" for name, value in options.items()])
+        main(export_lora.setup, [f"--{name}={value}" for name, value in options.items()])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]

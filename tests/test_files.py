@@ -17,7 +17,7 @@ from test_resume import ADAPTER, same_result, unfinished
 from test_train import ROOT, command, refusal, script, train, write_work
 
 from lit_gpt.checkpoint import load_state, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import prepare
 from lit_gpt.files import (
     TEMPORARY,
@@ -207,7 +207,7 @@ def test_a_users_config_is_not_written_over_and_backups_stay(work, tmp_path, bpe
     flags = [f"--{name}={path}" for name, path in both.items()]
     rows, data = work / "rows.json", {"checkpoint_dir": work / "base", "max_seq_length": 128}
     writers = {
-        "config.json": lambda more: run(script("scripts/merge_ether.py"), [*flags, f"--ether_path={adapter}", *more]),
+        "config.json": lambda more: main(script("scripts/merge_ether.py"), [*flags, f"--ether_path={adapter}", *more]),
         "generation_config.json": lambda more: convert_lit_checkpoint.setup(**both, overwrite=bool(more)),
         "adapter_config.json": lambda more: export_lora.setup(**both, ether_path=adapter, overwrite=bool(more)),
         "data_config.json": lambda more: prepare(rows, destination_path=both["out_dir"], **data, overwrite=bool(more)),
@@ -244,7 +244,7 @@ def test_a_picture_is_replaced_only_when_told(work, tmp_path, capsys):
     flags = ["--runs", json.dumps([str(tmp_path / "run")]), "--out", str(tmp_path / "mine.png")]
     assert "already holds mine.png" in refusal(capsys, "scripts/plot_runs.py", flags)
     assert untouched(files)
-    run(script("scripts/plot_runs.py"), [*flags, "--overwrite", "true"])
+    main(script("scripts/plot_runs.py"), [*flags, "--overwrite", "true"])
 
 
 def test_a_staged_folder_leaves_nothing_after_an_error_and_what_was_there(tmp_path):

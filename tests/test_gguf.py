@@ -21,7 +21,7 @@ from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
 from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, load_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.model import scale_frequencies
@@ -340,7 +340,7 @@ def test_refusal(case, tmp_path, bpe_dir, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         flags = ["--gguf_path", str(tmp_path / "m.gguf"), "--checkpoint_dir", str(tmp_path / "out")]
-        run(convert_gguf_checkpoint.setup, flags)
+        main(convert_gguf_checkpoint.setup, flags)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(lines) == 1 and re.search(message, lines[0]), lines
     assert not (tmp_path / "out").exists()

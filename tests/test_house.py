@@ -12,12 +12,12 @@ from types import ModuleType
 
 import pytest
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
 SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
-SCRIPTS = [p for p in SOURCES if "run(setup)" in p.read_text(encoding="utf-8")]
+SCRIPTS = [p for p in SOURCES if "main(setup)" in p.read_text(encoding="utf-8")]
 # What is installed under another name than it is imported by.
 PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
 OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # a line says where they miss
@@ -102,7 +102,7 @@ def test_source_has_a_docstring_and_nothing_forbidden(path):
 def test_script_has_a_setup_and_explains_every_flag(path, capsys):
     """Help comes from docstrings: a flag without a sentence is a flag that nobody can use."""
     with pytest.raises(SystemExit) as end:
-        run(load_script(path).setup, ["--help"])
+        main(load_script(path).setup, ["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     bare = re.findall(r"^  (--[\w.]+)(?: \S+)*\n +\((?:required|type|default)", text, re.M)
@@ -215,8 +215,8 @@ def test_where_the_cpu_index_is_down_the_size_is_said_first(installing):
 
 def test_a_character_that_the_output_lacks_ends_nothing(tmp_path):
     """In latin-1, printing a row with curly quotes ended the script with an error after its work."""
-    code = "from lit_gpt.cli import run\ndef setup(*, text: str = 'x'):\n    'Print.'\n    print('“😀” é', text)\n"
-    code += "    raise OSError('“no”')\nrun(setup)"
+    code = "from lit_gpt.cli import main\ndef setup(*, text: str = 'x'):\n    'Print.'\n    print('“😀” é', text)\n"
+    code += "    raise OSError('“no”')\nmain(setup)"
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (1, "??? é x\n".encode("latin-1")), done.stderr

@@ -43,7 +43,9 @@ def compiled(kernel, pointers: str, *, b: int, capability: int, **flags: bool) -
     _, tile = kernels._plan(2048, 32, b, **kernels.BACKWARD)
     constants = {**arguments, **tile, **flags, **{s: 1 for s in kernel.arg_names if s.endswith("_element")}}
     options = dict(num_warps=constants.pop("num_warps"), enable_fp_fusion=constants.pop("enable_fp_fusion"))
-    types = dict.fromkeys(pointers.split(), "*bf16") | dict.fromkeys("PROJECTIONS PARTIALS U V KEEP".split(), "*fp32")
+    types = dict.fromkeys(pointers.split(), "*bf16") | dict.fromkeys(
+        "PROJECTIONS PARTIALS U V BLOCK_MASK".split(), "*fp32"
+    )
     types = {name: types.get(name, "i32") for name in kernel.arg_names}
     constants = {name: value for name, value in constants.items() if types[name] == "i32" and name != "n"}
     types |= dict.fromkeys(constants, "constexpr")
@@ -56,9 +58,9 @@ def compiled(kernel, pointers: str, *, b: int, capability: int, **flags: bool) -
 @pytest.mark.parametrize(("b", "capability"), [(128, 90), (344, 80), (4096, 90)])
 def test_kernels_compile_for_a_card(b, capability):
     """Without the card: loads of 16 bytes, and products and sums that stay apart, so that they cancel at v = -u."""
-    forward = compiled(kernels._forward, "X Y ABOUT", b=b, capability=capability, SAVE_OUTPUT=True)
+    forward = compiled(kernels._forward, "X Y CENTER", b=b, capability=capability, SAVE_OUTPUT=True)
     backward = compiled(
-        kernels._backward, "GRAD SAVED GRAD_X ABOUT", b=b, capability=capability, SAVE_OUTPUT=True, NEED_GRAD_X=True
+        kernels._backward, "GRAD SAVED GRAD_X CENTER", b=b, capability=capability, SAVE_OUTPUT=True, NEED_GRAD_X=True
     )
     for code in (forward, backward):
         assert len(code["cubin"]) > 1000

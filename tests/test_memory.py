@@ -23,8 +23,8 @@ from lit_gpt.memory import (
     frozen_bytes,
     meta_model,
     remedies,
+    share_weights,
     spread_evenly,
-    twin,
     working_bytes,
 )
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
@@ -125,7 +125,7 @@ def test_a_step_without_data_peaks_where_one_with_data_does(adapter):
     base, how = meta_model(config, torch.float32), dict(lengths=None, n_losses=30, accumulates=True)
 
     def peak() -> int:
-        model = twin(base, "cpu")
+        model = share_weights(base, "cpu")
         if adapter:
             add_ether(model, EtherConfig(Htype="etherplusHH", nb=2))
             mark_only_ether_as_trainable(model)
@@ -153,7 +153,7 @@ def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
     base = meta_model(Config(name="tiny", vocab_size=400, mlp_class="LLaMAMoE", **sizes), torch.float32)
     how = dict(lengths=None, n_losses=20, accumulates=False, fabric=one_process())
     with FakeTensorMode(allow_fallback_kernels=False):
-        model, idx = twin(base, "cpu").requires_grad_(True), torch.zeros(2, 16, dtype=torch.long)
+        model, idx = share_weights(base, "cpu").requires_grad_(True), torch.zeros(2, 16, dtype=torch.long)
         with pytest.raises(NOT_FAKE):
             working_bytes(model, idx, **how)
         spread_evenly(model)

@@ -20,7 +20,7 @@ from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import KINDS, attach_adapter, load_adapted_model, load_adapter, save_adapter
 from lit_gpt.checkpoint import PRECISIONS, fingerprint, load_config, load_model, load_state, save_state, stream_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import write_json
@@ -75,7 +75,7 @@ def flags(base: Path, path: Path, kind: str, *more: str) -> tuple[str, list[str]
 def merge(base: Path, path: Path, kind: str, *more: str) -> Path:
     """Merge through the script; returns the folder."""
     name, arguments = flags(base, path, kind, *more)
-    run(script(name), [*arguments, "--overwrite", "true"])
+    main(script(name), [*arguments, "--overwrite", "true"])
     return path.parent / "merged"
 
 

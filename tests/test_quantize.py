@@ -17,7 +17,7 @@ from lit_gpt.adapter import adapter_parameters, adapters_off, mark_only_adapter_
 from lit_gpt.adapter_files import load_adapted_model
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import load_model, load_state, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
@@ -196,7 +196,7 @@ def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsy
     assert mean.item() == pytest.approx(summary["val_loss_after"], rel=1e-5)
 
     flags = ["--checkpoint_dir", str(work / "base"), f"--{kind}_path", str(path), "--precision", "32-true"]
-    run(script(f"scripts/merge_{kind}.py"), flags)
+    main(script(f"scripts/merge_{kind}.py"), flags)
     said = re.search(
         f"trained on a {scheme} base, merged into the unquantized one: .* by (.*) \\(median", capsys.readouterr().out
     )
@@ -247,7 +247,7 @@ def test_missing_bitsandbytes_is_told_with_the_command(work, tmp_path, capsys, m
     assert message == "error: --quantize needs bitsandbytes: pip install 'bitsandbytes>=0.50'"
     assert not (tmp_path / "other").exists()
     path = tmp_path / "run" / "lit_model_ether_finetuned.pth"
-    run(script("scripts/merge_ether.py"), ["--checkpoint_dir", str(work / "base"), "--ether_path", str(path)])
+    main(script("scripts/merge_ether.py"), ["--checkpoint_dir", str(work / "base"), "--ether_path", str(path)])
     assert "can be said where bitsandbytes is installed" in capsys.readouterr().out
 
 

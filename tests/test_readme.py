@@ -36,7 +36,7 @@ def commands() -> list[list[str]]:
 
 @cache
 def flags_of(script: str) -> frozenset[str]:
-    """The flags of a script, from the parser that it hands to cli.run."""
+    """The flags of a script, from the parser that it hands to cli.main."""
     actions = build_parser(load_script(ROOT / script).setup)._actions
     return frozenset(flag for action in actions for flag in action.option_strings)
 

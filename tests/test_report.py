@@ -9,7 +9,7 @@ import pytest
 from test_train import refusal, script
 
 from lit_gpt.checkpoint import write_json
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.report import COLUMNS, Metrics, Reporter, read_metrics
 
 SETTINGS = {"io": {"tensorboard": False, "wandb": False}, "train": {"monitor": False}}
@@ -94,7 +94,7 @@ def test_runs_are_compared_in_one_picture(tmp_path, capsys):
     folders = [write_run(tmp_path / name, losses) for name, losses in (("a", [3.0, 2.0]), ("b", [3.0, 1.5]))]
     folders.append(write_run(tmp_path / "other" / "a", [3.0, 2.5]))
     picture = tmp_path / "compare.png"
-    run(script("scripts/plot_runs.py"), ["--runs", json.dumps([*map(str, folders)]), "--out", str(picture)])
+    main(script("scripts/plot_runs.py"), ["--runs", json.dumps([*map(str, folders)]), "--out", str(picture)])
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told[:3]] == ["b", str(folders[0]), str(folders[2])]
     assert told[0].endswith("3.0000 -> 1.5000 at step 10")

@@ -19,7 +19,7 @@ from test_train import command, losses_of, refusal, script, train, write_base, w
 from lit_gpt import run as run_module
 from lit_gpt.adapter_files import load_adapter
 from lit_gpt.checkpoint import load_model
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
 from lit_gpt.resume import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
 
@@ -63,7 +63,7 @@ def in_process(name: str, arguments: list[str], log: Path, environment: dict[str
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    run(script(name), arguments)
+    main(script(name), arguments)
 
 
 def two_processes(work, out: Path, *more: str) -> list[Training]:
@@ -293,7 +293,7 @@ def test_a_run_is_neither_restarted_nor_overwritten_by_accident(work, tmp_path, 
     assert "--io.out_dir DIR" in refusal(capsys, name, [*without, "--resume", "true"])
     train(work, "ether", out, "--resume", "true")
     before = (out / ADAPTER).stat().st_mtime_ns
-    run(script(name), [*arguments, "--resume", "true"])
+    main(script(name), [*arguments, "--resume", "true"])
     assert "holds a finished run: nothing to do" in capsys.readouterr().out
     assert (out / ADAPTER).stat().st_mtime_ns == before
     train(work, "ether", out, "--overwrite", "true")
@@ -304,7 +304,7 @@ def test_one_run_folder_is_for_one_process(work, tmp_path, capsys):
     name, arguments = command(work, "ether", tmp_path / "run")
     with locked(tmp_path / "run"):
         assert f"is in use by process {os.getpid()} on" in refusal(capsys, name, arguments)
-    run(script(name), arguments)
+    main(script(name), arguments)
 
 
 def test_full_finetuning_resumes_to_the_same_weights(work, tmp_path):

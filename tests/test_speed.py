@@ -12,7 +12,16 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt import loss as loss_module
 from lit_gpt.adapter import mark_only_adapter_as_trainable
-from lit_gpt.batches import IDLE, Batching, group_by_length, micro_batches, n_targets, packs, round_up, sample_order
+from lit_gpt.batches import (
+    EMPTY_MICRO_BATCH,
+    Batching,
+    group_by_length,
+    micro_batches,
+    n_targets,
+    packs,
+    round_up,
+    sample_order,
+)
 from lit_gpt.data import Sample, length
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
@@ -140,15 +149,15 @@ def test_packing_as_many_samples_as_alpaca_has_takes_no_minute():
 @pytest.mark.parametrize("n_tokens", [None, 40])
 def test_processes_make_equally_many_passes_and_share_every_sample(n_tokens):
     samples = samples_of(5, 30, 8, 9, 10)
-    shares = [Batching(2, n_tokens, rank, 3).share(samples) for rank in range(3)]
+    shares = [Batching(2, n_tokens, rank, 3).local_micro_batches(samples) for rank in range(3)]
     assert len({len(mine) for mine, _ in shares}) == 1
-    real = [micro for mine, _ in shares for micro in mine if micro is not IDLE]
+    real = [micro for mine, _ in shares for micro in mine if micro is not EMPTY_MICRO_BATCH]
     assert {total for _, total in shares} == {len(real)}
     assert sorted(length(sample) for micro in real for sample in micro) == [5, 8, 9, 10, 30]
 
 
 def test_an_idle_pass_has_neither_loss_nor_gradient():
-    value, gradients = step(build(), IDLE, PADDED)
+    value, gradients = step(build(), EMPTY_MICRO_BATCH, PADDED)
     assert value == 0 and not any(gradient.any() for gradient in gradients.values())
 
 

@@ -20,7 +20,7 @@ from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
 from lit_gpt.batches import micro_batches, n_targets, sample_order
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare, save_split
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
@@ -80,7 +80,7 @@ def command(work: Path, method: str, out: Path, *more: str) -> tuple[str, list[s
 def train(work: Path, method: str, out: Path, *more: str) -> dict:
     """Train through the script; returns summary.json."""
     name, arguments = command(work, method, out, *more)
-    run(script(name), arguments)
+    main(script(name), arguments)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -88,7 +88,7 @@ def refusal(capsys, name: str, arguments: list[str]) -> str:
     """The one line with which a script ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run(script(name), arguments)
+        main(script(name), arguments)
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code and lines and lines[-1].startswith("error: ")
     return lines[-1]
@@ -104,7 +104,7 @@ def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
 
     path = tmp_path / "run" / f"lit_model_{kind}_finetuned.pth"
     flags = ["--checkpoint_dir", str(work / "base"), f"--{kind}_path", str(path), "--precision", "32-true"]
-    run(script(f"scripts/merge_{kind}.py"), flags)
+    main(script(f"scripts/merge_{kind}.py"), flags)
     merged = tmp_path / "run" / "merged"
     base_files = {p.name for p in (work / "base").iterdir()}
     assert {p.name for p in merged.iterdir()} == base_files | {"prompt_style.json"}
@@ -119,7 +119,7 @@ def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
 
 def _refused_merge(kind: str, flags: list[str]) -> str:
     with pytest.raises(FileExistsError) as error:
-        run(script(f"scripts/merge_{kind}.py"), [*flags, "--debug"])
+        main(script(f"scripts/merge_{kind}.py"), [*flags, "--debug"])
     return str(error.value)
 
 
@@ -300,7 +300,7 @@ def test_a_finished_run_is_not_written_into(work, tmp_path, capsys):
     train(work, "ether", tmp_path / "run")
     name, arguments = command(work, "ether", tmp_path / "run")
     assert "already holds lit_model_ether_finetuned.pth" in refusal(capsys, name, arguments)
-    run(script(name), [*arguments, "--overwrite", "true"])
+    main(script(name), [*arguments, "--overwrite", "true"])
 
 
 def test_a_diverging_run_stops_with_its_step_and_rate(work, tmp_path, capsys):
@@ -389,7 +389,7 @@ def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):
     more = ["--train.max_steps", "9", "--ether_dropout", "0.2"]
     train(work, "ether", tmp_path / "whole", *more)
     name, arguments = command(work, "ether", tmp_path / "run", *more, "--train.max_time", "0:0:0.01")
-    run(script(name), arguments)
+    main(script(name), arguments)
     assert "--train.max_time 0:0:0.01 is over: saved" in capsys.readouterr().out
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")[:1]
     train(work, "ether", tmp_path / "run", *more, "--resume", "true")
@@ -422,7 +422,7 @@ def test_out_of_memory_is_one_line(work, tmp_path):
     limit = (
         "import resource, sys; import lit_gpt.train; from test_train import *;"
         "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
-        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); run(script(sys.argv[1]), sys.argv[2:])"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(script(sys.argv[1]), sys.argv[2:])"
     )
     arguments += ["--io.train_data_dir", str(tmp_path / "data")]
     folders = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -18,7 +18,7 @@ import torch
 
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import choose_device, load_model
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.data import load_split, read_data_config
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.files import atomic_write
@@ -87,4 +87,4 @@ def setup(*, data_dir: str, out_file: str, short: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)

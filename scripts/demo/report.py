@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder
 
-from lit_gpt.cli import run
+from lit_gpt.cli import main
 from lit_gpt.files import read_json
 
 
@@ -53,4 +53,4 @@ def setup(*, run_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    run(setup)
+    main(setup)
