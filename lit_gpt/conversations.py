@@ -12,14 +12,13 @@ It knows a row's texts, prompt styles and the tokenizer, and nothing of files or
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
 from lit_gpt.errors import UserError
 from lit_gpt.prompts import CHAT, plain, render_prompt
 from lit_gpt.rows import LEARN_KEYS
-from lit_gpt.tokenizer import PROBE, Tokenizer
+from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 
 Piece = tuple[list[int], bool]  # ids, and whether they are a response's
 
@@ -96,7 +95,7 @@ def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
 def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
     """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
     shown = tokenizer.render_chat([*before, message])
-    tail = _render_tail(tokenizer, tuple(turn["role"] for turn in before))
+    tail = render_tail(tokenizer, tuple(turn["role"] for turn in before))
     ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
     text = message["content"]
     if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
@@ -117,18 +116,6 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
                 "model is to write it; put it into content, between <think> and </think>"
             )
     return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends), as_written
-
-
-@lru_cache(maxsize=1000)
-def _render_tail(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
-    """Return what the template writes behind an answer to turns of these roles."""
-    answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
-    turns = [*({"role": role, "content": "?"} for role in roles), answer]
-    _, shown, tail = tokenizer.render_chat(turns).rpartition(PROBE)
-    if shown:
-        return tail
-    # A template that leaves the last answer out: what stands between an earlier one and the user's next text
-    return [*tokenizer.render_chat([*turns, user]).split(PROBE), ""][1]
 
 
 def encode_answers(
