@@ -142,7 +142,7 @@ def _encode_files(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str
             start = samples.n_rows
             encode_rows(tokenizer, chain([one], rows), problems=found, **options)
             samples.notes[BLANK] += found.blank
-    if told := [str(found) for found in problems if found.count]:
+    if told := [str(found) for found in problems if found.rows]:
         raise UserError("; ".join(told))
     return samples, range(start, samples.n_rows)
 

@@ -45,7 +45,7 @@ class Samples:
 
     def __getitem__(self, i: int) -> Sample:
         start, size = sum(self.sizes[:i]), self.sizes[i]
-        return self._tensors(self.ids[start : start + size], self.response[start : start + size])
+        return self.columns(start, start + size)
 
     def add(self, row: int, pieces: Sequence[Piece]) -> None:
         """Append a sample of a row, unless nothing of it is learned."""
@@ -77,13 +77,10 @@ class Samples:
             del column[:]
         return parts
 
-    def columns(self) -> dict[str, Tensor]:
-        """Return the columns as tensors of the same memory, the labels made of it."""
-        return self._tensors(self.ids, self.response)
-
-    def _tensors(self, ids: array, response: bytearray) -> dict[str, Tensor]:
-        ids = torch.frombuffer(ids, dtype=torch.int32)
-        response = torch.frombuffer(response, dtype=torch.bool)
+    def columns(self, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        """Return the columns, or a part of them, as tensors of the same memory, the labels made of it."""
+        ids = torch.frombuffer(self.ids, dtype=torch.int32)[start:end]
+        response = torch.frombuffer(self.response, dtype=torch.bool)[start:end]
         labels = ids.where(response | self.learn_all, IGNORE_INDEX)
         return dict(zip(NAMES, (ids, labels, response), strict=True))
 
@@ -119,20 +116,21 @@ def encode_rows(
             try:
                 answers[number], notes = find_answers(tokenizer, row, style)
             except UserError as error:
-                refused.add(number, error)
+                refused.rows.append((number, str(error)))
             else:
                 samples.notes.update(notes)
         for number, found in zip(answers, encode_answers(tokenizer, answers.values(), style), strict=True):
             if stop := early_stop(tokenizer, found):
-                refused.add(number, f"an answer holds {stop}, which ends answers; take it out, or leave the row out")
+                what = f"an answer holds {stop}, which ends answers; take it out, or leave the row out"
+                refused.rows.append((number, what))
                 continue
             samples.n_dropped += not found
             samples.notes.update([SEVERAL] * (len(found) > 1))
             for pieces in found:
                 samples.add(samples.n_rows, pieces)
             samples.n_rows += 1
-    if problems is None:
-        refused.check()
+    if problems is None and refused.rows:
+        raise UserError(str(refused))
     return samples
 
 

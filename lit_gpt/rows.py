@@ -25,8 +25,12 @@ ROLES = ("system", "user", "assistant")
 LEARN_KEYS = ("weight", "train", "loss")
 """Keys with which data sets mark a message of the assistant that is not to be learned (0 or false)."""
 TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+NO_TOOLS = (
+    ": chat offers no tools, so they can't be learned; leave the row out or write the calls as text under content"
+)
 CONTEXT_KEYS = ("system", "system_prompt", "history")
 """What belongs to a conversation and stands beside it, or beside an instruction."""
+NO_CONTEXT = ", which would be left out; put it into messages, or take it away"
 CHAT_KEYS = ("messages", "conversations")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 SHOWN_PROBLEMS = 20
@@ -36,29 +40,17 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass
 class Problems:
-    """The rows of a file that cannot be used."""
+    """The rows of a file that cannot be used, by number, and what is wrong with them."""
 
     source: Path | str
-    first: list[tuple[int, str]] = field(default_factory=list)
-    """The first rows, by number, and what is wrong with them."""
-    count: int = 0
+    rows: list[tuple[int, str]] = field(default_factory=list)
     blank: int = 0
     """Rows without text, left out."""
 
-    def add(self, number: int, problem: object) -> None:
-        """Note what is wrong with a row."""
-        self.count += 1
-        self.first = sorted([*self.first, (number, str(problem))])[:SHOWN_PROBLEMS]
-
     def __str__(self) -> str:
-        shown = [f"row {number}: {problem}" for number, problem in self.first]
-        more = self.count - len(shown)
+        shown = [f"row {number}: {problem}" for number, problem in sorted(self.rows)[:SHOWN_PROBLEMS]]
+        more = len(self.rows) - len(shown)
         return f"{self.source}, {'; '.join(shown + [f'and {more} more rows'] * (more > 0))}"
-
-    def check(self) -> None:
-        """Raise ValueError with the first problems and how many more there are, if there are any."""
-        if self.count:
-            raise UserError(str(self))
 
 
 def read_rows(
@@ -95,7 +87,7 @@ def read_rows(
                         raise row
                     row = _check_conversation(row) if chat else _check_instruction(row, columns)
                 except UserError as error:
-                    found.add(number, error)
+                    found.rows.append((number, str(error)))
                     continue
                 texts = [message["content"] for message in row["messages"]] if chat else row.values()
                 if "".join(texts).strip():
@@ -108,11 +100,11 @@ def read_rows(
             lines = enumerate(file, start=1)
             bad = next(number for number, line in lines if line.decode(errors="replace").encode() != line)
             raise UserError(f"{source} is not UTF-8 text (line {bad}); save it as UTF-8") from error
-    if problems is None:
-        found.check()
+    if problems is None and found.rows:
+        raise UserError(str(found))
     if absent and (n_good or found.blank):
         raise UserError(f"{source}: no row has {' or '.join(map(repr, sorted(absent)))}, which --fields names")
-    if not n_good and not found.count:
+    if not n_good and not found.rows:
         raise UserError(f"{source} holds no rows{' with text' if found.blank else ''}")
 
 
@@ -232,7 +224,7 @@ def _check_instruction(row: object, columns: Mapping[str, str | None]) -> dict[s
         raise UserError(f"is a {type(row).__name__}, expected an object with {names}")
     if missing := [name for name in (columns["instruction"], columns["output"]) if name not in row]:
         raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
-    _check_context(row, used=columns.values())
+    _refuse("", row, [key for key in CONTEXT_KEYS if key not in columns.values()], NO_CONTEXT)
     texts = {name: row.get(column) for name, column in columns.items()}
     if texts["input"] is None:
         texts["input"] = ""
@@ -241,10 +233,10 @@ def _check_instruction(row: object, columns: Mapping[str, str | None]) -> dict[s
     return texts
 
 
-def _check_context(row: Mapping, used: Collection[str | None] = ()) -> None:
-    """Raise ValueError where a row holds what would be left out of the conversation."""
-    if lost := [key for key in CONTEXT_KEYS if row.get(key) and key not in used]:
-        raise UserError(f"has {' and '.join(lost)}, which would be left out; put it into messages, or take it away")
+def _refuse(where: str, holder: Mapping, keys: Collection[str], why: str) -> None:
+    """Raise ValueError where a row or a message holds something under one of these keys."""
+    if found := [key for key in keys if holder.get(key)]:
+        raise UserError(f"{where}has {' and '.join(found)}{why}")
 
 
 def _check_conversation(row: object) -> dict[str, list[dict]]:
@@ -252,19 +244,10 @@ def _check_conversation(row: object) -> dict[str, list[dict]]:
     messages = next((row[key] for key in CHAT_KEYS if key in row), None) if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError("has no messages, expected a list of {role, content}")
-    _check_tools("the row", row)
+    _refuse("the row ", row, TOOL_KEYS, NO_TOOLS)
     messages = [_check_message(f"message {turn}", message) for turn, message in enumerate(messages, start=1)]
-    _check_context(row)
+    _refuse("", row, CONTEXT_KEYS, NO_CONTEXT)
     return {"messages": messages}
-
-
-def _check_tools(where: str, keys: Mapping) -> None:
-    """Raise ValueError where a row or a message offers or calls tools."""
-    if tools := [key for key in TOOL_KEYS if keys.get(key)]:
-        raise UserError(
-            f"{where} has {' and '.join(tools)}: chat offers no tools, so they can't be learned; leave the row out "
-            "or write the calls as text under content"
-        )
 
 
 def _check_message(where: str, message: object) -> dict:
@@ -273,7 +256,7 @@ def _check_message(where: str, message: object) -> dict:
         raise UserError(f"{where}: {message}")
     if not isinstance(message, dict):
         raise UserError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
-    _check_tools(where, message)
+    _refuse(f"{where} ", message, TOOL_KEYS, NO_TOOLS)
     if "from" in message and "role" not in message:
         role = message["from"]
         message = {**message, "role": SHAREGPT.get(str(role), role), "content": message.get("value")}

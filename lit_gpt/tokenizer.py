@@ -54,16 +54,14 @@ class Tokenizer:
             self._vocabulary = self.files.open_vocabulary()
             self.vocab_size: int = self._vocabulary.vocab_size
             self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos", "eos", "pad"))
-            self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
+            self.eos_ids = {self.eos_id, *self.files.model_ids("eos_token_id", self.vocab_size)} - {None}
             # First-generation LLaMA folders call BOS an end
-            self.eos_ids -= {self._vocabulary.default_id("bos")} - {self.eos_id}
-            self._head = self._tail = []
-            asked = {name for name in ("bos", "eos") if self.files.config.get(f"add_{name}_token")}
-            if "bos" in asked and self.bos_id is not None and self.bos_id not in self.encode(""):
-                self._head = [self.bos_id]
-            if "eos" in asked and self.eos_id is not None and not self._vocabulary.post_processes:
-                self._tail = [self.eos_id]
-            self.adds_bos = self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+            self.eos_ids -= {self._vocabulary.default_ids.get("bos")} - {self.eos_id}
+            asks, (around,) = self.files.config.get, self._vocabulary.encode_batch([""], add_special=True)
+            self._head = [self.bos_id] if asks("add_bos_token") and self.bos_id not in (None, *around) else []
+            adds_eos = asks("add_eos_token") and self.eos_id is not None and not self._vocabulary.post_processes
+            self._tail = [self.eos_id] if adds_eos else []
+            self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
@@ -77,9 +75,13 @@ class Tokenizer:
         Raises:
             ValueError: a BOS or EOS is asked for that the tokenizer does not have.
         """
-        head, tail = ([self._required("bos")] if bos else [], []) if bos is not None else (self._head, self._tail)
+        head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
+        tail = tail + [self.eos_id] * eos
+        if None in head + tail:
+            name = "BOS" if None in head else "EOS"
+            raise UserError(f"the tokenizer of {self.dir} has no {name} token; name one in tokenizer_config.json")
         (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
-        return head + ids + tail + ([self._required("eos")] if eos else [])
+        return head + ids + tail
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
         """Return the ids of many texts, without BOS and EOS.
@@ -169,16 +171,12 @@ class Tokenizer:
         First-generation LLaMA folders name none, and their config.json has ids that are off by one.
         """
         token = self.special_tokens.get(f"{name}_token")
-        found = self._vocabulary.token_id(token) if token else self._vocabulary.default_id(name)
+        found = self._vocabulary.token_id(token) if token else self._vocabulary.default_ids.get(name)
         if found is None:
-            found = next(iter(self._model_ids(f"{name}_token_id")), None)
+            found = next(iter(self.files.model_ids(f"{name}_token_id", self.vocab_size)), None)
         if found is not None:
             self.special_tokens.setdefault(f"{name}_token", self._vocabulary.id_token(found))
         return found
-
-    def _model_ids(self, key: str) -> list[int]:
-        """Return what generation_config.json, then config.json say of a token id, as far as there are such ids."""
-        return [i for i in self.files.model_ids(key) if 0 <= i < self.vocab_size]
 
     @cached_property
     def stop_ids(self) -> set[int]:
@@ -211,14 +209,6 @@ class Tokenizer:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
-
-    def _required(self, name: str) -> int:
-        token_id = {"bos": self.bos_id, "eos": self.eos_id}[name]
-        if token_id is None:
-            raise UserError(
-                f"the tokenizer of {self.dir} has no {name.upper()} token; name one in tokenizer_config.json"
-            )
-        return token_id
 
 
 @lru_cache(maxsize=1000)

@@ -69,10 +69,11 @@ class TokenizerFiles:
             "`python scripts/download.py --repo_id <org>/<name>`"
         )
 
-    def model_ids(self, key: str) -> list[int]:
+    def model_ids(self, key: str, vocab_size: int) -> list[int]:
         """Return what generation_config.json, then config.json say of a token id: an int or a list of them."""
-        values = (content.get(key) for content in (self.generation, self.model))
-        return [i for value in values for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        values = [content.get(key) for content in (self.generation, self.model)]
+        ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
+        return [i for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
 
 
 class JsonVocabulary:
@@ -89,7 +90,7 @@ class JsonVocabulary:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as HFTokenizer
 
-        self.path = path
+        self.path, self.default_ids = path, {}
         try:
             self.processor = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
@@ -129,9 +130,6 @@ class JsonVocabulary:
     def id_token(self, token_id: int) -> str:
         return self.processor.id_to_token(token_id) or ""
 
-    def default_id(self, name: str) -> int | None:
-        """Return None: the file itself names no special tokens."""
-
 
 class SentencePieceVocabulary:
     """`tokenizer.model`, read by the `sentencepiece` library, with the tokens that other files add to it."""
@@ -146,7 +144,15 @@ class SentencePieceVocabulary:
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(_no_sentencepiece(path)) from error
+            what = "is corrupt or not a SentencePiece model; get the file again"
+            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
+                what = (
+                    "is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
+                    "tokenizer.json of the model's Hugging Face repository into the folder"
+                )
+            raise UserError(f"{path} {what}") from error
+        defaults = {name: getattr(self.processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
+        self.default_ids = {name: i for name, i in defaults.items() if i >= 0}
         self.pieces = self.processor.get_piece_size()
         own = [i for i in range(self.pieces) if self.processor.is_control(i) or self.processor.is_unknown(i)]
         self.added = {self.processor.id_to_piece(i): i for i in own}
@@ -193,8 +199,8 @@ class SentencePieceVocabulary:
     def decode(self, ids: list[int], skip_special: bool) -> str:
         """Return the text; as in transformers, each byte of a run of byte pieces that is no UTF-8 gives U+FFFD."""
         # A model has more rows than its tokenizer has ids: what those padded rows stand for is no text
-        ids = [i for i in ids if i < self.pieces or i in self.added_texts]
-        ids = [i for i in ids if not (skip_special and i in self.special_ids)]
+        left_out = self.special_ids if skip_special else ()
+        ids = [i for i in ids if (i < self.pieces or i in self.added_texts) and i not in left_out]
         text = ""
         for is_byte, run in groupby(ids, key=lambda i: i not in self.added_texts and self.processor.is_byte(i)):
             pieces = list(map(self.id_token, run))
@@ -209,11 +215,6 @@ class SentencePieceVocabulary:
 
     def id_token(self, token_id: int) -> str:
         return self.added_texts.get(token_id) or self.processor.id_to_piece(token_id)
-
-    def default_id(self, name: str) -> int | None:
-        """Return the id of bos, eos or pad that the model file itself gives."""
-        found = getattr(self.processor, f"{name}_id")()
-        return found if found >= 0 else None
 
 
 def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]) -> list[list[int]]:
@@ -235,16 +236,6 @@ def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], texts: Seq
 def token_text(token: str | dict | None) -> str | None:
     """Return the text of a token, which files write as its text, or as an object with the text and its flags."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _no_sentencepiece(path: Path) -> str:
-    """Return the reason why a file is no SentencePiece model."""
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
-        return (
-            f"{path} is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
-            "tokenizer.json of the model's Hugging Face repository into the folder"
-        )
-    return f"{path} is corrupt or not a SentencePiece model; get the file again"
 
 
 def _bytes_text(pieces: list[str]) -> str:
