@@ -91,7 +91,7 @@ class Tokenizer:
             continues: they go on from some other text, so no leading space is added (SentencePiece does, to a text).
         """
         encode = self._vocabulary.encode_batch
-        return encode_behind(encode, texts) if continues and self._adds_space else encode(texts)
+        return [encode_behind(encode, text) for text in texts] if continues and self._adds_space else encode(texts)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
