@@ -40,7 +40,7 @@ class Answer(NamedTuple):
     """What the model is to write, the token that ends the turn included."""
     eos: bool
     """EOS comes behind the text, since the template ends the turn with no token."""
-    notes: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
     """What the chat template does to the conversation."""
 
 
@@ -111,8 +111,8 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) ->
                 f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
                 "model is to write it; put it into content, between <think> and </think>"
             )
-    notes = {LEFT_OUT.format(role) for role in hidden_roles(before, prompt)} | ({AS_WRITTEN} if as_written else set())
-    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=frozenset(notes))
+    notes = (AS_WRITTEN,) * as_written + tuple(map(LEFT_OUT.format, sorted(hidden_roles(before, prompt))))
+    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=notes)
 
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:

@@ -119,7 +119,7 @@ def encode_rows(
             samples.add(samples.n_rows, pieces)
         samples.n_rows += 1
         samples.n_dropped += not found
-        samples.notes.update({note for answer in answers for note in answer.notes})
+        samples.notes.update(dict.fromkeys((note for answer in answers for note in answer.notes), 1))
         samples.notes.update([SEVERAL] * (len(found) > 1))
     if problems is None and refused.rows:
         raise UserError(str(refused))

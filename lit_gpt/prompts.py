@@ -15,14 +15,10 @@ CHAT = "chat"
 
 def alpaca(instruction: str, input: str) -> str:
     """Return Stanford Alpaca's prompt, in its form with an input or the one without."""
-    if input:
-        opening = "an instruction that describes a task, paired with an input that provides further context."
-        task = f"### Instruction:\n{instruction}\n\n### Input:\n{input}"
-    else:
-        opening = "an instruction that describes a task."
-        task = f"### Instruction:\n{instruction}"
+    paired = ", paired with an input that provides further context" if input else ""
     request = "Write a response that appropriately completes the request."
-    return f"Below is {opening} {request}\n\n{task}\n\n### Response:"
+    task = f"### Instruction:\n{instruction}" + (f"\n\n### Input:\n{input}" if input else "")
+    return f"Below is an instruction that describes a task{paired}. {request}\n\n{task}\n\n### Response:"
 
 
 def plain(instruction: str, input: str) -> str:

@@ -126,12 +126,10 @@ class Tokenizer:
 
     def answer_end(self, style: str) -> int | None:
         """Return the id that ends an answer in training data of this prompt style: EOS, or what the template writes."""
-        if style != "chat" or self.chat_template is None:
-            return self.eos_id
         try:
-            tail = render_tail(self, ("user",))
-        except ValueError:  # a template for other conversations
-            return self.eos_id
+            tail = render_tail(self, ("user",)) if style == "chat" else ""
+        except ValueError:  # no template, or one for other conversations
+            tail = ""
         return next((i for i in self.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
 
     def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
