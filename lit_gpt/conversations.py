@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lit_gpt.errors import UserError
-from lit_gpt.prompts import CHAT, plain, render_prompt
+from lit_gpt.prompts import CHAT, encode_prompts, plain, render_prompt
 from lit_gpt.rows import LEARN_KEYS
 from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 
@@ -117,15 +117,13 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) ->
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:
     """Return the samples of a row, as pieces that alternate between what stands before and an answer."""
-    prompts = tokenizer.encode_batch([answer.prompt for answer in answers])
+    prompts = encode_prompts(tokenizer, style, [answer.prompt for answer in answers])
     texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
     if style == CHAT:
         joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
         for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
             if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
                 texts[i] = both[len(prompt) :]
-    elif tokenizer.adds_bos:
-        prompts = [[tokenizer.bos_id, *prompt] for prompt in prompts]
     samples: list[list[Piece]] = []
     so_far: list[int] = []
     for answer, prompt, ids in zip(answers, prompts, texts, strict=True):

@@ -29,7 +29,7 @@ class Samples:
     """Samples one behind another in two long columns, 5 bytes a token, cut at a length; none that learns nothing."""
 
     def __init__(self, max_seq_length: int | None = None, *, learn_all: bool = False) -> None:
-        """`max_seq_length` cuts the samples that are added; `learn_all` learns the prompts, too."""
+        """Make an empty one. `max_seq_length` cuts the samples that are added; `learn_all` learns the prompts, too."""
         self.max_seq_length, self.learn_all = max_seq_length, learn_all
         self.ids, self.response = array("i"), bytearray()
         self.sizes, self.rows = array("i"), array("i")  # of each sample, and the number of its row
@@ -107,7 +107,7 @@ def encode_rows(
     samples = Samples(max_seq_length) if samples is None else samples
     refused = problems or Problems("data")
     for number, row in rows:
-        samples.learn_all = not mask_inputs and "messages" not in row
+        samples.learn_all = not mask_inputs and "messages" not in row  # the same for all rows of one kind
         try:
             answers = find_answers(tokenizer, row, style)
             found = encode_answers(tokenizer, answers, style)

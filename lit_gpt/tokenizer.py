@@ -36,7 +36,7 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         bos_id, eos_id, pad_id: ids, or None where the model has no such token.
         eos_ids: ids at which transformers ends a generation: EOS, and all of `generation_config.json`.
-        adds_bos: whether `encode(text)` puts BOS in front.
+        adds_bos: True where `encode(text)` puts BOS in front.
         chat_template: the Jinja source, or None.
     """
 
@@ -159,7 +159,7 @@ class Tokenizer:
 
     @cached_property
     def _adds_space(self) -> bool:
-        """Whether a text's first word is encoded as if a space stood before it, as SentencePiece does."""
+        """True where a text's first word is encoded as if a space stood before it, as SentencePiece does."""
         newline, joined, alone = self._vocabulary.encode_batch(["\n", "\na", "a"])
         return joined[len(newline) :] != alone
 

@@ -190,8 +190,6 @@ class SentencePieceVocabulary:
                 ids += self.processor.encode(part)
             elif part == " ":
                 ids.append(self.processor.piece_to_id("▁"))
-            elif part.startswith(" "):  # the space that SentencePiece puts first
-                ids += self.processor.encode(part[1:])
             else:
                 ids += encode_behind(self.processor.encode, part)
         return ids
