@@ -33,8 +33,8 @@ from lit_gpt.config import Config
 from lit_gpt.devices import compiles_each_size, is_sharded
 from lit_gpt.loss import IGNORE_INDEX, MULTIPLE, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
-from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
+from lit_gpt.settings import Plan
 
 NOT_FAKE = (
     DataDependentOutputException,
@@ -82,28 +82,25 @@ class Memory:
         return f"about {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate_memory(
-    job: Job, plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric
-) -> Memory | None:
+def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric) -> Memory | None:
     """What a run needs in one process.
 
     Args:
-        job: what is trained.
-        plan: how.
+        plan: what is trained, and how.
         batch: ids, targets and lengths of the largest pass, as ``Batching.collate`` gives them.
         fabric: gives device, mixed precision and sharding.
 
     Returns:
         None where the model has an operator that cannot be followed without data.
     """
-    base = meta_model(plan.config, weights_dtype(plan.precision, mixed=True))
+    base = meta_model(plan.config, weights_dtype(plan.settings.precision, mixed=True))
     idx, targets, lengths = batch
     n_losses = int((targets != IGNORE_INDEX).sum())
-    accumulates = len(lengths or idx) < plan.train.global_batch_size // fabric.world_size
+    accumulates = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
     try:
         # Without a fallback: it would run such an operator on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
-            model = fake_model(base, job, plan, fabric.device)
+            model = fake_model(base, plan, fabric.device)
             idx = torch.zeros(idx.shape, dtype=torch.long)
             working = working_bytes(
                 model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
@@ -111,10 +108,10 @@ def estimate_memory(
     except NOT_FAKE:
         return None
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    if compiles_each_size(fabric, plan.precision):
+    if compiles_each_size(fabric, plan.settings.precision):
         working += COMPILED * max(lengths or idx.shape[1:]) // MULTIPLE
-    if plan.quantize is not None:
-        saved, largest = quantization_saves(base, plan.quantize)
+    if plan.settings.quantize is not None:
+        saved, largest = quantization_saves(base, plan.settings.quantize)
         frozen, working = frozen - saved, working + largest
     return Memory(frozen, 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad), working)
 
@@ -177,23 +174,25 @@ def frozen_bytes(model: GPT, n_shards: int) -> int:
     return total // n_shards + total - sum(blocks) + 2 * max(blocks)
 
 
-def remedies(job: Job, plan: Plan, *, fabric: Fabric) -> str:
+def remedies(plan: Plan, *, fabric: Fabric) -> str:
     """What takes less memory than this run does, in words; what changes nothing else comes first."""
-    same = ["lower --train.micro_batch_size"] if plan.train.micro_batch_size > 1 else []
-    same += [] if plan.train.activation_checkpointing else ["give --train.activation_checkpointing true"]
-    rougher = ["--precision bf16-true"] if plan.precision == "32-true" else []
-    quantizable = job.adapter is not None and "mixed" not in plan.precision and not is_sharded(fabric)
-    rougher += ["--quantize bnb.nf4"] if quantizable and plan.quantize is None else []
+    same = ["lower --train.micro_batch_size"] if plan.settings.train.micro_batch_size > 1 else []
+    same += [] if plan.settings.train.activation_checkpointing else ["give --train.activation_checkpointing true"]
+    rougher = ["--precision bf16-true"] if plan.settings.precision == "32-true" else []
+    quantizable = (
+        plan.settings.adapter is not None and "mixed" not in plan.settings.precision and not is_sharded(fabric)
+    )
+    rougher += ["--quantize bnb.nf4"] if quantizable and plan.settings.quantize is None else []
     found = [" or ".join(same) + " (the result stays the same)"] if same else []
     found += ["take " + " or ".join(rougher)] if rougher else []
     return ", or ".join([*found, "prepare the data with a smaller --max_seq_length"])
 
 
-def fake_model(base: GPT, job: Job, plan: Plan, device: torch.device) -> GPT:
+def fake_model(base: GPT, plan: Plan, device: torch.device) -> GPT:
     """The model of a run on a base without data."""
     model = share_weights(base, device)
-    make_trainable(model, job.kind, job.adapter)
-    model.activation_checkpointing = plan.train.activation_checkpointing
+    make_trainable(model, plan.settings.kind, plan.settings.adapter)
+    model.activation_checkpointing = plan.settings.train.activation_checkpointing
     spread_evenly(model)
     return model.train()
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lit_gpt import monitor
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, write_json
-from lit_gpt.resume import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
+from lit_gpt.run_folder import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,8 @@ FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
 SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
 SCRIPTS = [p for p in SOURCES if "main(setup)" in p.read_text(encoding="utf-8")]
 # What is installed under another name than it is imported by.
-PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
+PACKAGES = {"lm_eval": "lm-eval"}
+PACKAGES |= dict.fromkeys(("yaml", "docstring_parser"), "jsonargparse")  # which always brings them
 OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # a line says where they miss
 FORBIDDEN = {
     r"\bos\.system\(": "os.system hides failures: subprocess or shutil",

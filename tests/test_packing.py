@@ -16,9 +16,9 @@ from lit_gpt import GPT, Config, attention
 from lit_gpt.adapter import mark_only_adapter_as_trainable
 from lit_gpt.attention import runs_fused
 from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.launch import check_compiler
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.quantize import quantize_model
-from lit_gpt.train import check_compiler
 
 CALLS: list[dict] = []
 """What the kernel was called with."""

@@ -16,12 +16,12 @@ import pytest
 import torch
 from test_train import command, losses_of, refusal, script, train, write_base, write_work
 
-from lit_gpt import run as run_module
+from lit_gpt import train as train_module
 from lit_gpt.adapter_files import load_adapter
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
-from lit_gpt.resume import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
+from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
 
 ADAPTER = "lit_model_ether_finetuned.pth"
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
@@ -182,13 +182,13 @@ def test_under_nohup_the_end_of_the_terminal_is_not_a_request(monkeypatch):
 
 def test_a_signal_while_the_result_is_written_does_not_lose_it(work, tmp_path, monkeypatch):
     """A run without checkpoints has nothing else to go on from."""
-    write = run_module.write_summary
+    write = train_module.write_summary
 
     def signalled(*args) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write(*args)
 
-    monkeypatch.setattr(run_module, "write_summary", signalled)
+    monkeypatch.setattr(train_module, "write_summary", signalled)
     assert train(work, "ether", tmp_path / "run")["steps"] == 6
 
 

@@ -25,7 +25,7 @@ from lit_gpt.data import load_split, prepare, save_split
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.reflections import use_form
-from lit_gpt.run import Position, Run, learning_rate
+from lit_gpt.train import Position, Trainer, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
@@ -246,7 +246,8 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
     [
         (["--train.micro_batch_size", "3"], "global_batch_size 4 is not a multiple of"),
         (["--train.lr_warmup_steps", "6"], "lr_warmup_steps 6 must be shorter than the run of 6 steps"),
-        (["--train.learning_rate", "-1", "--train.loss_average", "x"], "learning_rate must be positive, got -1.0; "),
+        (["--train.learning_rate", "-1", "--train.epochs", "0"], "learning_rate must be positive, got -1.0; "),
+        (["--train.loss_average", "x"], "Expected a typing.Literal['token', 'sequence']. Got value: x"),
         (["--precision", "fp32", "--ether_nb", "3"], "16-mixed; 3 blocks do not divide"),
         (["--Htype", "ether+"], "choices: ether, etherplus, etherplusHH, oft"),
         (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
@@ -379,10 +380,10 @@ def test_a_loss_that_is_not_finite_is_never_the_best(validations, best, worse):
     """Nothing is lower than NaN: a first validation of NaN stayed the best, and the run ended early with its result."""
     at = Position()
     for at.step, loss in enumerate(validations, 1):
-        at.after = (loss, loss)
-        better = Run.compare_with_best(SimpleNamespace(at=at))
+        at.last_losses = (loss, loss)
+        better = Trainer.compare_with_best(SimpleNamespace(position=at))
         assert better == (at.best_step == at.step)
-    assert (at.best_step, at.worse) == (best, worse)
+    assert (at.best_step, at.since_best) == (best, worse)
 
 
 def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Run checkpoints: written so that any instant may be the last, found again, and continued exactly.
+"""The run folder: whose it is, what may be in it, the checkpoints, and how a run ends before its time.
 
 A checkpoint is a folder, checkpoints/step-N/, with the result so far (the adapter file, or final/), state.pth (all else
 that the rest of the run depends on) and manifest.json (size and SHA-256 of each file).
@@ -18,11 +18,11 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from lightning.fabric import Fabric
 from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UserError, out_of_memory
 from lit_gpt.files import (
     TEMPORARY,
     WEIGHTS,
@@ -62,6 +62,8 @@ HARMLESS = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
 """How the names of settings begin that a resumed run may change: they do not alter what comes out."""
+REMOVED = {"train.group_by_length": False}
+"""Options that older checkpoints know, with the value that every run has now."""
 REPEATED = 2.0
 """Seconds after which the same signal, if not Ctrl-C's, is a second one."""
 
@@ -79,29 +81,45 @@ def is_run(folder: Path) -> bool:
     return False
 
 
-def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+def check_run_folder(
+    folder: Path, *, overwrite: bool, resume: bool, named: bool, sources: Iterable[Path | str | None] = ()
+) -> None:
     """Raise unless a run may begin in a folder, or go on: it is new, empty, or a run of ours that may go or go on.
 
+    Args:
+        folder: the run folder, which need not be there.
+        overwrite: a run in it may be lost.
+        resume: a run in it is to go on.
+        named: the user chose the folder, so that it is the same the next time.
+        sources: files that the run reads.
+
     Raises:
-        FileExistsError: says what it holds, and which flag allows to go on with that.
+        FileExistsError: says what the folder holds, and which flag allows to go on with that.
+        ValueError: the flags exclude each other, or a source lies in the folder.
     """
+    if resume and overwrite:
+        raise UserError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
+    if resume and not named:
+        raise UserError("--resume true needs to know the run folder: give --io.out_dir DIR")
     settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
     held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
-    if not is_run(folder) and held:
+    if held and not is_run(folder):
+        listed = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         raise FileExistsError(
-            f"{folder} is not empty and not a run's folder (it holds {', '.join(held[:3])}"
-            f"{', ...' if len(held) > 3 else ''}): give another --io.out_dir, a new or an empty one"
+            f"{folder} is not empty and not a run's folder (it holds {listed}): give another --io.out_dir, a new or an "
+            "empty one"
         )
-    if overwrite or resume:
-        return
     results = [str(path.relative_to(folder)) for name in RUN_RESULTS for path in sorted(folder.glob(name))]
-    if results:
+    if results and not (overwrite or resume):
         raise FileExistsError(f"{folder} already holds {results[0]}; choose another folder or give --overwrite true")
-    if checkpoint_folders(folder):
+    if checkpoint_folders(folder) and not (overwrite or resume):
         raise FileExistsError(
             f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
         )
+    for source in filter(None, sources):
+        if folder.resolve() in Path(source).resolve().parents:
+            raise UserError(f"{source} lies in {folder}, which this run fills anew: give another --io.out_dir")
 
 
 @contextmanager
@@ -114,7 +132,15 @@ def locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK
     with path.open("a+", encoding="utf-8") as file:
-        if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        taken = True
+        with optional("locks", without="nothing keeps a second run out of this folder"):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                taken = error.errno not in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
+                if taken:
+                    raise
+        if not (taken and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
             # another process has it, or had it and removed it between our opening and locking it
             file.seek(0)
             owner = file.read() or "another process"
@@ -126,25 +152,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def take_lock(file: TextIO) -> bool:
-    """Return False where another process has locked the file; True where we have now, or locks are refused."""
-    with optional("locks", without="nothing keeps a second run out of this folder"):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # the second is CIFS's word for it
-                return False
-            raise
-    return True
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files and folders of a process that was killed while it wrote."""
-    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):
-        for path in folder.glob(f"{TEMPORARY}*"):
-            remove(path)
 
 
 def clear_run(run_dir: Path) -> None:
@@ -161,7 +168,7 @@ def clear_run(run_dir: Path) -> None:
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run_dir / CHECKPOINTS / f"step-{step:06d}"
 
 
@@ -185,18 +192,11 @@ def set_aside(folder: Path) -> Path:
 
 @contextmanager
 def open_run(
-    fabric: Fabric, run_dir: Path, *, settings: Mapping[str, Any], facts: Mapping[str, str], resume: bool
+    fabric: Fabric, run_dir: Path, *, settings: Mapping[str, Any], input_hashes: Mapping[str, str], resume: bool
 ) -> Iterator[Path | None]:
-    """Inside, the run folder is this run's; yields the checkpoint to go on from, None for a start.
+    """Keep the run folder for this run, and yield the checkpoint to go on from, or None for a start.
 
     The first process looks, and the others hear of it.
-
-    Args:
-        fabric: launched.
-        run_dir: the run folder.
-        settings: of this run.
-        facts: hashes of what it reads.
-        resume: whether to look for a checkpoint.
 
     Raises:
         ValueError, OSError: the folder is in use, or its run cannot be continued exactly.
@@ -207,10 +207,12 @@ def open_run(
             if not fabric.is_global_zero:
                 return None
             stack.enter_context(locked(run_dir))
-            remove_leftovers(run_dir)
+            for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):  # of a process that was killed
+                for leftover in folder.glob(f"{TEMPORARY}*"):
+                    remove(leftover)
             checkpoint = newest_checkpoint(run_dir) if resume else None
             if checkpoint:
-                check_same_run(checkpoint, settings, facts)
+                check_same_run(checkpoint, settings, input_hashes)
             return checkpoint
 
         checkpoint, *_ = gather(together(take))
@@ -245,8 +247,8 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
     try:
         yield staging
         files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-        facts = {str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-        write_json(staging / MANIFEST, facts)
+        listed = {str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+        write_json(staging / MANIFEST, listed)
         for path in (*staging.rglob("*"), staging):
             flush(path)
         if os.path.lexists(folder):  # somebody's own
@@ -262,12 +264,12 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
 
 # ------------------------------------------------------------------------------------------------------- reading
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """Say what is wrong with a checkpoint's files; None where they are as they were written."""
     try:
-        for name, facts in read_json(folder / MANIFEST).items():
-            if (folder / name).stat().st_size != facts["bytes"]:
+        for name, written in read_json(folder / MANIFEST).items():
+            if (folder / name).stat().st_size != written["bytes"]:
                 return f"{name} has another size"
-            if file_sha256(folder / name) != facts["sha256"]:
+            if file_sha256(folder / name) != written["sha256"]:
                 return f"{name} holds other bytes"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{MANIFEST} or what it lists cannot be read: {' '.join(str(error).split())}"
@@ -275,7 +277,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all. Damaged ones after it are named and set aside.
+    """Return the newest undamaged checkpoint, or None where there is none at all; name and set aside damaged ones.
 
     Raises:
         ValueError: all of them are damaged.
@@ -294,19 +296,20 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+def check_same_run(folder: Path, settings: Mapping[str, Any], input_hashes: Mapping[str, str]) -> None:
     """Raise where going on from a checkpoint would not give what the run was to give.
 
     Args:
         folder: the checkpoint.
         settings: this run's, as in hparams.yaml.
-        facts: hashes of what the run reads, by name.
+        input_hashes: of what the run reads, by name.
 
     Raises:
-        ValueError: names each setting and fact that has changed, with both values.
+        ValueError: names each setting and input that has changed, with both values.
     """
     state = load_state(folder / STATE)
-    now, then = flatten(settings) | dict(facts), flatten(state["settings"]) | state["facts"]
+    now = REMOVED | flatten(settings) | dict(input_hashes)
+    then = REMOVED | flatten(state["settings"]) | state["facts"]
     changed = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in dict.fromkeys([*then, *now])
@@ -323,7 +326,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as flags have them."""
+    """Return nested settings by dotted names, as flags have them."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -332,13 +335,13 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- what is saved
 def environment() -> dict[str, str]:
-    """What the last digits of a result depend on beside its settings."""
+    """Return what the last digits of a result depend on beside its settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads()), "device": device}
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, in this process."""
+    """Return the state of every generator that training may draw from, in this process."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
@@ -365,7 +368,7 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        if out_of_memory(error):
             raise UserError(
                 f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
             ) from error
@@ -378,7 +381,7 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
 
 
 def last_checkpoint(run_dir: Path) -> str:
-    """What can be gone on from, in words."""
+    """Say which checkpoint a run can go on from."""
     folders = checkpoint_folders(run_dir)
     return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
 
