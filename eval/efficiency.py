@@ -20,9 +20,10 @@ import torch
 
 from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config
 from lit_gpt.cli import main
 from lit_gpt.config import Config
+from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, prepare_out_dir, write_json
 from lit_gpt.memory import meta_model

@@ -28,9 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_gpt.adapter_files import make_trainable
-from lit_gpt.checkpoint import weights_dtype
 from lit_gpt.config import Config
-from lit_gpt.devices import compiles_each_size, is_sharded
+from lit_gpt.devices import compiles_each_size, is_sharded, weights_dtype
 from lit_gpt.loss import IGNORE_INDEX, MULTIPLE, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan

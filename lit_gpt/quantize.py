@@ -19,16 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.adapter import TARGETS, linear_targets
-from lit_gpt.checkpoint import (
-    PRECISIONS,
-    WEIGHTS,
-    check_checkpoint_dir,
-    fill_model,
-    load_config,
-    load_state,
-    warn_of_slow_products,
-    weights_dtype,
-)
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fill_model, load_config, load_state
+from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv
 
@@ -176,7 +168,7 @@ def load_quantized_model(
 
     Args:
         checkpoint_dir: the folder.
-        precision: of the products and of what is not quantized, a key of ``checkpoint.PRECISIONS``.
+        precision: of the products and of what is not quantized, a key of ``devices.PRECISIONS``.
         scheme: one of ``SCHEMES``.
         device: where the weights are quantized and stay.
     """
