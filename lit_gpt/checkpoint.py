@@ -64,8 +64,14 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
 
 
 def load_config(checkpoint_dir: Path | str) -> Config:
-    """The ``Config`` of a base-shaped folder."""
+    """Read the ``Config`` of a base-shaped folder."""
     return Config.from_json(Path(checkpoint_dir) / CONFIG)
+
+
+def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> GPT:
+    """Return a model on the meta device, which has shapes and no data."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype)
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def load_state(path: Path | str) -> dict[str, Any]:
 def load_model(
     checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu", mixed: bool = False
 ) -> GPT:
-    """The model of a base-shaped folder, in evaluation mode.
+    """Load the model of a base-shaped folder, in evaluation mode.
 
     Args:
         checkpoint_dir: the folder.
@@ -106,8 +112,7 @@ def load_model(
     dtype = weights_dtype(precision, mixed=mixed)
     folder = check_checkpoint_dir(checkpoint_dir)
     warn_of_slow_products(precision, torch.device(device))
-    with torch.device("meta"):
-        model = GPT(load_config(folder))
+    model = meta_model(load_config(folder))
     fill_model(model, load_state(folder / WEIGHTS), source=folder / WEIGHTS)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -123,7 +128,7 @@ def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a model's weights, which tells base models apart.
+    """Return a short hash of a model's weights, which tells base models apart.
 
     Names, shapes and three runs of 256 values of each tensor: a memory-mapped file of any size takes a moment.
     """
@@ -216,7 +221,7 @@ def save_prompt_style(checkpoint_dir: Path | str, style: str) -> None:
 
 
 def load_prompt_style(checkpoint_dir: Path | str) -> str:
-    """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
+    """Return the prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
         with reading(folder / PROMPT_STYLE):
