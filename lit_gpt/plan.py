@@ -6,7 +6,7 @@ help. ``make_plan`` checks all of them together and works out the rest.
 
 import math
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
@@ -20,7 +20,7 @@ from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
 from lit_gpt.devices import STRATEGIES, weights_dtype
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
 from lit_gpt.files import file_sha256, settled
 from lit_gpt.model import GPT
@@ -161,18 +161,6 @@ class Plan:
     """The prompt of sample generations."""
 
 
-class Problems(list[str]):
-    """What is wrong with a run's settings, gathered so that it can be said at once."""
-
-    def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """The function's result; None after a user's error, whose text is kept."""
-        try:
-            return function(*args, **options)
-        except (UserError, OSError) as error:
-            self.append(str(error))
-            return None
-
-
 def make_plan(
     job: Job,
     *,
@@ -237,8 +225,7 @@ def make_plan(
         problems.append("--train.monitor watches an adapter; full finetuning has none")
     if config and job.adapter is not None:
         problems.attempt(check_adapter, job, config, quantize)
-    if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
+    problems.check()
     base = {"name": base_dir.name, "fingerprint": fingerprint(state)} | ({"quantize": quantize} if quantize else {})
     hashes = {TRAIN_FILE: file_sha256(train_file), TEST_FILE: file_sha256(val_file)}
     return Plan(
