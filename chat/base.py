@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 import torch
 
 from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.cli import main
 from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
+from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT

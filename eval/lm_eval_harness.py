@@ -26,8 +26,9 @@ from lm_eval.utils import make_table
 from eval.harness_model import HarnessModel
 from eval.tasks import harness_seeds, load_tasks, quiet_harness
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.cli import main
+from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.files import settled, write_json
 from lit_gpt.model import GPT

@@ -33,9 +33,9 @@ from lit_gpt.checkpoint import (
     save_prompt_style,
     side_files,
     stream_state,
-    weights_dtype,
 )
 from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State

@@ -19,9 +19,10 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import KINDS, attach_adapter, load_adapted_model, load_adapter, save_adapter
-from lit_gpt.checkpoint import PRECISIONS, fingerprint, load_config, load_model, load_state, save_state, stream_state
+from lit_gpt.checkpoint import fingerprint, load_config, load_model, load_state, save_state, stream_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
+from lit_gpt.devices import PRECISIONS
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig
