@@ -11,7 +11,6 @@ that the rest of the run depends on) and manifest.json (size and SHA-256 of each
 import errno
 import fcntl
 import os
-import random
 import re
 import secrets
 import shutil
@@ -28,23 +27,11 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 
+from lit_gpt import files
 from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
 from lit_gpt.errors import UserError, out_of_memory
-from lit_gpt.files import (
-    TEMPORARY,
-    WEIGHTS,
-    file_sha256,
-    flush,
-    move,
-    optional,
-    read_json,
-    remove,
-    settled_folder,
-    temporary_name,
-    write_json,
-)
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
 FINAL = "final"
@@ -54,21 +41,19 @@ SETTINGS = "hparams.yaml"
 SUMMARY = "summary.json"
 """The last file that a run writes: what has it is finished."""
 METRICS, MONITOR, LOSS_CURVE, TENSORBOARD = "metrics.csv", "monitor.csv", "loss.png", "tensorboard"
-
-RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{WEIGHTS}", SUMMARY)
+RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{files.WEIGHTS}", SUMMARY)
 """What a run has made: none of it is replaced without --overwrite."""
-
 HARMLESS = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
 """How the names of settings begin that a resumed run may change: they do not alter what comes out."""
 REMOVED = {"train.group_by_length": False}
-"""Options that older checkpoints know, with the value that every run has now."""
+"""Options of earlier versions, which their checkpoints hold, with the value that every run has now."""
 REPEATED = 2.0
 """Seconds after which the same signal, if not Ctrl-C's, is a second one."""
 
 
-# ------------------------------------------------------------------------------------------------ the run folder
+# ---------------------------------------------------------------------------------------------- whose folder it is
 def is_run(folder: Path) -> bool:
     """Return True for a folder that a run of ours has begun to fill."""
     try:
@@ -101,7 +86,7 @@ def check_run_folder(
         raise UserError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
     if resume and not named:
         raise UserError("--resume true needs to know the run folder: give --io.out_dir DIR")
-    settled_folder(folder)
+    files.settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
     held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
     if held and not is_run(folder):
@@ -130,18 +115,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         ValueError: another process has it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / LOCK
+    path, refused = run_dir / LOCK, False
     with path.open("a+", encoding="utf-8") as file:
-        taken = True
-        with optional("locks", without="nothing keeps a second run out of this folder"):
+        with files.optional("locks", without="nothing keeps a second run out of this folder"):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                taken = error.errno not in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
-                if taken:
+                refused = error.errno in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
+                if not refused:
                     raise
-        if not (taken and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-            # another process has it, or had it and removed it between our opening and locking it
+        # Another process may have had it, and removed it between our opening and locking it.
+        if refused or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.seek(0)
             owner = file.read() or "another process"
             raise UserError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
@@ -152,42 +136,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def clear_run(run_dir: Path) -> None:
-    """Remove what a run of ours leaves, so that a new one's settings stand beside nothing that they did not make."""
-    if not is_run(run_dir):
-        return
-    for folder in checkpoint_folders(run_dir):
-        remove(folder)
-    for name in (SUMMARY, METRICS, MONITOR, LOSS_CURVE, *(kind.file_name for kind in KINDS.values())):
-        (run_dir / name).unlink(missing_ok=True)
-    for folder, names in ((run_dir / FINAL, WEIGHTS), (run_dir / TENSORBOARD, "events.out.tfevents*")):
-        for path in [folder] if folder.is_symlink() else folder.glob(names):  # what a link leads to is somebody's own
-            path.unlink()
-
-
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
-    return run_dir / CHECKPOINTS / f"step-{step:06d}"
-
-
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first, whole or not.
-
-    A folder of another name (a copy) is none, nor one of anybody else's files.
-    """
-    found = (run_dir / CHECKPOINTS).glob("step-*") if is_run(run_dir) else ()
-    named = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name)]
-    ours = [path for path in named if (path / MANIFEST).is_file() or (path / STATE).is_file()]
-    return sorted(ours, key=lambda path: (len(path.name), path.name))
-
-
-def set_aside(folder: Path) -> Path:
-    """Give what has a checkpoint's name another one, which no checkpoint has; returns the new path."""
-    target = folder.with_name(f"aside-{folder.name}.{secrets.token_hex(2)}")
-    move(folder, target)
-    return target
 
 
 @contextmanager
@@ -208,28 +156,68 @@ def open_run(
                 return None
             stack.enter_context(locked(run_dir))
             for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):  # of a process that was killed
-                for leftover in folder.glob(f"{TEMPORARY}*"):
-                    remove(leftover)
+                for leftover in folder.glob(f"{files.TEMPORARY}*"):
+                    files.remove(leftover)
             checkpoint = newest_checkpoint(run_dir) if resume else None
             if checkpoint:
                 check_same_run(checkpoint, settings, input_hashes)
             return checkpoint
 
+        def look() -> None:
+            if checkpoint and not (checkpoint / MANIFEST).is_file():
+                raise FileNotFoundError(
+                    f"{checkpoint} is not there: every machine goes on from it, so --io.out_dir must be on a file "
+                    "system that all of them share"
+                )
+
         checkpoint, *_ = gather(together(take))
-        together(lambda: check_visible(checkpoint))
+        together(look)
         yield checkpoint
 
 
-def check_visible(checkpoint: Path | None) -> None:
-    """Raise where this machine does not see the checkpoint that the first process has found."""
-    if checkpoint and not (checkpoint / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} is not there: every machine goes on from it, so --io.out_dir must be on a file system that "
-            "all of them share"
-        )
+def clear_run(run_dir: Path) -> None:
+    """Remove what a run of ours leaves, so that a new one's settings stand beside nothing that they did not make."""
+    if not is_run(run_dir):
+        return
+    for folder in checkpoint_folders(run_dir):
+        files.remove(folder)
+    for name in (SUMMARY, METRICS, MONITOR, LOSS_CURVE, *(kind.file_name for kind in KINDS.values())):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder, names in ((run_dir / FINAL, files.WEIGHTS), (run_dir / TENSORBOARD, "events.out.tfevents*")):
+        for path in [folder] if folder.is_symlink() else folder.glob(names):  # what a link leads to is somebody's own
+            path.unlink()
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------- checkpoints
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, whole or not.
+
+    A folder of another name (a copy) is none, nor one of anybody else's files.
+    """
+    found = (run_dir / CHECKPOINTS).glob("step-*") if is_run(run_dir) else ()
+    named = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name)]
+    ours = [path for path in named if (path / MANIFEST).is_file() or (path / STATE).is_file()]
+    return sorted(ours, key=lambda path: (len(path.name), path.name))
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """Say which checkpoint a run can go on from."""
+    folders = checkpoint_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
+
+
+def set_aside(folder: Path) -> Path:
+    """Give what has a checkpoint's name another one, which no checkpoint has; return the new path."""
+    target = folder.with_name(f"aside-{folder.name}.{secrets.token_hex(2)}")
+    files.move(folder, target)
+    return target
+
+
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes checkpoints/step-N; older ones go once it is there.
@@ -242,34 +230,36 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
     """
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = temporary_name(folder)
+    staging = files.temporary_name(folder)
     staging.mkdir()
     try:
         yield staging
-        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-        listed = {str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-        write_json(staging / MANIFEST, listed)
+        written = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        listed = {
+            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
+            for path in written
+        }
+        files.write_json(staging / MANIFEST, listed)
         for path in (*staging.rglob("*"), staging):
-            flush(path)
+            files.flush(path)
         if os.path.lexists(folder):  # somebody's own
             print(f"{folder} is no checkpoint of this run: it is {set_aside(folder).name} now")
-        move(staging, folder)
-        flush(folder.parent)
+        files.move(staging, folder)
+        files.flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for old in checkpoint_folders(run_dir)[:-keep]:
         if old != checkpoint_folder(run_dir, best):
-            remove(old)
+            files.remove(old)
 
 
-# ------------------------------------------------------------------------------------------------------- reading
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where they are as they were written."""
     try:
-        for name, written in read_json(folder / MANIFEST).items():
+        for name, written in files.read_json(folder / MANIFEST).items():
             if (folder / name).stat().st_size != written["bytes"]:
                 return f"{name} has another size"
-            if file_sha256(folder / name) != written["sha256"]:
+            if files.file_sha256(folder / name) != written["sha256"]:
                 return f"{name} holds other bytes"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{MANIFEST} or what it lists cannot be read: {' '.join(str(error).split())}"
@@ -308,8 +298,8 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], input_hashes: Mapp
         ValueError: names each setting and input that has changed, with both values.
     """
     state = load_state(folder / STATE)
-    now = REMOVED | flatten(settings) | dict(input_hashes)
     then = REMOVED | flatten(state["settings"]) | state["facts"]
+    now = REMOVED | flatten(settings) | dict(input_hashes)
     changed = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in dict.fromkeys([*then, *now])
@@ -333,7 +323,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# ------------------------------------------------------------------------------------------------- what is saved
 def environment() -> dict[str, str]:
     """Return what the last digits of a result depend on beside its settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -341,15 +330,13 @@ def environment() -> dict[str, str]:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every generator that training may draw from, in this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    """Return the state of the generators that training draws from, in this process."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Set the generators of this process to a ``random_state``."""
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
@@ -367,23 +354,15 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        text = " ".join(str(error).split())
+        text, on = " ".join(str(error).split()), last_checkpoint(run_dir)
         if out_of_memory(error):
-            raise UserError(
-                f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
-            ) from error
+            raise UserError(f"out of memory with {tried}: {remedies}; {on} ({text[:120]})") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
+            raise OSError(f"cannot write {run_dir} ({text}): free some space; {on}") from error
         if isinstance(error, RuntimeError) and is_lost_process(error):
             what = "does not answer" if "imed out" in text else "has ended, see its message"
-            raise UserError(f"another process of this run {what}; {last_checkpoint(run_dir)} ({text[:120]})") from error
+            raise UserError(f"another process of this run {what}; {on} ({text[:120]})") from error
         raise
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    """Say which checkpoint a run can go on from."""
-    folders = checkpoint_folders(run_dir)
-    return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
 
 
 class StopSignal:

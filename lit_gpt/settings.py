@@ -1,7 +1,7 @@
 """A run's settings: its options, each listed once, the checks of all of them together, and what follows from them.
 
 The dataclasses become the command line (--io.*, --train.*, --eval.*), the sentence under a field its help, their values
-hparams.yaml, and what a resumed run is compared by. ``make_plan`` checks them and works out the rest before any weight
+hparams.yaml, and what a resumed run is compared by. ``Plan`` checks them and works out the rest before any weight
 is loaded; nothing here trains.
 """
 
@@ -199,104 +199,95 @@ def settle_adapter(settings: Settings, given: Collection[str]) -> Settings:
 
 
 # ----------------------------------------------------------------------------------------------- what follows from them
-@dataclass
 class Plan:
-    """What a run does: its settings, and what was worked out from them and from the data."""
+    """What a run does: its settings, checked together, and what follows from them and from the data.
 
-    settings: Settings
-    base_dir: Path
-    base: dict[str, str]
-    """Name and fingerprint of the base."""
-    config: Config
-    """The base's."""
-    run_dir: Path
-    prompt_style: str
-    input_hashes: dict[str, str]
-    """Hashes of the base and of the data, which a resumed run must find unchanged."""
-    train_set: list[Sample]
-    val_set: list[Sample]
-    n_samples: int
-    """Samples of all steps, repeated ones included."""
-    n_steps: int
-    n_warmup: int
-    """Steps of linear warm-up."""
-    weight_decay: float
-    max_seconds: float
-    sample_ids: list[int]
-    """The prompt of sample generations."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample to train on."""
-        return max(map(length, self.train_set))
-
-
-def make_plan(settings: Settings, unfit: Sequence[str] = ()) -> Plan:
-    """Check all settings together and work out the rest; ``unfit`` are problems that were found before.
-
-    Raises:
-        ValueError: with every problem found.
+    Attributes:
+        settings: the options.
+        base_dir: folder of the base model.
+        base: name and fingerprint of the base.
+        config: the base's.
+        run_dir: the run folder.
+        prompt_style: the data's.
+        input_hashes: hashes of the base and of the data, which a resumed run must find unchanged.
+        train_set: samples to train on.
+        val_set: held-out samples.
+        longest: tokens of the longest sample to train on.
+        n_samples: samples of all steps, repeated ones counted.
+        n_steps: optimizer steps.
+        n_warmup: steps of linear warm-up.
+        weight_decay: AdamW's.
+        max_seconds: after which a run ends.
+        sample_ids: the prompt of sample generations.
     """
-    problems, io, train = Problems(unfit), settings.io, settings.train
-    data = problems.attempt(read_data_config, io.train_data_dir) or {}
-    train_file, val_file = Path(io.train_data_dir) / TRAIN_FILE, Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
-    train_set, val_set = ((data and problems.attempt(load_split, file)) or [] for file in (train_file, val_file))
-    checkpoint_dir = io.checkpoint_dir or data.get("checkpoint_dir")
-    base_dir = checkpoint_dir and problems.attempt(check_checkpoint_dir, checkpoint_dir)
-    config = base_dir and problems.attempt(load_config, base_dir)
-    state = base_dir and problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: read where it is asked for
-    name = f"{base_dir and base_dir.name}-{Path(io.train_data_dir).name}-{settings.method}-{io.jobnum or timestamp()}"
-    run_dir = settled(io.out_dir or Path(io.log_dir) / name)
-    problems.attempt(
-        check_run_folder, run_dir, overwrite=settings.overwrite, resume=settings.resume,
-        named=bool(io.out_dir or io.jobnum),
-        sources=[settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file],
-    )  # fmt: skip
-    n_samples = train.epochs * (train.epoch_size or len(train_set))
-    n_steps = math.ceil(n_samples / max(1, train.global_batch_size))
-    n_steps = n_steps if train.max_steps is None else min(n_steps, train.max_steps)
-    n_warmup = min(1000, n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
-    problems.expect(
-        not train_set or 0 <= n_warmup < max(1, n_steps),
-        f"--train.lr_warmup_steps {n_warmup} must be shorter than the run of {n_steps} steps; lower it or train longer",
-    )
-    # their order is drawn at once
-    problems.expect(
-        n_samples < 2**31,
-        f"--train.epochs times --train.epoch_size are {n_samples} samples, expected less than 2^31",
-    )
-    max_seconds = problems.attempt(parse_duration, train.max_time)
-    check_values(settings, problems)
-    sample_ids = None
-    if config and train_set and val_set:
-        problems.attempt(check_fit, base_dir, config, data=data, samples=train_set + val_set)
-        problems.attempt(check_validation, io, data)
-        sample_ids = problems.attempt(
-            sample_prompt, settings.eval, base_dir, config, style=data["prompt_style"], samples=val_set
+
+    def __init__(self, settings: Settings, unfit: Sequence[str] = ()) -> None:
+        """Check all settings together and work out the rest; ``unfit`` are problems that were found before.
+
+        Raises:
+            ValueError: with every problem found.
+        """
+        problems, self.settings, io = Problems(unfit), settings, settings.io
+        data = problems.attempt(read_data_config, io.train_data_dir) or {}
+        train_file, val_file = (
+            Path(io.train_data_dir) / TRAIN_FILE,
+            Path(io.val_data_dir or io.train_data_dir) / TEST_FILE,
         )
-    problems.attempt(weights_dtype, settings.precision, mixed=True)
-    if config and settings.adapter:
-        problems.attempt(check_adapter, settings, config)
-    problems.check()
-    base = {"name": base_dir.name, "fingerprint": fingerprint(state)}
-    hashes = {"base model": base["fingerprint"]} | {file.name: file_sha256(file) for file in (train_file, val_file)}
-    return Plan(
-        settings=settings,
-        base_dir=base_dir,
-        base=base | ({"quantize": settings.quantize} if settings.quantize else {}),
-        config=config,
-        run_dir=run_dir,
-        prompt_style=data["prompt_style"],
-        input_hashes=hashes,
-        train_set=train_set,
-        val_set=val_set,
-        n_samples=n_samples,
-        n_steps=n_steps,
-        n_warmup=n_warmup,
-        weight_decay=default_weight_decay(settings.method) if train.weight_decay is None else train.weight_decay,
-        max_seconds=max_seconds,
-        sample_ids=sample_ids,
-    )
+        self.train_set = (data and problems.attempt(load_split, train_file)) or []
+        self.val_set = (data and problems.attempt(load_split, val_file)) or []
+        self.longest = max(map(length, self.train_set), default=0)
+        checkpoint_dir = io.checkpoint_dir or data.get("checkpoint_dir")
+        base_dir = self.base_dir = checkpoint_dir and problems.attempt(check_checkpoint_dir, checkpoint_dir)
+        self.config = base_dir and problems.attempt(load_config, base_dir)
+        weights = base_dir and problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: read where it is asked for
+        name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, io.jobnum or timestamp()]
+        self.run_dir = settled(io.out_dir or Path(io.log_dir) / "-".join(map(str, name)))
+        problems.attempt(
+            check_run_folder,
+            self.run_dir,
+            overwrite=settings.overwrite,
+            resume=settings.resume,
+            named=bool(io.out_dir or io.jobnum),
+            sources=[settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file],
+        )
+        self.count_steps(settings.train, problems)
+        check_values(settings, problems)
+        self.max_seconds = problems.attempt(parse_duration, settings.train.max_time)
+        if self.config and self.train_set and self.val_set:
+            problems.attempt(check_fit, base_dir, self.config, data=data, samples=self.train_set + self.val_set)
+            problems.attempt(check_validation, io, data)
+            style = self.prompt_style = data["prompt_style"]
+            self.sample_ids = problems.attempt(sample_prompt, settings.eval, base_dir, self.config, style, self.val_set)
+        problems.attempt(weights_dtype, settings.precision, mixed=True)
+        if self.config and settings.adapter:
+            problems.attempt(check_adapter, settings, self.config)
+        problems.check()
+        self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
+        self.input_hashes = {"base model": self.base["fingerprint"]}
+        self.input_hashes |= {file.name: file_sha256(file) for file in (train_file, val_file)}
+        if settings.quantize:
+            self.base["quantize"] = settings.quantize
+
+    def count_steps(self, train: TrainArgs, problems: Problems) -> None:
+        """Work out samples, steps, warm-up and weight decay."""
+        self.n_samples = train.epochs * (train.epoch_size or len(self.train_set))
+        self.n_steps = math.ceil(self.n_samples / max(1, train.global_batch_size))
+        if train.max_steps is not None:
+            self.n_steps = min(self.n_steps, train.max_steps)
+        self.n_warmup = min(1000, self.n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
+        # ETHER's and ETHER+'s vectors have lengths that mean nothing.
+        no_decay = self.settings.kind == "ether" and not METHODS[self.settings.method].matrices
+        usual = 0.0 if no_decay else 0.01
+        self.weight_decay = usual if train.weight_decay is None else train.weight_decay
+        problems.expect(  # their order is drawn at once
+            self.n_samples < 2**31,
+            f"--train.epochs times --train.epoch_size are {self.n_samples} samples, expected less than 2^31",
+        )
+        problems.expect(
+            not self.train_set or 0 <= self.n_warmup < max(1, self.n_steps),
+            f"--train.lr_warmup_steps {self.n_warmup} must be shorter than the run of {self.n_steps} steps; "
+            "lower it or train longer",
+        )
 
 
 def check_values(settings: Settings, problems: Problems) -> None:
@@ -324,15 +315,14 @@ def check_values(settings: Settings, problems: Problems) -> None:
     for package in ("tensorboard", "wandb"):
         if getattr(io, package):
             problems.attempt(check_logger, package)
-    watched = adapter or not train.monitor
-    problems.expect(watched, "--train.monitor watches an adapter; full finetuning has none")
+    problems.expect(adapter or not train.monitor, "--train.monitor watches an adapter; full finetuning has none")
     if settings.strategy == "fsdp":
         problems.expect(adapter, "--strategy fsdp shards a frozen base; full finetuning has none: take ddp")
-        problems.expect(
-            not settings.quantize,
-            f"--strategy fsdp cannot shard a quantized base: drop --quantize {settings.quantize}, or take ddp",
-        )
         problems.expect(not train.monitor, "--train.monitor needs whole weights, which --strategy fsdp has nowhere")
+        if settings.quantize:
+            problems.append(
+                f"--strategy fsdp cannot shard a quantized base: drop --quantize {settings.quantize}, or take ddp"
+            )
 
 
 def check_logger(package: str) -> None:
@@ -364,7 +354,7 @@ def parse_duration(text: str | float | None) -> float:
     return total
 
 
-def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, *, style: str, samples: list[Sample]) -> list[int]:
+def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, samples: list[Sample]) -> list[int]:
     """Return the ids that sample generations answer: of --eval.sample_prompt, or of a sample up to its response."""
     if eval.sample_prompt is None:
         for sample in samples:
@@ -413,8 +403,3 @@ def check_adapter(settings: Settings, config: Config) -> None:
         if settings.quantize in SCHEMES:
             quantize_model(model, settings.quantize, model.state_dict(), dtype=torch.float32, device="meta")
         KINDS[settings.kind].add(model, settings.adapter)
-
-
-def default_weight_decay(method: str) -> float:
-    """Return 0 for ETHER and ETHER+, whose vectors' lengths mean nothing, and 0.01 for everything else."""
-    return 0.0 if method in METHODS and not METHODS[method].matrices else 0.01

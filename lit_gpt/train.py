@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 import yaml
 from lightning.fabric import Fabric
-from torch import nn
 
+from lit_gpt import run_folder
 from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
 from lit_gpt.adapter_files import KINDS, check_base, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
@@ -43,30 +43,12 @@ from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
 from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
 from lit_gpt.loss import MULTIPLE
-from lit_gpt.memory import Memory, estimate_memory, remedies
+from lit_gpt.memory import estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
-from lit_gpt.run_folder import (
-    FINAL,
-    SETTINGS,
-    STATE,
-    SUMMARY,
-    StopSignal,
-    checkpoint_folder,
-    clear_run,
-    damage,
-    environment,
-    explain_faults,
-    flatten,
-    last_checkpoint,
-    new_checkpoint,
-    open_run,
-    random_state,
-    restore_random_state,
-)
-from lit_gpt.settings import Plan, Settings, make_plan, settle_adapter
+from lit_gpt.settings import Plan, Settings, settle_adapter
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 
@@ -90,35 +72,26 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
     settings = together(lambda: settle_adapter(settings, given))
-    plan = together(lambda: make_plan(settings, unfit))
+    plan = together(lambda: Plan(settings, unfit))
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
-    plan.run_dir, finished = gather((plan.run_dir, settings.resume and (plan.run_dir / SUMMARY).is_file()))[0]
-    if finished:
+    has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
+    plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
+    if has_result:
         fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
         return
     hparams = settings.hparams()
-    together(lambda: check_alike(plan.input_hashes | flatten(hparams | {"io": {}})))
+    together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
-    folder = dict(settings=hparams, input_hashes=plan.input_hashes, resume=settings.resume)
-    with open_run(fabric, plan.run_dir, **folder) as checkpoint:
-        batching = make_batching(plan, fabric)
-        largest = batching.largest(plan.train_set, settings.train.global_batch_size // fabric.world_size)
-        memory = estimate_memory(plan, batching.collate(largest, fabric.device), fabric=fabric)
-        tried = f"micro-batches of {settings.train.micro_batch_size} samples of up to {plan.longest} tokens, "
-        tried += f"{settings.precision}, {fabric.device}" + (f", {memory} in all" if memory else "")
-        with explain_faults(plan.run_dir, tried=tried, remedies=remedies(plan, fabric=fabric)):
-            fabric.seed_everything(settings.seed, verbose=False)
-            held = held_memory_bytes()
-            model, optimizer = set_up(fabric, plan, memory=memory)
-            trainer = Trainer(
-                fabric, plan, model, optimizer=optimizer, batching=batching, deadline=started + plan.max_seconds
-            )
-            trainer.rehearse(largest)
+    inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
+    with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
+        trainer = Trainer(fabric, plan, deadline=started + plan.max_seconds)
+        with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=remedies(plan, fabric=fabric)):
+            trainer.set_up()
             trainer.begin(checkpoint)
             if trainer.train():
-                with StopSignal():  # nothing stops a run that is done while its result is written
-                    trainer.finish(held=held, estimated=memory and memory.total)
+                with run_folder.StopSignal():  # nothing stops a run that is done while its result is written
+                    trainer.finish()
 
 
 # --------------------------------------------------------------------------------------- before the first step
@@ -129,25 +102,6 @@ def make_batching(plan: Plan, fabric: Fabric) -> Batching:
     multiple = MULTIPLE if compiles_each_size(fabric, plan.settings.precision) and fits else 1
     n_tokens = train.micro_batch_size * round_up(plan.longest, multiple) if train.packing else None
     return Batching(train.micro_batch_size, n_tokens, fabric.global_rank, fabric.world_size, multiple)
-
-
-def set_up(fabric: Fabric, plan: Plan, *, memory: Memory | None) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the model with its adapter, and the optimizer of what trains, as Fabric wraps them; say what they are."""
-    settings = plan.settings
-    # Sharding moves a block at a time to a device that may be too small for all of them.
-    model = build_model(plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
-    announce(plan, model, fabric=fabric)
-    if memory:
-        uncompiled = " for blocks that are not compiled" if settings.compile else ""
-        fabric.print(f"memory: {memory}, estimated{uncompiled}")
-    wrapped = fabric.setup_module(model)
-    if settings.compile:
-        fabric.print("compiling the model's blocks: a minute or more")
-        compile_blocks(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    share_start(trained)
-    optimizer = torch.optim.AdamW(trained, lr=settings.train.learning_rate, weight_decay=plan.weight_decay)
-    return wrapped, fabric.setup_optimizers(optimizer)
 
 
 def build_model(plan: Plan, device: torch.device) -> GPT:
@@ -167,25 +121,6 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
         fill_adapter(model, adapter, source=settings.init_from)
     model.activation_checkpointing = settings.train.activation_checkpointing
     return model.to(device)
-
-
-def announce(plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
-    """Say what was worked out, before it costs anything."""
-    settings, train = plan.settings, plan.settings.train
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if settings.quantize is not None:
-        fabric.print(describe_size(model, settings.quantize, settings.precision))
-    fabric.print(
-        f"{settings.method} on {plan.base_dir}: {trainable:,} of {n_parameters(model):,} parameters train, "
-        f"{settings.precision}\n"
-        f"{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; {plan.n_steps} steps of "
-        f"{train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {train.learning_rate:g}, "
-        f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
-    )
-    if plan.n_steps < (train.max_steps or 0):
-        fabric.print(f"the data ends before --train.max_steps {train.max_steps}: more --train.epochs make a longer run")
-    if settings.method == "ether":
-        fabric.print("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
 
 
 def compile_blocks(model: GPT) -> None:
@@ -239,46 +174,79 @@ STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        plan: Plan,
-        model: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer,
-        batching: Batching,
-        deadline: float,
-    ) -> None:
-        self.fabric, self.plan, self.model, self.optimizer = fabric, plan, model, optimizer
-        self.batching, self.deadline = batching, deadline
+    def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float) -> None:
+        self.fabric, self.plan, self.deadline = fabric, plan, deadline
         self.settings, self.options = plan.settings, plan.settings.train
+        self.batching = make_batching(plan, fabric)
+        largest = self.batching.largest(plan.train_set, self.options.global_batch_size // fabric.world_size)
+        self.largest_batch = self.batching.collate(largest, fabric.device)
+        self.memory = estimate_memory(plan, self.largest_batch, fabric=fabric)
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=plan.settings.seed)
         self.position = Position()
         self.reporter: Reporter | None = None  # of the first process
         self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from, for the monitor
         self.tokenizer = Tokenizer(plan.base_dir) if plan.settings.eval.sample_interval else None
 
-    def rehearse(self, samples: Sequence[Sample]) -> None:
-        """Do a discarded forward and backward pass on the largest batch: a lack of memory shows at once."""
-        device = self.fabric.device
-        idx, targets, lengths = self.batching.collate(samples, device)
+    def describe(self) -> str:
+        """Say what a pass takes."""
+        size, precision, device = self.options.micro_batch_size, self.settings.precision, self.fabric.device
+        in_all = f", {self.memory} in all" if self.memory else ""
+        return f"micro-batches of {size} samples of up to {self.plan.longest} tokens, {precision}, {device}{in_all}"
+
+    def set_up(self) -> None:
+        """Build the model and the optimizer of what trains, say what they are, and try them on the largest batch."""
+        fabric, device = self.fabric, self.fabric.device
+        fabric.seed_everything(self.settings.seed, verbose=False)
+        self.held_memory = held_memory_bytes()
+        # Sharding moves a block at a time to a device that may be too small for all of them.
+        model = build_model(self.plan, torch.device("cpu") if is_sharded(fabric) else device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.n_trained = sum(parameter.numel() for parameter in trained)
+        self.announce(model)
+        self.model = fabric.setup_module(model)
+        if self.settings.compile:
+            fabric.print("compiling the model's blocks: a minute or more")
+            compile_blocks(model)
+        share_start(trained)
+        optimizer = torch.optim.AdamW(trained, lr=self.options.learning_rate, weight_decay=self.plan.weight_decay)
+        self.optimizer = fabric.setup_optimizers(optimizer)
+        # A discarded pass shows a lack of memory at once.
+        idx, targets, lengths = self.largest_batch
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self.model.train()
-            self.fabric.backward(self.model(idx, lengths=lengths, targets=targets))
-        for parameter in self.model.parameters():
+            fabric.backward(self.model(idx, lengths=lengths, targets=targets))
+        for parameter in model.parameters():
             parameter.grad = None
+
+    def announce(self, model: GPT) -> None:
+        """Say what was worked out, before it costs anything."""
+        plan, settings, options, told = self.plan, self.settings, self.options, self.fabric.print
+        if settings.quantize is not None:
+            told(describe_size(model, settings.quantize, settings.precision))
+        told(
+            f"{settings.method} on {plan.base_dir}: {self.n_trained:,} of {n_parameters(model):,} parameters train, "
+            f"{settings.precision}\n{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; "
+            f"{plan.n_steps} steps of {options.global_batch_size} samples, {plan.n_warmup} of them warm-up to "
+            f"{options.learning_rate:g}, weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
+        )
+        if plan.n_steps < (options.max_steps or 0):
+            told(f"the data ends before --train.max_steps {options.max_steps}: more --train.epochs make a longer run")
+        if settings.method == "ether":
+            told("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
+        if self.memory:
+            told(f"memory: {self.memory}, estimated{' for blocks that are not compiled' if settings.compile else ''}")
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
         run_dir, hparams = self.plan.run_dir, self.settings.hparams()
-        state = load_state(checkpoint / STATE) if checkpoint else None
+        state = load_state(checkpoint / run_folder.STATE) if checkpoint else None
         if state:
             self.start = state["start"]
             load_result(self.model.module, checkpoint, self.settings)
             self.optimizer.load_state_dict(state["optimizer"])
             self.fabric.strategy.precision.load_state_dict(state["precision"])
             self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
-            restore_random_state(state["random"][self.fabric.global_rank])
+            run_folder.restore_random_state(state["random"][self.fabric.global_rank])
             self.fabric.print(f"going on from {checkpoint}")
         else:
             if self.options.monitor:
@@ -288,8 +256,8 @@ class Trainer:
         if not self.fabric.is_global_zero:
             return
         if not state:
-            clear_run(run_dir)
-        with atomic_write(run_dir / SETTINGS) as temporary:
+            run_folder.clear_run(run_dir)
+        with atomic_write(run_dir / run_folder.SETTINGS) as temporary:
             temporary.write_text(yaml.safe_dump(hparams, sort_keys=False), encoding="utf-8")
         n_steps, step = self.plan.n_steps, self.position.step
         self.reporter = Reporter(
@@ -303,7 +271,7 @@ class Trainer:
             True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.options, self.plan.n_steps
-        with StopSignal() as stop:
+        with run_folder.StopSignal() as stop:
             if position.step == 0:
                 with nullcontext() if self.settings.init_from else adapters_off(self.model):
                     position.first_losses = position.last_losses = self.validate()
@@ -395,7 +363,7 @@ class Trainer:
         if position.skipped > allowed:
             raise UserError(
                 f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
-                f"{position.skipped}; {last_checkpoint(self.plan.run_dir)}"
+                f"{position.skipped}; {run_folder.last_checkpoint(self.plan.run_dir)}"
             )
         self.say(f"{text}: left out ({position.skipped} of {allowed} such steps)")
 
@@ -460,7 +428,7 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, stop: StopSignal) -> int | None:
+    def reason_to_leave(self, stop: run_folder.StopSignal) -> int | None:
         """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
         asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
@@ -473,18 +441,18 @@ class Trainer:
             start=self.start,
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
-            random=gather(random_state()),
+            random=gather(run_folder.random_state()),
             settings=self.settings.hparams(),
             facts=self.plan.input_hashes,
-            environment=environment(),
+            environment=run_folder.environment(),
         )
         if self.reporter is None:
             return
         state["reporter"] = self.reporter.state()
         step, keep, best = self.position.step, self.options.keep_checkpoints, self.position.best_step
-        with new_checkpoint(self.plan.run_dir, step, keep=keep, best=best) as folder:
+        with run_folder.new_checkpoint(self.plan.run_dir, step, keep=keep, best=best) as folder:
             save_result(self.model.module, folder, self.plan)
-            save_state(state, folder / STATE)
+            save_state(state, folder / run_folder.STATE)
 
     def leave(self, received: int) -> None:
         """Say how to go on; the first process exits with the signal's code, after the others are through."""
@@ -495,7 +463,7 @@ class Trainer:
         run_dir = self.plan.run_dir
         why = signal.Signals(received).name if received else f"--train.max_time {self.options.max_time} is over"
         print(
-            f"{why}: saved {checkpoint_folder(run_dir, self.position.step)}; the same command with "
+            f"{why}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
             f"--io.out_dir {shlex.quote(str(run_dir))} --resume true goes on from there"
         )
         if received:
@@ -503,11 +471,11 @@ class Trainer:
 
     def take_best(self) -> None:
         """Go back to the best step's result."""
-        position, folder = self.position, checkpoint_folder(self.plan.run_dir, self.position.best_step)
+        position, folder = self.position, run_folder.checkpoint_folder(self.plan.run_dir, self.position.best_step)
         if not position.best_step:
             self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
             return
-        problem = damage(folder)
+        problem = run_folder.damage(folder)
         if problem is None:
             load_result(self.model.module, folder, self.settings)
             position.last_losses = position.best_losses
@@ -520,13 +488,8 @@ class Trainer:
         ended = f"no lower response loss in {since} validation(s): " if since == self.options.patience else ""
         self.say(f"{ended}the result is that of {kept}")
 
-    def finish(self, *, held: int, estimated: int | None) -> None:
-        """Save the result and say what came of it.
-
-        Args:
-            held: bytes of memory that the process had before the run.
-            estimated: bytes of memory that the run was expected to take.
-        """
+    def finish(self) -> None:
+        """Save the result and say what came of it."""
         if self.options.patience is not None:
             self.take_best()
         if self.reporter is None:
@@ -537,7 +500,7 @@ class Trainer:
         summary = dict(
             method=self.settings.method,
             learning_rate=self.options.learning_rate,
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            trainable_parameters=self.n_trained,
             adapter_bytes=n_bytes,
             val_loss_before=position.first_losses[0],
             val_loss_after=position.last_losses[0],
@@ -553,8 +516,8 @@ class Trainer:
             overhead=1 - position.computing / max(position.seconds, 1e-9),
             tokens_per_second=position.tokens / max(position.seconds, 1e-9),
             peak_memory_bytes=peak,
-            run_memory_bytes=peak - held,
-            estimated_memory_bytes=estimated,
+            run_memory_bytes=peak - self.held_memory,
+            estimated_memory_bytes=self.memory and self.memory.total,
             precision=self.settings.precision,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)
@@ -570,19 +533,19 @@ def save_result(model: GPT, folder: Path, plan: Plan) -> int:
         what = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
         save_adapter(path, model, **what)
         return path.stat().st_size
-    with staged_dir(folder / FINAL, overwrite=True) as staging:
+    with staged_dir(folder / run_folder.FINAL, overwrite=True) as staging:
         copy_side_files(plan.base_dir, staging)
         save_prompt_style(staging, plan.prompt_style)
         list_answer_end(staging, plan.prompt_style)
         save_state(model.state_dict(), staging / WEIGHTS)
-    return (folder / FINAL / WEIGHTS).stat().st_size
+    return (folder / run_folder.FINAL / WEIGHTS).stat().st_size
 
 
 @torch.no_grad()
 def load_result(model: GPT, folder: Path, settings: Settings) -> None:
     """Put what ``save_result`` wrote, of the same settings, back into the model."""
     if settings.adapter is None:
-        model.load_state_dict(load_state(folder / FINAL / WEIGHTS))
+        model.load_state_dict(load_state(folder / run_folder.FINAL / WEIGHTS))
         return
     saved = load_adapter(folder / KINDS[settings.kind].file_name, settings.kind).state
     for name, parameter in adapter_parameters(model).items():
@@ -593,6 +556,6 @@ def next_command(plan: Plan) -> str:
     """Return what to type when a run has ended."""
     kind = plan.settings.kind
     if plan.settings.adapter is None:
-        return command("chat/base.py", checkpoint_dir=plan.run_dir / FINAL)
+        return command("chat/base.py", checkpoint_dir=plan.run_dir / run_folder.FINAL)
     flags = {"checkpoint_dir": plan.base_dir, f"{kind}_path": plan.run_dir / KINDS[kind].file_name}
     return command(f"scripts/merge_{kind}.py", **flags)

@@ -27,7 +27,7 @@ from lit_gpt.memory import (
     working_bytes,
 )
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
-from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs, make_plan
+from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import make_batching
 
 
@@ -42,7 +42,7 @@ def planned(work, *, adapter=True, base="base", precision="32-true", quantize=No
     config = EtherConfig(Htype="etherplusHH", nb=2) if adapter else None
     io = IOArgs(str(work / "data"), checkpoint_dir=str(work / base), out_dir=str(work / "nowhere"))
     settings = dict(io=io, train=TrainArgs(**how), precision=precision, quantize=quantize)
-    return make_plan(Settings(adapter=config, **settings))
+    return Plan(Settings(adapter=config, **settings))
 
 
 def one_process() -> Fabric:
