@@ -83,34 +83,9 @@ def add_response_targets(samples: Sequence[Sample]) -> tuple[list[Sample], Tenso
     return wider, either[:, either.any(dim=0)]
 
 
-def collate(
-    samples: Sequence[Sample],
-    device: torch.device | str | None = None,
-    *,
-    packed: bool = False,
-    pad_to_multiple_of: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Make a batch, a row for each sample, padded on the right to the longest, or one row of all, one after another.
-
-    Args:
-        samples: B of them.
-        device: where the batch is to be.
-        packed: put them into one row; the model needs their ``lengths`` then.
-        pad_to_multiple_of: round the length of each sample up to it.
-
-    Returns:
-        The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
-        `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths.
-    """
-    sizes = [round_up(length(sample), pad_to_multiple_of) for sample in samples]
-    if not packed:
-        sizes = [max(sizes)] * len(sizes)
-
-    def join(rows: Iterable[Tensor], value: int) -> Tensor:
-        filled = [F.pad(row.long(), (0, size - len(row)), value=value) for row, size in zip(rows, sizes, strict=True)]
-        return (torch.cat(filled)[None] if packed else torch.stack(filled)).to(device)
-
-    return join((s["input_ids"] for s in samples), 0), join((s["labels"][1:] for s in samples), IGNORE_INDEX)
+def collate(samples: Sequence[Sample], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Return ids and targets of a batch that is padded to its longest sample, as ``Batching.collate`` gives them."""
+    return Batching(len(samples)).collate(samples, device)[:2]
 
 
 @dataclass(frozen=True)
@@ -165,7 +140,21 @@ class Batching:
     def collate(
         self, samples: Sequence[Sample], device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, list[int] | None]:
-        """Return ids, targets and, where samples are packed, the lengths that the model is to be told."""
+        """Make a batch of B samples: a row for each, padded on the right, or, packed, one row of all behind each other.
+
+        Returns:
+            The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
+            `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths; and,
+            packed, the lengths, which the model is to be told.
+        """
         packed = self.n_tokens is not None
-        idx, targets = collate(samples, device, packed=packed, pad_to_multiple_of=self.pad_to_multiple_of)
-        return idx, targets, list(map(self.rounded, samples)) if packed else None
+        sizes = [self.rounded(sample) for sample in samples]
+        filled_to = sizes if packed else [max(sizes)] * len(sizes)
+
+        def join(rows: Iterable[Tensor], value: int) -> Tensor:
+            filled = [F.pad(row.long(), (0, n - len(row)), value=value) for row, n in zip(rows, filled_to, strict=True)]
+            return (torch.cat(filled)[None] if packed else torch.stack(filled)).to(device)
+
+        idx = join((sample["input_ids"] for sample in samples), 0)
+        targets = join((sample["labels"][1:] for sample in samples), IGNORE_INDEX)
+        return idx, targets, sizes if packed else None

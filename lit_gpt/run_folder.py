@@ -140,7 +140,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def open_run(
-    fabric: Fabric, run_dir: Path, *, settings: Mapping[str, Any], input_hashes: Mapping[str, str], resume: bool
+    fabric: Fabric, run_dir: Path, *, settings: dict[str, Any], input_hashes: dict[str, str], resume: bool
 ) -> Iterator[Path | None]:
     """Keep the run folder for this run, and yield the checkpoint to go on from, or None for a start.
 
@@ -286,7 +286,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def check_same_run(folder: Path, settings: Mapping[str, Any], input_hashes: Mapping[str, str]) -> None:
+def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[str, str]) -> None:
     """Raise where going on from a checkpoint would not give what the run was to give.
 
     Args:
@@ -299,7 +299,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], input_hashes: Mapp
     """
     state = load_state(folder / STATE)
     then = REMOVED | flatten(state["settings"]) | state["facts"]
-    now = REMOVED | flatten(settings) | dict(input_hashes)
+    now = REMOVED | flatten(settings) | input_hashes
     changed = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in dict.fromkeys([*then, *now])
@@ -315,11 +315,11 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], input_hashes: Mapp
             print(f"{name} was {value} and is {here[name]} now: the last digits may differ from an unbroken run's")
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names, as flags have them."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

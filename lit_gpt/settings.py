@@ -32,12 +32,8 @@ from lit_gpt.reflections import check_form
 from lit_gpt.run_folder import check_run_folder, flatten
 from lit_gpt.tokenizer import Tokenizer
 
-POSITIVE = (
-    "train.learning_rate", "train.global_batch_size", "train.micro_batch_size", "train.epochs", "train.epoch_size",
-    "train.max_steps", "train.save_interval", "train.keep_checkpoints", "train.max_grad_norm", "train.patience",
-    "eval.interval", "eval.sample_interval", "eval.sample_tokens",
-)  # fmt: skip
-NOT_NEGATIVE = ("train.weight_decay", "train.skip_nonfinite")
+MAY_BE_ZERO = ("train.weight_decay", "train.skip_nonfinite", "train.lr_warmup_steps")
+"""All other numbers of --train and --eval are positive."""
 
 
 # -------------------------------------------------------------------------------------------------------- options
@@ -229,10 +225,8 @@ class Plan:
         """
         problems, self.settings, io = Problems(unfit), settings, settings.io
         data = problems.attempt(read_data_config, io.train_data_dir) or {}
-        train_file, val_file = (
-            Path(io.train_data_dir) / TRAIN_FILE,
-            Path(io.val_data_dir or io.train_data_dir) / TEST_FILE,
-        )
+        train_file = Path(io.train_data_dir) / TRAIN_FILE
+        val_file = Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
         self.train_set = (data and problems.attempt(load_split, train_file)) or []
         self.val_set = (data and problems.attempt(load_split, val_file)) or []
         self.longest = max(map(length, self.train_set), default=0)
@@ -293,13 +287,10 @@ class Plan:
 def check_values(settings: Settings, problems: Problems) -> None:
     """Note every setting that cannot work, whatever the data and the base are."""
     io, train, adapter = settings.io, settings.train, settings.adapter
-    values = flatten(settings.hparams())
-    for name in POSITIVE:
-        fits = values[name] is None or 0 < values[name] < math.inf
-        problems.expect(fits, f"--{name} must be positive, got {values[name]}")
-    for name in NOT_NEGATIVE:
-        fits = values[name] is None or 0 <= values[name] < math.inf
-        problems.expect(fits, f"--{name} must be 0 or more, got {values[name]}")
+    for name, value in flatten({"train": asdict(train), "eval": asdict(settings.eval)}).items():
+        if type(value) in (int, float):
+            fits, wanted = (value >= 0, "0 or more") if name in MAY_BE_ZERO else (value > 0, "positive")
+            problems.expect(fits and value < math.inf, f"--{name} must be {wanted}, got {value}")
     per_pass = train.micro_batch_size * settings.n_processes
     problems.expect(
         per_pass < 1 or train.global_batch_size % per_pass == 0,

@@ -261,7 +261,10 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--eval.interval", "0"], "--eval.interval must be positive, got 0"),
         (["--train.learning_rate", "nan"], "Got value: nan"),
         (["--train.max_time", "soon"], "--train.max_time soon: expected minutes, as 90, or hours, minutes and"),
-        (["--train.skip_nonfinite", "-1", "--train.patience", "0"], "patience must be positive, got 0; --train.skip"),
+        (
+            ["--train.skip_nonfinite", "-1", "--train.patience", "0"],
+            "--train.skip_nonfinite must be 0 or more, got -1; --train.patience must be positive, got 0",
+        ),
         (["--eval.sample_prompt", "river " * 200], "tokens; the context is 128"),
         (["--devices", "0"], "--devices times --num_nodes must be positive and below 2^31, got 0"),
         (["--ether_head", "true", "--io.checkpoint_dir", "nowhere", "--train.epochs", "0"], "; --train.epochs must be"),

@@ -4,7 +4,7 @@ Some CPUs multiply bf16 matrices several times faster than fp32, others only emu
 decides. Then a forward and backward pass of the real work (model, adapter, rows of the data) says how many steps fit.
 The answer is one line, "PRECISION STEPS", in a file, so that an interrupted quickstart goes on with the same plan.
 
-    python scripts/demo/plan.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
+    python scripts/demo/choose_steps.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
 """
 
 import sys
