@@ -58,7 +58,7 @@ class Metrics:
         self._file.flush()
 
     def text(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         return self._path.read_text(encoding="utf-8")
 
     def close(self) -> None:

@@ -151,17 +151,17 @@ class Settings:
 
     @property
     def kind(self) -> str:
-        """The family of methods: ether, lora or full."""
+        """Return the family of methods: ether, lora or full."""
         return self.adapter.kind if self.adapter else "full"
 
     @property
     def method(self) -> str:
-        """The name for people: one of ``ether.METHODS``, lora or full."""
+        """Return the name for people: one of ``ether.METHODS``, lora or full."""
         return getattr(self.adapter, "Htype", self.kind)
 
     @property
     def n_processes(self) -> int:
-        """Processes on all machines."""
+        """Return the number of processes on all machines."""
         return self.devices * self.num_nodes
 
     def hparams(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def compile_blocks(model: GPT) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the loop
 def learning_rate(step: int, *, peak: float, n_warmup: int, n_steps: int) -> float:
-    """Linear warm-up to ``peak``, then a cosine to zero. ``step`` counts from 0; no step is wasted at a rate of 0."""
+    """Return a step's rate, counted from 0: linear warm-up to ``peak``, then a cosine to zero; no step's rate is 0."""
     if step < n_warmup:
         return peak * (step + 1) / n_warmup
     progress = (step - n_warmup) / (n_steps - n_warmup)
@@ -409,10 +409,10 @@ class Trainer:
     @torch.no_grad()
     def show_sample(self, tokenizer: Tokenizer) -> None:
         """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
-        length = self.settings.eval.sample_tokens
+        model, limit = self.model.module, self.settings.eval.sample_tokens
         # A token at a time suits no graph that was compiled for training.
-        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), unsharded(self.model.module):
-            ids = generate(self.model.module, self.plan.sample_ids, max_new_tokens=length, stop_ids=tokenizer.stop_ids)
+        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), unsharded(model):
+            ids = generate(model, self.plan.sample_ids, max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
             answer = tokenizer.decode(list(ids))
         self.say(f"step {self.position.step} answers: {answer.strip()}")
 
@@ -475,15 +475,11 @@ class Trainer:
         if not position.best_step:
             self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
             return
-        problem = run_folder.damage(folder)
-        if problem is None:
+        kept = f"step {position.step}, since {folder} is damaged"
+        if run_folder.damage(folder) is None:
             load_result(self.model.module, folder, self.settings)
             position.last_losses = position.best_losses
-        kept = (
-            f"step {position.best_step}, the best"
-            if problem is None
-            else f"step {position.step}, since {folder} is damaged"
-        )
+            kept = f"step {position.best_step}, the best"
         since = position.since_best
         ended = f"no lower response loss in {since} validation(s): " if since == self.options.patience else ""
         self.say(f"{ended}the result is that of {kept}")
