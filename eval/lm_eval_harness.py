@@ -29,7 +29,7 @@ from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.cli import main
 from lit_gpt.devices import choose_device, weights_dtype
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import settled, write_json
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
@@ -151,27 +151,19 @@ def setup(
         apply_chat_template: ask in the model's chat format, examples as turns.
         confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
     """
-    problems = value_problems(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    problems = Problems(value_problems(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size))
     problems += file_problems(save_filepath, overwrite)
-    for check, *values in (
-        (weights_dtype, precision),
-        (check_quantize, quantize, precision),
-        (check_checkpoint_dir, checkpoint_dir),
-        (open_adapter, ether_path, lora_path),
-    ):
-        try:
-            check(*values)
-        except (UserError, OSError) as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
+    problems.attempt(weights_dtype, precision)
+    problems.attempt(check_quantize, quantize, precision)
+    problems.attempt(check_checkpoint_dir, checkpoint_dir)
+    adapter = problems.attempt(open_adapter, ether_path, lora_path)
+    problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
-    adapter = {"ether_path": ether_path, "lora_path": lora_path}
-    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)
+    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
     results = run_tasks(model, tokenizer, loaded=loaded, **options)
     adapted = f"with {ether_path or lora_path}" if ether_path or lora_path else "no adapter"

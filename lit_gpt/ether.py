@@ -74,21 +74,12 @@ class Method:
         a = parameters[0]
         return self.rotation(a if block_mask is None else a * block_mask.unsqueeze(-1))
 
-    def apply(
-        self,
-        x: Tensor,
-        parameters: Vectors,
-        *,
-        transposed: bool = False,
-        center: Tensor | None = None,
-        block_mask: Tensor | None = None,
-        save_output: bool = False,
-    ) -> Tensor:
-        """Return R x, or with ``transposed`` R^T x, block by block."""
+    def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
+        """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
         if self.matrices:
-            r = self.rotations(parameters, block_mask)
-            return rotate(x, r.mT if transposed else r, center=center)
-        return self.reflect(x, *parameters, center=center, block_mask=block_mask, save_output=save_output)
+            r = self.rotations(parameters, options.get("block_mask"))
+            return rotate(x, r.mT if transposed else r, center=options.get("center"))
+        return self.reflect(x, *parameters, **options)
 
 
 METHODS = {
@@ -334,14 +325,12 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
     sizes: dict[str, int] = {}
     for name, linear, targets in linear_targets(model, config):
         sides = side_order(linear, config)
-        for part in cut_parts(linear, targets):
+        for part in (part for part in cut_parts(linear, targets) if part.adapted):
             label = f"{name} ({part.target})" if part.target else name
-            if part.adapted and "input" in sides:
-                sizes[f"{label} input"] = linear.in_features
-                if config.block_layout == "published" and config.nb > 1:
-                    sizes[f"{label} rows"] = part.size
-            if part.adapted and "output" in sides:
-                sizes[f"{label} output"] = part.size
+            of_side = {"input": linear.in_features, "output": part.size}
+            sizes |= {f"{label} {side}": of_side[side] for side in sides}
+            if "input" in sides and config.block_layout == "published" and config.nb > 1:
+                sizes[f"{label} rows"] = part.size
     shared = math.gcd(*sizes.values())
     legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
     if sizes and config.nb not in legal:

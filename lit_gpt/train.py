@@ -117,8 +117,8 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     make_trainable(model, settings.kind, settings.adapter)
     if settings.init_from:
         adapter = load_adapter(settings.init_from, settings.kind)
-        check_base(adapter, plan.base_dir, source=settings.init_from)
-        fill_adapter(model, adapter, source=settings.init_from)
+        check_base(adapter, plan.base_dir)
+        fill_adapter(model, adapter)
     model.activation_checkpointing = settings.train.activation_checkpointing
     return model.to(device)
 

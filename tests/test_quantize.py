@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, adapters_off, mark_only_adapter_as_trainable, merge_adapter_weights
-from lit_gpt.adapter_files import load_adapted_model
+from lit_gpt.adapter_files import load_adapted_model, load_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
@@ -191,9 +191,11 @@ def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsy
 
     samples = load_split(work / "data" / "test.pt")
     idx, targets = collate(samples, torch.device("cpu"))
-    adapter = {f"{kind}_path": path}
-    mean = load_adapted_model(work / "base", quantize=scheme, **adapter)(idx, targets=targets, reduction="none").mean()
-    assert mean.item() == pytest.approx(summary["val_loss_after"], rel=1e-5)
+    adapter = load_adapter(path, kind)
+    model = load_adapted_model(work / "base", quantize=scheme, adapter=adapter)
+    assert model(idx, targets=targets, reduction="none").mean().item() == pytest.approx(
+        summary["val_loss_after"], rel=1e-5
+    )
 
     flags = ["--checkpoint_dir", str(work / "base"), f"--{kind}_path", str(path), "--precision", "32-true"]
     main(script(f"scripts/merge_{kind}.py"), flags)
@@ -203,7 +205,8 @@ def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsy
     state = load_state(work / "base" / "lit_model.pth")
     weights = [state[f"{name}.weight"] for name in quantizable(load_model(work / "base"))]
     assert float(said.group(1)) == pytest.approx(quantization_error(scheme, weights), rel=0.06)
-    merged, unmerged = load_model(tmp_path / "run" / "merged")(IDX), load_adapted_model(work / "base", **adapter)(IDX)
+    merged = load_model(tmp_path / "run" / "merged")(IDX)
+    unmerged = load_adapted_model(work / "base", adapter=adapter)(IDX)
     assert (merged - unmerged).abs().max() < 1e-5 * unmerged.abs().max()
 
 
