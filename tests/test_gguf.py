@@ -16,7 +16,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from conftest import CHATML
+from helpers import CHATML, ROOT
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
@@ -27,7 +27,6 @@ from lit_gpt.generate import generate
 from lit_gpt.model import scale_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 # Facts published with the original model: the checksum of its tokenizer.json (revision 12fd25f of the Hub's repo).
 SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
 TEXTS = {

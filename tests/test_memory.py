@@ -4,9 +4,8 @@ import re
 
 import pytest
 import torch
+from helpers import ARCHITECTURES, train, write_base
 from lightning.fabric import Fabric
-from test_speed import ARCHITECTURES
-from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt import GPT, Config, memory
@@ -30,12 +29,6 @@ from lit_gpt.memory import (
 from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
 from lit_gpt.train import make_batching
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir):
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("memory"), bpe_dir)
 
 
 def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> tuple[Job, Plan]:
