@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import sample_text
+from helpers import sample_text
 
 from lit_gpt.batches import add_response_targets
 from lit_gpt.batches import collate as make_batch

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 import torch
+from helpers import ARCHITECTURES, train, write_base
 from lightning.fabric import Fabric
-from test_speed import ARCHITECTURES
-from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from lit_gpt import GPT, Config
@@ -26,12 +25,6 @@ from lit_gpt.memory import (
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
 from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import make_batching
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir):
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("memory"), bpe_dir)
 
 
 def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> Plan:
