@@ -236,14 +236,9 @@ class Plan:
         weights = base_dir and problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: read where it is asked for
         name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, io.jobnum or timestamp()]
         self.run_dir = settled(io.out_dir or Path(io.log_dir) / "-".join(map(str, name)))
-        problems.attempt(
-            check_run_folder,
-            self.run_dir,
-            overwrite=settings.overwrite,
-            resume=settings.resume,
-            named=bool(io.out_dir or io.jobnum),
-            sources=[settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file],
-        )
+        sources = [settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file]
+        expected = settings.resume or settings.overwrite
+        problems.attempt(check_run_folder, self.run_dir, expected=expected, sources=sources)
         self.count_steps(settings.train, problems)
         check_values(settings, problems)
         self.max_seconds = problems.attempt(parse_duration, settings.train.max_time)
@@ -301,6 +296,12 @@ def check_values(settings: Settings, problems: Problems) -> None:
         0 <= settings.seed <= 2**32 - max(1, settings.n_processes),
         f"--seed must be 0 or more and below 2^32, got {settings.seed}",
     )
+    problems.expect(
+        not (settings.resume and settings.overwrite),
+        "--resume true goes on with a run, --overwrite true starts it anew: give one of them",
+    )
+    known = io.out_dir or io.jobnum or not settings.resume
+    problems.expect(known, "--resume true needs to know the run folder: give --io.out_dir DIR")
     problems.attempt(check_form)
     problems.attempt(check_quantize, settings.quantize, settings.precision, full=adapter is None)
     for package in ("tensorboard", "wandb"):
