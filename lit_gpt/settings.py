@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from lit_gpt.adapter import AdapterConfig
-from lit_gpt.adapter_files import KINDS, load_adapter
+from lit_gpt.adapter_files import KINDS, AdapterFile, check_base, load_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
@@ -170,36 +170,13 @@ class Settings:
         return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
 
 
-def settle_adapter(settings: Settings, given: Collection[str]) -> Settings:
-    """Return the settings with those of the ``init_from`` file, which no flag has to repeat; dropout is the flags'.
-
-    Args:
-        settings: as the flags say.
-        given: names of the flags that were given.
-
-    Raises:
-        ValueError, FileNotFoundError: a flag that was set says otherwise, or there is no such adapter.
-    """
-    if not settings.init_from:
-        return settings
-    chosen, found = settings.adapter, load_adapter(settings.init_from, settings.kind).config
-    kept = [each for each in fields(chosen) if not each.name.endswith("dropout")]
-    for name, default in ((each.name, each.default) for each in kept):
-        flag, own = getattr(chosen, name), getattr(found, name)
-        if flag != own and (flag != default or chosen.flag(name) in given):
-            raise UserError(
-                f"{settings.init_from} was trained with {name} = {own}, a flag says {flag}; leave the flag out: "
-                "the file's own settings are used"
-            )
-    return replace(settings, adapter=replace(chosen, **{each.name: getattr(found, each.name) for each in kept}))
-
-
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
     """What a run does: its settings, checked together, and what follows from them and from the data.
 
     Attributes:
-        settings: the options.
+        settings: the options, those of an ``init_from`` file among them.
+        init_adapter: the ``init_from`` file.
         base_dir: folder of the base model.
         base: name and fingerprint of the base.
         config: the base's.
@@ -217,13 +194,22 @@ class Plan:
         sample_ids: the prompt of sample generations.
     """
 
-    def __init__(self, settings: Settings, unfit: Sequence[str] = ()) -> None:
-        """Check all settings together and work out the rest; ``unfit`` are problems that were found before.
+    def __init__(self, settings: Settings, *, given: Collection[str] = (), unfit: Sequence[str] = ()) -> None:
+        """Check all settings together and work out the rest.
+
+        Args:
+            settings: as the flags say.
+            given: names of the flags that were given, which the ``init_from`` file must not contradict.
+            unfit: problems that were found before.
 
         Raises:
             ValueError: with every problem found.
         """
-        problems, self.settings, io = Problems(unfit), settings, settings.io
+        problems, io = Problems(unfit), settings.io
+        self.init_adapter = settings.init_from and problems.attempt(load_adapter, settings.init_from, settings.kind)
+        if self.init_adapter:
+            settings = problems.attempt(settle_adapter, settings, self.init_adapter, given) or settings
+        self.settings = settings
         data = problems.attempt(read_data_config, io.train_data_dir) or {}
         train_file = Path(io.train_data_dir) / TRAIN_FILE
         val_file = Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
@@ -250,6 +236,8 @@ class Plan:
         problems.attempt(weights_dtype, settings.precision, mixed=True)
         if self.config and settings.adapter:
             problems.attempt(check_adapter, settings, self.config)
+        if weights and self.init_adapter:
+            problems.attempt(check_base, self.init_adapter, base_dir)
         problems.check()
         self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
         self.input_hashes = {"base model": self.base["fingerprint"]}
@@ -277,6 +265,24 @@ class Plan:
             f"--train.lr_warmup_steps {self.n_warmup} must be shorter than the run of {self.n_steps} steps; "
             "lower it or train longer",
         )
+
+
+def settle_adapter(settings: Settings, found: AdapterFile, given: Collection[str]) -> Settings:
+    """Return the settings with those of the ``init_from`` file, which no flag has to repeat; dropout is the flags'.
+
+    Raises:
+        ValueError: a flag that was set says otherwise.
+    """
+    chosen = settings.adapter
+    kept = {each.name: each.default for each in fields(chosen) if not each.name.endswith("dropout")}
+    for name, default in kept.items():
+        flag, own = getattr(chosen, name), getattr(found.config, name)
+        if flag != own and (flag != default or chosen.flag(name) in given):
+            raise UserError(
+                f"{settings.init_from} was trained with {name} = {own}, a flag says {flag}; leave the flag out: "
+                "the file's own settings are used"
+            )
+    return replace(settings, adapter=replace(chosen, **{name: getattr(found.config, name) for name in kept}))
 
 
 def check_values(settings: Settings, problems: Problems) -> None:

@@ -33,7 +33,7 @@ from lightning.fabric import Fabric
 
 from lit_gpt import run_folder
 from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
-from lit_gpt.adapter_files import KINDS, check_base, fill_adapter, load_adapter, make_trainable, save_adapter
+from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_model, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
@@ -48,7 +48,7 @@ from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
 from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
-from lit_gpt.settings import Plan, Settings, settle_adapter
+from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 
@@ -71,8 +71,8 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     unfit = check_launch(settings)
     if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
-    settings = together(lambda: settle_adapter(settings, given))
-    plan = together(lambda: Plan(settings, unfit))
+    plan = together(lambda: Plan(settings, given=given, unfit=unfit))
+    settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
     plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
@@ -115,10 +115,8 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     else:
         model = load_quantized_model(plan.base_dir, settings.precision, settings.quantize, device=device)
     make_trainable(model, settings.kind, settings.adapter)
-    if settings.init_from:
-        adapter = load_adapter(settings.init_from, settings.kind)
-        check_base(adapter, plan.base_dir)
-        fill_adapter(model, adapter)
+    if plan.init_adapter:
+        fill_adapter(model, plan.init_adapter)
     model.activation_checkpointing = settings.train.activation_checkpointing
     return model.to(device)
 
