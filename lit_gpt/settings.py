@@ -194,18 +194,18 @@ class Plan:
         sample_ids: the prompt of sample generations.
     """
 
-    def __init__(self, settings: Settings, *, given: Collection[str] = (), unfit: Sequence[str] = ()) -> None:
+    def __init__(self, settings: Settings, *, given: Collection[str] = (), problems: Sequence[str] = ()) -> None:
         """Check all settings together and work out the rest.
 
         Args:
             settings: as the flags say.
             given: names of the flags that were given, which the ``init_from`` file must not contradict.
-            unfit: problems that were found before.
+            problems: those that were found before.
 
         Raises:
             ValueError: with every problem found.
         """
-        problems, io = Problems(unfit), settings.io
+        problems, io = Problems(problems), settings.io
         self.init_adapter = settings.init_from and problems.attempt(load_adapter, settings.init_from, settings.kind)
         if self.init_adapter:
             settings = problems.attempt(settle_adapter, settings, self.init_adapter, given) or settings

@@ -38,7 +38,7 @@ from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up,
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_model, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, compiles_each_size, gather, is_sharded, share_start, together, unsharded
-from lit_gpt.errors import UserError, command
+from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
 from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
@@ -68,10 +68,11 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(settings.deterministic)
-    unfit = check_launch(settings)
-    if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
+    problems = Problems()
+    problems.attempt(check_launch, settings)
+    if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
-    plan = together(lambda: Plan(settings, given=given, unfit=unfit))
+    plan = together(lambda: Plan(settings, given=given, problems=problems))
     settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
