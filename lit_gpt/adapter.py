@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,21 @@ from lit_gpt.reflections import working_dtype
 QKV = ("query", "key", "value")
 TARGETS = (*QKV, "projection", "mlp", "head")
 """What can be adapted; adapter configs have a boolean field of each name."""
+
+
+class AdapterConfig:
+    """Settings of an adapter; a dataclass, whose fields are the flags of its finetune script.
+
+    ``kind`` names the family of adapters, and begins the flags of all fields but ``unprefixed``.
+    """
+
+    kind: ClassVar[str]
+    unprefixed: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """Return the name of a field's flag."""
+        return name if name in cls.unprefixed else f"{cls.kind}_{name}"
 
 
 @dataclass(frozen=True)

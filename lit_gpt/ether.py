@@ -17,13 +17,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.adapter import (
+    AdapterConfig,
     AdapterLayer,
     Part,
     cut_parts,
@@ -91,27 +92,37 @@ BLOCK_LAYOUTS = ("diagonal", "published")
 
 
 @dataclass
-class EtherConfig:
+class EtherConfig(AdapterConfig):
     """What is adapted, and how."""
 
+    kind: ClassVar[str] = "ether"
+    unprefixed: ClassVar[tuple[str, ...]] = ("Htype", "flip_side")
+
     Htype: str = "ether"
-    """``ether``, ``etherplus`` (one-sided), ``etherplusHH`` (two-sided) or ``oft``."""
+    """ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft."""
     nb: int = 1
     """Number of diagonal blocks, n."""
     query: bool = True
+    """Adapt the query projections."""
     key: bool = False
+    """Adapt the key projections."""
     value: bool = True
+    """Adapt the value projections."""
     projection: bool = False
+    """Adapt the attention's output projections."""
     mlp: bool = False
+    """Adapt the MLPs."""
     head: bool = False
+    """Adapt the language model's head."""
     dropout: float = 0.0
-    """Dropout on the layer's input, as published."""
+    """Dropout on the input of adapted layers."""
     block_dropout: float = 0.0
-    """Probability with which a block's R is replaced by I while training; no small change for ``ether``."""
+    """Probability with which a block's R is replaced by I while training; no small change for ether, whose R is never
+    near I."""
     flip_side: bool = False
-    """Move the one-sided transform of a non-square Linear (q, k and v aside) to its smaller side."""
+    """Move the one-sided transform of a non-square Linear to its smaller side."""
     block_layout: str = "diagonal"
-    """``diagonal``, or ``published``: what the original code does on the input side for n > 1."""
+    """diagonal (the paper's), or published (what the original code does for n > 1)."""
 
     def __post_init__(self) -> None:
         if self.Htype not in METHODS:

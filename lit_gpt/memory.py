@@ -19,8 +19,8 @@ from lit_gpt.checkpoint import meta_model
 from lit_gpt.devices import is_sharded, weights_dtype
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
-from lit_gpt.plan import Job, Plan
 from lit_gpt.quantize import quantization_saves
+from lit_gpt.settings import Plan
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,29 @@ class Memory:
         return f"{known} {total} GiB (frozen {parts[0]}, trained {parts[1]}, working {parts[2]})"
 
 
-def estimate_memory(
-    job: Job, plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric
-) -> Memory | None:
+def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric) -> Memory | None:
     """Return what a run needs in one process.
 
     Args:
-        job: what is trained.
-        plan: how.
+        plan: what is trained, and how.
         batch: ids, targets and lengths of the largest pass, as ``Batching.collate`` gives them.
         fabric: gives device, mixed precision and sharding.
 
     Returns:
         None, after a line that says why, where this PyTorch cannot do it or an operator needs data to be followed.
     """
-    base = meta_model(plan.config, weights_dtype(plan.precision, mixed=True))
+    base = meta_model(plan.config, weights_dtype(plan.settings.precision, mixed=True))
     idx, targets, lengths = batch
     n_losses = int((targets != IGNORE_INDEX).sum())
-    accumulates = len(lengths or idx) < plan.train.global_batch_size // fabric.world_size
+    accumulates = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, like those of live_bytes.py
 
         # Without a fallback: it would run an operator that needs data on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = share_weights(base, fabric.device)
-            make_trainable(model, job.kind, job.adapter)
-            model.activation_checkpointing = plan.train.activation_checkpointing
+            make_trainable(model, plan.settings.kind, plan.settings.adapter)
+            model.activation_checkpointing = plan.settings.train.activation_checkpointing
             spread_evenly(model)
             idx = torch.zeros(idx.shape, dtype=torch.long)
             working = working_bytes(
@@ -85,7 +82,7 @@ def estimate_memory(
         fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
         return None
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    saved, largest = quantization_saves(base, plan.quantize) if plan.quantize else (0, 0)
+    saved, largest = quantization_saves(base, plan.settings.quantize) if plan.settings.quantize else (0, 0)
     trained = 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return Memory(frozen - saved, trained, working + largest, fabric.device)
 
@@ -134,13 +131,14 @@ def frozen_bytes(model: GPT, n_shards: int) -> int:
     return total // n_shards + total - sum(blocks) + 2 * max(blocks)
 
 
-def remedies(job: Job, plan: Plan, *, fabric: Fabric) -> str:
+def remedies(plan: Plan, *, fabric: Fabric) -> str:
     """Return in words what takes less memory than this run does; what changes nothing else comes first."""
-    same = ["lower --train.micro_batch_size"] if plan.train.micro_batch_size > 1 else []
-    same += [] if plan.train.activation_checkpointing else ["give --train.activation_checkpointing true"]
-    rougher = ["--precision bf16-true"] if plan.precision == "32-true" else []
-    quantizable = job.adapter is not None and "mixed" not in plan.precision and not is_sharded(fabric)
-    rougher += ["--quantize bnb.nf4"] if quantizable and plan.quantize is None else []
+    settings, train = plan.settings, plan.settings.train
+    same = ["lower --train.micro_batch_size"] if train.micro_batch_size > 1 else []
+    same += [] if train.activation_checkpointing else ["give --train.activation_checkpointing true"]
+    rougher = ["--precision bf16-true"] if settings.precision == "32-true" else []
+    quantizable = settings.adapter is not None and "mixed" not in settings.precision and not is_sharded(fabric)
+    rougher += ["--quantize bnb.nf4"] if quantizable and settings.quantize is None else []
     found = [" or ".join(same) + " (the result stays the same)"] if same else []
     found += ["take " + " or ".join(rougher)] if rougher else []
     return ", or ".join([*found, "prepare the data with a smaller --max_seq_length"])

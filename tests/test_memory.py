@@ -5,9 +5,8 @@ import sys
 
 import pytest
 import torch
+from helpers import ARCHITECTURES, train, write_base
 from lightning.fabric import Fabric
-from test_speed import ARCHITECTURES
-from test_train import train, write_base, write_work
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from lit_gpt import GPT, Config
@@ -23,23 +22,17 @@ from lit_gpt.memory import (
     spread_evenly,
     working_bytes,
 )
-from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
 from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
+from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import make_batching
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir):
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("memory"), bpe_dir)
-
-
-def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> tuple[Job, Plan]:
+def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> Plan:
     """A run of ETHER+, or of full finetuning."""
-    job = Job("etherplusHH", "ether", EtherConfig(Htype="etherplusHH", nb=2)) if adapter else Job("full", "full")
+    config = EtherConfig(Htype="etherplusHH", nb=2) if adapter else None
     io = IOArgs(str(work / "data"), checkpoint_dir=str(work / base), out_dir=str(work / "nowhere"))
-    settings = dict(io=io, train=TrainArgs(**how), eval=EvalArgs(), precision=precision, quantize=quantize)
-    return job, make_plan(job, **settings, processes=1, strategy="auto", overwrite=False)
+    settings = dict(io=io, train=TrainArgs(**how), precision=precision, quantize=quantize)
+    return Plan(Settings(adapter=config, **settings))
 
 
 def one_process() -> Fabric:
@@ -49,10 +42,10 @@ def one_process() -> Fabric:
 
 def estimate(work, **what) -> Memory:
     """Of a ``planned`` run."""
-    job, plan = planned(work, **what)
+    plan = planned(work, **what)
     batching = make_batching(plan, one_process())
     largest = batching.collate(batching.largest(plan.train_set, 16))
-    return estimate_memory(job, plan, largest, fabric=one_process())
+    return estimate_memory(plan, largest, fabric=one_process())
 
 
 def test_live_bytes_follow_each_storage_once_until_it_ends():
@@ -153,7 +146,7 @@ def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
     ],
 )  # fmt: skip
 def test_remedies_are_those_that_a_run_has_left(work, what, told):
-    assert remedies(*planned(work, **what), fabric=one_process()).startswith(told)
+    assert remedies(planned(work, **what), fabric=one_process()).startswith(told)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
