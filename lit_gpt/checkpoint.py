@@ -173,9 +173,7 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     Raises:
         OSError: there is no room for it.
     """
-    names: dict[int, str] = {}
-    for name, tensor in template.items():
-        names.setdefault(id(tensor), name)
+    first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
     # Never touched, so there is no memory behind them.
     blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
     with atomic_write(path) as temporary:
@@ -184,9 +182,9 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for index, name in enumerate(names.values()):  # as torch numbers storages: by their first appearance
-                tensor = make(name)
-                assert (tensor.shape, tensor.dtype) == (template[name].shape, template[name].dtype), name
+            for index, (key, blank) in enumerate(blanks.items()):  # as torch numbers storages: as they first appear
+                tensor = make(first[key])
+                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
                 _fill_record(file, records[f"data/{index}"], tensor)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 

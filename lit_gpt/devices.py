@@ -9,17 +9,18 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_gpt.errors import UserError
+
+if TYPE_CHECKING:  # what loads a model and does not train has no need of it, and takes two seconds less to start
+    from lightning.fabric import Fabric
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def warn_of_slow_products(precision: str, device: torch.device) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- sharding
-def compiles_each_size(fabric: Fabric, precision: str) -> bool:
+def compiles_each_size(fabric: "Fabric", precision: str) -> bool:
     """Return True where products are compiled for each size, and kept: in 16 bits on a CPU (``loss.MULTIPLE``)."""
     return fabric.device.type == "cpu" and precision != "32-true"
 
@@ -138,12 +139,14 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def is_sharded(fabric: Fabric) -> bool:
-    """Return True where each process holds a part of every frozen weight."""
+def is_sharded(fabric: "Fabric") -> bool:
+    """Return True where the base is sharded."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+
     return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
-def average_gradients(fabric: Fabric, model: nn.Module) -> None:
+def average_gradients(fabric: "Fabric", model: nn.Module) -> None:
     """Average the gradients of the replicated parameters over the processes, all in one message."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     together = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fill_model, load_config, load_state, meta_model
+from lit_gpt.checkpoint import (
+    WEIGHTS,
+    check_checkpoint_dir,
+    fill_model,
+    load_config,
+    load_model,
+    load_state,
+    meta_model,
+)
 from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
@@ -142,17 +150,25 @@ def quantize_model(
         model.set_submodule(name, kind(linear, quantized=quantized))
 
 
-def load_quantized_model(
-    checkpoint_dir: Path | str, precision: str, scheme: str, *, device: torch.device | str = "cpu"
+def load_base(
+    checkpoint_dir: Path | str,
+    precision: str,
+    scheme: str | None,
+    *,
+    device: torch.device | str = "cpu",
+    mixed: bool = False,
 ) -> GPT:
-    """Load the model of a base-shaped folder with its weights quantized, in evaluation mode; do not move it afterwards.
+    """Load the model of a base-shaped folder, its weights quantized where a scheme is given; in evaluation mode.
 
     Args:
         checkpoint_dir: the folder.
         precision: of the products and of what is not quantized, a key of ``devices.PRECISIONS``.
-        scheme: one of ``SCHEMES``.
-        device: where the weights are quantized and stay.
+        scheme: one of ``SCHEMES``, or None. A quantized model cannot be moved afterwards.
+        device: where the weights go.
+        mixed: allow the mixed precisions, of a model that is not quantized.
     """
+    if scheme is None:
+        return load_model(checkpoint_dir, precision, device=device, mixed=mixed)
     check_quantize(scheme, precision)
     dtype, folder = weights_dtype(precision), check_checkpoint_dir(checkpoint_dir)
     warn_of_slow_products(precision, torch.device(device))

@@ -35,7 +35,7 @@ from lit_gpt import run_folder
 from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
 from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
-from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_model, load_state, save_prompt_style, save_state
+from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, compiles_each_size, gather, is_sharded, share_start, together, unsharded
 from lit_gpt.errors import Problems, UserError, command
@@ -46,7 +46,7 @@ from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
-from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
+from lit_gpt.quantize import describe_size, load_base, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
 from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
@@ -111,10 +111,7 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
     settings = plan.settings
-    if settings.quantize is None:
-        model = load_model(plan.base_dir, settings.precision, mixed=True)
-    else:
-        model = load_quantized_model(plan.base_dir, settings.precision, settings.quantize, device=device)
+    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device, mixed=True)
     make_trainable(model, settings.kind, settings.adapter)
     if plan.init_adapter:
         fill_adapter(model, plan.init_adapter)
