@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from eval import harness_model
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
-from eval.lm_eval_harness import evaluate, print_results, run_tasks, setup
+from eval.lm_eval_harness import evaluate, print_results, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
@@ -253,7 +253,7 @@ def test_every_metric_equals_the_hugging_face_backend(checkpoint, ours, theirs, 
         pytest.skip("this tokenizer has no chat template")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # runs pip, for seconds
     manager, names = eval_tasks.resolve_names(ALL_TASKS)
-    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
         reference = evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, log_samples=False, **options)
     found = evaluate(ours.model, ours.tokenizer, tasks=ALL_TASKS, data_dir=data_dir, batch_size=5, **options)
     assert found["results"].keys() == reference["results"].keys() == {*names}
@@ -372,7 +372,7 @@ def test_a_description_is_left_out_where_the_template_has_no_system_role(without
     ours, theirs = without_system
     options = {"apply_chat_template": True, "num_fewshot": 1}
     manager, names = eval_tasks.resolve_names([f"mmlu_{SUBJECTS[0]}"])
-    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
         reference = evaluator.simple_evaluate(
             theirs, tasks=names, task_manager=manager, fewshot_as_multiturn=True, log_samples=False, **options
         )
@@ -541,7 +541,7 @@ def test_tasks_that_run_code_are_refused_before_they_are_loaded_and_run_when_ask
     loaded["tasks"]["humaneval"].set_config("generation_kwargs", {"max_gen_toks": 4}, update=True)
     tokenizer = Tokenizer(bpe_dir)
     model = GPT(Config(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, intermediate_size=8))
-    results = run_tasks(model, tokenizer, loaded=loaded)["results"]["humaneval"]
+    results = evaluate(model, tokenizer, tasks=loaded)["results"]["humaneval"]
     assert results["pass@1,create_test"] == 1.0
 
 
