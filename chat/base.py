@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 import torch
 
-from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.adapter_files import load_adapted_model, open_adapter
+from lit_gpt.checkpoint import check_checkpoint_dir, load_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
+from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
@@ -289,8 +290,8 @@ def setup(
     folder, device = check_checkpoint_dir(checkpoint_dir), choose_device()
     tokenizer = Tokenizer(folder)
     precision = precision or ("bf16-true" if device.type == "cuda" else "32-true")
-    adapter = {"ether_path": ether_path, "lora_path": lora_path}
-    style = prompt_style or adapted_prompt_style(folder, **adapter)
+    adapter = open_adapter(ether_path, lora_path)
+    style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
     asked = with_system(system, [{"role": "user", "content": "?"}])
@@ -299,7 +300,7 @@ def setup(
     sys.stdin.reconfigure(errors="replace")  # every tokenizer takes U+FFFD
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers
-        model = load_adapted_model(folder, precision, quantize=quantize, device=device, **adapter)
+        model = load_adapted_model(folder, precision, quantize=quantize, device=device, adapter=adapter)
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     conversation = Conversation(model, tokenizer, style, system=system, sampling=sampling)
     kept = "the conversation is kept" if style == CHAT else "every prompt stands alone"

@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from lit_gpt.adapter import (
     TARGETS,
-    AdapterLayer,
     adapter_layers,
     adapter_parameters,
     mark_only_adapter_as_trainable,
 )
+from lit_gpt.checkpoint import meta_model
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
 from lit_gpt.lora import LoraConfig, add_lora
-from lit_gpt.memory import meta_model, share_weights, spread_evenly
+from lit_gpt.memory import share_weights, spread_evenly
 from lit_gpt.model import GPT
 from lit_gpt.quantize import quantize_model
 from lit_gpt.train import compile_blocks
@@ -62,8 +62,7 @@ def choose_variants(
     """Floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
     chosen = {target: target in targets for target in TARGETS}
     variants, left_out = [Variant(FLOOR, None), Variant(LORA, LoraConfig(r=8, **chosen))], []
-    with torch.device("meta"):
-        model = GPT(replace(config, n_layer=1))
+    model = meta_model(replace(config, n_layer=1))
     for method, name in METHOD_NAMES.items():
         for n in oft_blocks if METHODS[method].matrices else blocks:
             adapter = EtherConfig(Htype=method, nb=n, **chosen)
@@ -129,40 +128,12 @@ def product_flops(model: GPT, seq_length: int) -> int:
 
 
 def elementwise_flops(model: GPT, seq_length: int) -> int:
-    """FLOPs that a model's adapters add to a step outside of matrix products; ``layer_flops`` is the formula."""
+    """Return the FLOPs that a model's adapters add to a step outside of matrix products."""
     total = 0.0
     for name, layer in adapter_layers(model):
         share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
-        total += layer_flops(layer, seq_length * share)
+        total += layer.elementwise_flops(seq_length * share)
     return round(total)
-
-
-def layer_flops(layer: AdapterLayer, positions: float) -> float:
-    """FLOPs of one adapter outside of matrix products, forward and backward; multiplying and adding are two.
-
-    - ETHER, ETHER+: for each position and entry of a side, x + update and the same with the gradient (2); beside a
-      bias, for each projection its bias's and that one's derivative (2). Once a step, for each entry of a vector,
-      u / |u|, sum and difference, and their derivatives (13). All else are matrix products.
-    - OFT: for each b x b block, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
-      triangular solves for b right-hand sides (2 b^3). Beside a bias, x - bias, the sum with x and its derivative (3 a
-      position). Products with R, and those in R's derivative, are matrix products.
-    - LoRA: for each output and position, the branch is scaled and added, its gradient scaled (3); its gradient is added
-      to the input's (1 an input).
-    """
-    total = 0.0
-    for name, parameter in layer.own_parameters().items():
-        size = parameter.numel()
-        if name == "lora_A":
-            total += positions * layer.in_features
-        elif name == "lora_B":
-            total += 3 * positions * parameter.size(0)
-        elif layer.method.matrices:
-            block = parameter.size(-1)
-            total += (8 + 8 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
-        else:
-            biased = 0 if layer.bias is None else 2 / parameter.size(-1)
-            total += (positions * (2 / layer.method.tensors + biased) + 13) * size
-    return total
 
 
 def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:

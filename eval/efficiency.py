@@ -20,12 +20,12 @@ import torch
 
 from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config, meta_model
 from lit_gpt.cli import main
 from lit_gpt.config import Config
+from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, prepare_out_dir, write_json
-from lit_gpt.memory import meta_model
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
 # It says "longest sample" for Phi-1.5; 1045 tokens is the one length at which our count of LoRA gives its 6.04, too.

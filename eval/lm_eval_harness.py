@@ -26,8 +26,9 @@ from lm_eval.utils import make_table
 from eval.harness_model import HarnessModel
 from eval.tasks import isolated_harness, load_tasks
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.cli import main
+from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import settled, write_json
 from lit_gpt.generate import evaluation_mode
@@ -142,21 +143,21 @@ def setup(
     problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
     problems.attempt(check_checkpoint_dir, checkpoint_dir)
-    problems.attempt(open_adapter, ether_path, lora_path)
+    adapter = problems.attempt(open_adapter, ether_path, lora_path)
     problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     tasks = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
-    device, adapter = choose_device(), {"ether_path": ether_path, "lora_path": lora_path}
-    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)
+    device = choose_device()
+    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
     results = evaluate(model, tokenizer, tasks=tasks, **options)
-    adapted = f"with {ether_path or lora_path}" if ether_path or lora_path else "no adapter"
+    adapted = f"with {adapter.path}" if adapter else "no adapter"
     print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)
     if save_filepath is not None:
-        settings = {"checkpoint_dir": checkpoint_dir, "adapter": ether_path or lora_path, "data_dir": data_dir}
+        settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, "data_dir": data_dir}
         settings |= {"precision": precision, "quantize": quantize, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot}
         save_results(save_filepath, results, {**settings, **options, "device": str(device)})
 

@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import warnings
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.devices import warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
@@ -32,31 +32,11 @@ CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
-PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""What ``--precision`` may say, and the dtype of the weights."""
-MIXED_PRECISIONS = ("bf16-mixed", "16-mixed")
-"""For training also: fp32 weights, products in half precision."""
-
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
 )  # fmt: skip
-
-
-def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
-    """The dtype of the weights under ``precision``; ``mixed`` allows the mixed ones, whose weights are fp32."""
-    if mixed and precision in MIXED_PRECISIONS:
-        return torch.float32
-    if precision not in PRECISIONS:
-        choices = (*PRECISIONS, *MIXED_PRECISIONS) if mixed else PRECISIONS
-        raise UserError(f"--precision {precision} is unknown here; choices: {', '.join(choices)}")
-    return PRECISIONS[precision]
-
-
-def choose_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
@@ -84,8 +64,14 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
 
 
 def load_config(checkpoint_dir: Path | str) -> Config:
-    """The ``Config`` of a base-shaped folder."""
+    """Read the ``Config`` of a base-shaped folder."""
     return Config.from_json(Path(checkpoint_dir) / CONFIG)
+
+
+def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> GPT:
+    """Return a model on the meta device, which has shapes and no data."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype)
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
@@ -115,7 +101,7 @@ def load_state(path: Path | str) -> dict[str, Any]:
 def load_model(
     checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu", mixed: bool = False
 ) -> GPT:
-    """The model of a base-shaped folder, in evaluation mode.
+    """Load the model of a base-shaped folder, in evaluation mode.
 
     Args:
         checkpoint_dir: the folder.
@@ -126,22 +112,9 @@ def load_model(
     dtype = weights_dtype(precision, mixed=mixed)
     folder = check_checkpoint_dir(checkpoint_dir)
     warn_of_slow_products(precision, torch.device(device))
-    with torch.device("meta"):
-        model = GPT(load_config(folder))
+    model = meta_model(load_config(folder))
     fill_model(model, load_state(folder / WEIGHTS), source=folder / WEIGHTS)
     return model.to(device=device, dtype=dtype).eval()
-
-
-def warn_of_slow_products(precision: str, device: torch.device) -> None:
-    """Say so where this CPU has no instructions for the precision: its products then take 10 times as long and more."""
-    kind = precision.split("-")[0]
-    # Private names, absent from builds without oneDNN: nothing is said there.
-    probes = {"bf16": "_is_mkldnn_bf16_supported", "16": "_is_mkldnn_fp16_supported"}
-    supported = getattr(torch.ops.mkldnn, probes[kind], None) if kind in probes else None
-    if device.type == "cpu" and supported is not None and not supported():
-        print(
-            f"this CPU has no {precision} products and is slow at them; --precision 32-true is faster", file=sys.stderr
-        )
 
 
 def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -> None:
@@ -155,7 +128,7 @@ def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a model's weights, which tells base models apart.
+    """Return a short hash of a model's weights, which tells base models apart.
 
     Names, shapes and three runs of 256 values of each tensor: a memory-mapped file of any size takes a moment.
     """
@@ -248,7 +221,7 @@ def save_prompt_style(checkpoint_dir: Path | str, style: str) -> None:
 
 
 def load_prompt_style(checkpoint_dir: Path | str) -> str:
-    """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
+    """Return the prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
         with reading(folder / PROMPT_STYLE):

@@ -7,6 +7,7 @@ has all of it, and its gradients are averaged once a step.
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -203,6 +204,37 @@ def check_alike(mine: Mapping[str, Any]) -> None:
     }
     if differences:
         raise UserError(f"{'; '.join(sorted(differences))}: give every machine the same command, data and base model")
+
+
+# ------------------------------------------------------------------------------------------------ dtype and device
+PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""What ``--precision`` may say, and the dtype of the weights."""
+MIXED_PRECISIONS = ("bf16-mixed", "16-mixed")
+"""For training also: fp32 weights, products in half precision."""
+
+
+def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
+    """Return the dtype of the weights under ``precision``; ``mixed`` allows the mixed ones, whose weights are fp32."""
+    known = PRECISIONS | (dict.fromkeys(MIXED_PRECISIONS, torch.float32) if mixed else {})
+    if precision not in known:
+        raise UserError(f"--precision {precision} is unknown here; choices: {', '.join(known)}")
+    return known[precision]
+
+
+def choose_device() -> torch.device:
+    """Return a GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def warn_of_slow_products(precision: str, device: torch.device) -> None:
+    """Say so where this CPU has no instructions for the precision: its products then take 10 times as long and more."""
+    # Private names, absent from builds without oneDNN: nothing is said there.
+    probes = {"bf16": "_is_mkldnn_bf16_supported", "16": "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, probes.get(precision.split("-")[0], ""), None)
+    if device.type == "cpu" and supported is not None and not supported():
+        print(
+            f"this CPU has no {precision} products and is slow at them; --precision 32-true is faster", file=sys.stderr
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- sharding

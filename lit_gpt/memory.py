@@ -28,9 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_gpt.adapter_files import make_trainable
-from lit_gpt.checkpoint import weights_dtype
-from lit_gpt.config import Config
-from lit_gpt.devices import compiles_each_size, is_sharded
+from lit_gpt.checkpoint import meta_model
+from lit_gpt.devices import compiles_each_size, is_sharded, weights_dtype
 from lit_gpt.loss import IGNORE_INDEX, MULTIPLE, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.plan import Job, Plan
@@ -196,12 +195,6 @@ def fake_model(base: GPT, job: Job, plan: Plan, device: torch.device) -> GPT:
     model.activation_checkpointing = plan.train.activation_checkpointing
     spread_evenly(model)
     return model.train()
-
-
-def meta_model(config: Config, dtype: torch.dtype) -> GPT:
-    """A model without data."""
-    with torch.device("meta"):
-        return GPT(config).to(dtype)
 
 
 def share_weights(base: GPT, device: torch.device | str | None = None) -> GPT:

@@ -36,11 +36,11 @@ def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str,
     for name, layer in adapter_layers(model):
         for part in (part for part in layer.parts if part.adapted):
             row = {"part": f"{name} {part.suffix}".strip(), "weight_change": weight_change(layer, part)}
-            for side in layer.sides if isinstance(layer, EtherLayer) else ():
+            for side in layer.sides:
                 names = [f"{name}.{own}" for own in layer.names(part, side)]
                 before = [start[full].flatten(0, len(layer.lead)) for full in names]
                 yield row | {"side": side} | block_figures(layer, part, side, before)
-            if not isinstance(layer, EtherLayer):
+            if not layer.sides:
                 yield row
 
 

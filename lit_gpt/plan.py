@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from lit_gpt.adapter_files import KINDS, load_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state, weights_dtype
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
-from lit_gpt.devices import STRATEGIES
+from lit_gpt.devices import STRATEGIES, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
 from lit_gpt.files import file_sha256, settled

@@ -193,8 +193,8 @@ def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
     make_trainable(model, job.kind, job.adapter)
     if job.init_from:
         adapter = load_adapter(job.init_from, job.kind)
-        check_base(adapter, plan.base_dir, source=job.init_from)
-        fill_adapter(model, adapter, source=job.init_from)
+        check_base(adapter, plan.base_dir)
+        fill_adapter(model, adapter)
     model.activation_checkpointing = plan.train.activation_checkpointing
     return model.to(device)
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt import GPT, Config, memory
 from lit_gpt.batches import round_up
-from lit_gpt.checkpoint import load_model
+from lit_gpt.checkpoint import load_model, meta_model
 from lit_gpt.data import length
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.memory import (
@@ -21,7 +21,6 @@ from lit_gpt.memory import (
     Memory,
     estimate_memory,
     frozen_bytes,
-    meta_model,
     remedies,
     share_weights,
     spread_evenly,

@@ -111,7 +111,7 @@ def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
     assert not any(p.is_symlink() for p in merged.iterdir())
 
     idx = torch.arange(60)[None]
-    unmerged = load_adapted_model(work / "base", **{f"{kind}_path": path})(idx)
+    unmerged = load_adapted_model(work / "base", adapter=load_adapter(path, kind))(idx)
     relative = (load_model(merged)(idx) - unmerged).abs().max() / unmerged.abs().max()
     assert relative < 1e-5
     assert "already holds lit_model.pth" in _refused_merge(kind, flags)

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 import torch
 
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import choose_device, load_model
+from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, read_data_config
+from lit_gpt.devices import choose_device
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.files import atomic_write
 
