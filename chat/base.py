@@ -32,7 +32,7 @@ from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
-from lit_gpt.prompts import CHAT, check_style, encode_prompt
+from lit_gpt.prompts import CHAT, encode_prompt
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPT = ">> "
@@ -95,11 +95,6 @@ def answer(
     """
     prompt = encode(tokenizer, style, messages)
     tokenizer.check_ids(prompt, model.config.padded_vocab_size)
-    context = model.config.block_size
-    if len(prompt) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
-        )
     text, times = "", [time.perf_counter()]
 
     def timed(tokens: Iterator[int]) -> Iterator[int]:
@@ -107,16 +102,14 @@ def answer(
             times.append(time.perf_counter())
             yield token
 
-    # Closing gives the model back at once, whatever ended the stream.
-    with closing(
-        generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
-    ) as ids:
+    ids = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
+    full = {model.config.block_size - len(prompt): "context", max_new_tokens: "length"}
+    with closing(ids):  # gives the model back at once, whatever ended the stream
         try:
             for piece in stream_text(tokenizer, timed(ids)):
                 text += piece
                 write(piece)
-            n_tokens = len(times) - 1
-            end = "length" if n_tokens == max_new_tokens else "context" if len(prompt) + n_tokens == context else "done"
+            end = full.get(len(times) - 1, "done")
         except KeyboardInterrupt:
             end = "interrupted"
     start, first, last = times[0], times[:2][-1], times[-1]
@@ -154,10 +147,6 @@ class Conversation:
     cached: list[int] = field(default_factory=list)
     """What the model's cache holds of it, so that a turn costs its own tokens and not the whole conversation's."""
 
-    def messages(self) -> list[Message]:
-        """Return the conversation as the chat template takes it."""
-        return with_system(self.system, self.turns)
-
     def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
         """Answer the next prompt, and remember both where the style is "chat".
 
@@ -177,13 +166,10 @@ class Conversation:
     def fitting(self, turns: list[Message]) -> list[Message]:
         """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""
         context, kept = self.model.config.block_size, list(turns)
-        room = min(self.sampling["max_new_tokens"], context // 4)
-        while (
-            len(kept) > 1 and room + len(encode(self.tokenizer, self.style, with_system(self.system, kept))) > context
-        ):
+        longest = context - min(self.sampling["max_new_tokens"], context // 4)
+        while len(kept) > 1 and len(encode(self.tokenizer, self.style, with_system(self.system, kept))) > longest:
             del kept[:2]
-        if len(kept) < len(turns):
-            dropped = (len(turns) - len(kept)) // 2
+        if dropped := (len(turns) - len(kept)) // 2:
             print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
         return kept
 
@@ -240,19 +226,15 @@ def read_pipe() -> str:
 
 
 def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
-    """Check every flag before weights are loaded.
-
-    Raises:
-        ValueError: one line with all that is wrong.
-    """
-    problems, question = Problems(), [{"role": "user", "content": "?"}]
+    """Raise one ValueError with all that is wrong before weights are loaded; say so if the template hides ``system``."""
+    problems, asked = Problems(), with_system(system if style == CHAT else None, [{"role": "user", "content": "?"}])
     problems.expect(system is None or style == CHAT, f"--system needs --prompt_style chat, the prompt style is {style}")
     problems.attempt(weights_dtype, precision)
     problems.attempt(check_sampling, **sampling)
-    problems.attempt(check_style, style, tokenizer)
-    # Runs the template.
-    problems.attempt(encode, tokenizer, style, with_system(system, question) if style == CHAT else question)
+    problems.attempt(encode, tokenizer, style, asked)  # finds out if there is such a style, and runs the template
     problems.check()
+    if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
+        print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)
 
 
 def setup(
@@ -294,9 +276,6 @@ def setup(
     style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
-    asked = with_system(system, [{"role": "user", "content": "?"}])
-    if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
-        print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)
     sys.stdin.reconfigure(errors="replace")  # every tokenizer takes U+FFFD
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers

@@ -85,19 +85,12 @@ def print_results(results: dict[str, Any]) -> None:
     """Print the harness's tables of tasks, and of groups where there are any; no standard errors of few documents."""
     for column in ("results", "groups"):
         shown = {
-            task: {key: v for key, v in values.items() if documents(results, task) >= 30 or "_stderr" not in key}
+            task: {key: value for key, value in values.items() if "_stderr" not in key or values["sample_len"] >= 30}
             for task, values in results.get(column, {}).items()
         }
         if shown:
             print(make_table({**results, column: shown}, column))
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
-
-
-def documents(results: dict[str, Any], task: str) -> int:
-    """Return the number of documents that a task was, or a group's tasks were, evaluated on."""
-    if task in results["n-samples"]:
-        return results["n-samples"][task]["effective"]
-    return sum(documents(results, name) for name in results["group_subtasks"].get(task, ()))
 
 
 def setup(

@@ -440,7 +440,10 @@ def test_groups_read_local_data_and_are_aggregated(ours, tmp_path):
     found = evaluate(ours.model, ours.tokenizer, tasks=["mmlu_social_sciences"], data_dir=tmp_path)
     sizes = {name: found["n-samples"][name]["effective"] for name in subjects}
     right = sum(found["results"][name]["acc,none"] * size for name, size in sizes.items())
-    assert found["groups"]["mmlu_social_sciences"]["acc,none"] == pytest.approx(right / sum(sizes.values()))
+    group = found["groups"]["mmlu_social_sciences"]
+    assert group["acc,none"] == pytest.approx(right / sum(sizes.values())) and group["sample_len"] == sum(
+        sizes.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -590,9 +593,11 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
 
 
 def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
-    scores = {"acc,none": 0.4321, "acc_stderr,none": 0.1234}
-    found = {"results": {"few": scores, "many": scores, "both": scores}, "groups": {"both": scores, "none": scores}}
-    found |= {"n-samples": {name: {"original": n, "effective": n} for name, n in (("few", 29), ("many", 30))}}
+    def scores(n: int) -> dict:
+        return {"acc,none": 0.4321, "acc_stderr,none": 0.1234, "sample_len": n}
+
+    found = {"results": {"few": scores(29), "many": scores(30), "both": scores(59)}}
+    found |= {"groups": {"both": scores(59), "none": scores(29)}}
     found |= {"versions": {}, "group_subtasks": {"both": ["few", "many"], "none": ["few"]}, "requests": 1, "seconds": 1}
     print_results(found)
     lines = [line for line in capsys.readouterr().out.splitlines() if "0.4321" in line]
