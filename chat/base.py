@@ -226,7 +226,7 @@ def read_pipe() -> str:
 
 
 def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
-    """Raise one ValueError with all that is wrong before weights are loaded; say so if the template hides ``system``."""
+    """Raise one ValueError with all that is wrong before weights are loaded; say if the template hides ``system``."""
     problems, asked = Problems(), with_system(system if style == CHAT else None, [{"role": "user", "content": "?"}])
     problems.expect(system is None or style == CHAT, f"--system needs --prompt_style chat, the prompt style is {style}")
     problems.attempt(weights_dtype, precision)

@@ -157,15 +157,12 @@ class HarnessModel(TemplateLM):
 
     def make_rows(self, requests: list[tuple[Any, list[int], list[int]]]) -> list[Row]:
         """Return the distinct rows that the requests need, cut on the left to the model's context."""
-        requests_of, tail_length = defaultdict(list), defaultdict(int)
+        requests_of, tail_length, longest = defaultdict(list), defaultdict(int), self.max_length
         for number, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a continuation of {len(continuation)} tokens can't be scored by a model whose context holds "
-                    f"{self.max_length}"
-                )
+            if len(continuation) > longest:
+                raise UserError(f"a continuation of {len(continuation)} tokens does not fit the context of {longest}")
             # The last token is only predicted; one more than the context holds can be scored
-            tokens = tuple(self.checked(context + continuation)[-(self.max_length + 1) : -1])
+            tokens = tuple(self.checked(context + continuation)[-(longest + 1) : -1])
             requests_of[tokens].append(number)
             tail_length[tokens] = max(tail_length[tokens], len(continuation))
         cuts = {tokens: len(tokens) - length for tokens, length in tail_length.items()}
@@ -242,23 +239,16 @@ class HarnessModel(TemplateLM):
         """Return one generated text; the context is cut on the left so that the longest answer fits behind it."""
         eos = self.tokenizer.decode([self.eot_token_id], skip_special=False)
         stops = [stop for stop in handle_stop_sequences(settings["until"], eos) if stop]
-        room = self.max_length - settings["max_gen_toks"]
+        length = settings["max_gen_toks"]
+        room = self.max_length - length
         if room < 1:
-            raise UserError(
-                f"the task generates up to {settings['max_gen_toks']} tokens, which leaves no room for its prompt in "
-                f"the model's context of {self.max_length}"
-            )
+            raise UserError(f"the task's answers of up to {length} tokens leave no room in the context for its prompt")
+        prompt = self.checked(self.tok_encode(context)[-room:])
+        sampling = {"temperature": settings.get("temperature", 0.0), "generator": self.generator}
+        sampling |= {"top_k": settings.get("top_k") or None, "top_p": settings.get("top_p")}
+        stop_ids = self.tokenizer.eos_ids  # where the Hugging Face backend stops: not at every end of a turn
         tokens: list[int] = []
-        for token in generate(
-            self.model,
-            self.checked(self.tok_encode(context)[-room:]),
-            max_new_tokens=settings["max_gen_toks"],
-            temperature=settings.get("temperature", 0.0),
-            top_k=settings.get("top_k") or None,
-            top_p=settings.get("top_p"),
-            stop_ids=self.tokenizer.eos_ids,  # where the Hugging Face backend stops: not at every end of a turn
-            generator=self.generator,
-        ):
+        for token in generate(self.model, prompt, max_new_tokens=length, stop_ids=stop_ids, **sampling):
             tokens.append(token)
             text = self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token
             if any(stop in text for stop in stops):

@@ -43,11 +43,7 @@ OLD_MMLU = "hendrycksTest-"
 
 
 def load_tasks(
-    names: Sequence[str],
-    *,
-    data_dir: Path | str | None = None,
-    num_fewshot: int | None = None,
-    run_code: bool = False,
+    names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None, run_code: bool = False
 ) -> dict:
     """Load tasks and their data.
 
@@ -147,9 +143,7 @@ class Splits(datasets.DatasetDict):
     source: str
 
     def __missing__(self, split: str) -> Any:
-        raise UserError(
-            f"data set {self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}"
-        )
+        raise UserError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
 
 
 @contextmanager
@@ -177,7 +171,7 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
             raise explain(error, what, command, local=data_dir is not None) from error
         if isinstance(found, datasets.DatasetDict):
             found = Splits(found)
-            found.source = f"{source}{f' ({configuration})' if configuration else ''}"
+            found.source = f"data set {source}{f' ({configuration})' if configuration else ''}"
         return found
 
     datasets.load_dataset = load_dataset
