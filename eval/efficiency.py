@@ -27,7 +27,7 @@ from lit_gpt.config import Config
 from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import prepare_out_dir, write_json
-from lit_gpt.report import new_figure, save_figure
+from lit_gpt.plots import picture
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
 # It says "longest sample" for Phi-1.5; 1045 tokens is the one length at which our count of LoRA gives its 6.04, too.
@@ -104,18 +104,17 @@ def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, publis
     series = {"this repository": [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in methods]}
     if published:
         series["the paper's code (its Table 1)"] = [row["published_tflops"] or math.nan for row in methods]
-    figure, axes = new_figure()
-    figure.set_size_inches(7.5, 1.1 + 0.4 * len(methods))
-    digits, height = 2 if floor >= 1 else 4, 0.8 / len(series)
-    for index, (name, values) in enumerate(series.items()):
-        middles = [row + height * (index + 0.5) - 0.4 for row in range(len(methods))]
-        axes.bar_label(axes.barh(middles, values, height, label=name), fmt=f"%.{digits}f", padding=3, fontsize=8)
-    axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
-    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
-    axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
-    axes.invert_yaxis()
-    axes.margins(x=0.1, y=0.01)
-    save_figure(figure, path)
+    digits, thickness = 2 if floor >= 1 else 4, 0.8 / len(series)
+    with picture(path, size=(7.5, 1.1 + 0.4 * len(methods))) as axes:
+        for index, (name, values) in enumerate(series.items()):
+            middles = [row - 0.4 + thickness * (index + 0.5) for row in range(len(methods))]
+            bars = axes.barh(middles, values, thickness, label=name)
+            axes.bar_label(bars, fmt=f"%.{digits}f", padding=3, fontsize=8)
+        axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
+        axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+        axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
+        axes.invert_yaxis()
+        axes.margins(x=0.1, y=0.01)
 
 
 def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None) -> Config:

@@ -29,7 +29,7 @@ from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
 from eval.gpu_parts import LATE, Card, Due, Found, Row, explain
 from lit_gpt.files import atomic_write, write_json
-from lit_gpt.plan import timestamp
+from lit_gpt.settings import timestamp
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85

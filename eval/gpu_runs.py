@@ -29,7 +29,7 @@ from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.report import read_metrics
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.run_folder import checkpoint_folders
 
 REPO = Path(__file__).resolve().parents[1]
 QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"

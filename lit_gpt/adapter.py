@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,37 @@ TARGETS = (*QKV, "projection", "mlp", "head")
 """What can be adapted; adapter configs have a boolean field of each name."""
 
 
+class AdapterConfig:
+    """Settings of an adapter; a dataclass, whose fields are the flags of its finetune script.
+
+    ``kind`` names the family of adapters, and begins the flags of all fields but ``unprefixed``.
+    """
+
+    kind: ClassVar[str]
+    unprefixed: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """Return the name of a field's flag."""
+        return name if name in cls.unprefixed else f"{cls.kind}_{name}"
+
+
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a Linear with an adapter of their own: all of them, or those of the query, key or value."""
+    """Some rows of a Linear with an adapter of their own: all of them, or those of the query, key or value.
+
+    Attributes:
+        target: one of ``QKV`` in a fused Linear, else "".
+        index: its place among the Linear's parts.
+        rows: in the weight.
+        size: the number of its rows.
+        adapted: false for those of q, k and v that stay as they are.
+    """
 
     target: str
-    """One of ``QKV`` in a fused Linear, else ""."""
-    start: int
-    stop: int
+    index: int
+    rows: slice
+    size: int
     adapted: bool
 
     @property
@@ -40,28 +63,16 @@ class Part:
         """The end of its parameters' names: q, k or v in a fused Linear, else ""."""
         return self.target[:1]
 
-    @property
-    def index(self) -> int:
-        """Its place among the parts of its Linear."""
-        return "qkv".index(self.suffix)  # torch.compile cannot look it up in a tuple of parts
-
-    @property
-    def rows(self) -> slice:
-        """Its rows in the weight."""
-        return slice(self.start, self.stop)
-
-    @property
-    def size(self) -> int:
-        """The number of its rows."""
-        return self.stop - self.start
-
 
 def cut_parts(linear: nn.Linear, targets: set[str]) -> tuple[Part, ...]:
     """Return the parts of a Linear's rows; of a fused one's, those in ``targets`` are adapted."""
     if not isinstance(linear, QKVLinear):
-        return (Part("", 0, linear.out_features, True),)
-    ends = zip(QKV, linear.sizes, accumulate(linear.sizes), strict=True)
-    return tuple(Part(target, stop - size, stop, target in targets) for target, size, stop in ends)
+        return (Part("", 0, slice(0, linear.out_features), linear.out_features, adapted=True),)
+    stops = accumulate(linear.sizes)
+    return tuple(
+        Part(target, index, slice(stop - size, stop), size, adapted=target in targets)
+        for index, (target, size, stop) in enumerate(zip(QKV, linear.sizes, stops, strict=True))
+    )
 
 
 def rows_in_memory(linear: nn.Linear, weight: Tensor) -> Tensor:
@@ -69,44 +80,32 @@ def rows_in_memory(linear: nn.Linear, weight: Tensor) -> Tensor:
     return deinterleave_qkv(weight, linear.config) if isinstance(linear, QKVLinear) else weight
 
 
-class AdapterLayer(nn.Linear):
-    """A Linear with an adapter; subclasses say what the adapter does.
+class SplitLinear(nn.Linear):
+    """A Linear in another's place, with its weight and bias, which computes its parts one by one.
 
-    ``active`` is false once merged, and while ``adapters_off``: the layer is then a plain Linear.
+    Args:
+        base: the Linear that it replaces.
+        quantized: a ``quantize.QuantizedWeight`` that multiplies in the place of the weight.
+        targets: the parts that are adapted.
     """
 
-    quantized: Any  # a quantize.QuantizedWeight in the place of the weight, or None
-    active: bool = True
-    merged: bool = False
-    sides: tuple[str, ...] = ()
-    """Sides of the weight that are transformed; none where the adapter is a branch beside it."""
-    full_rank: str | None = None
-    """Why ``low_rank`` is impossible, in words; None where it is not."""
-
-    def __init__(self, base: nn.Linear, config: Any, targets: set[str]) -> None:
-        """Take over the weight and bias of ``base``, and make the adapter's parameters for its ``targets``."""
+    def __init__(self, base: nn.Linear, *, quantized: Any = None, targets: set[str] = frozenset()) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias, self.quantized = base.weight, base.bias, getattr(base, "quantized", None)
+        self.quantized, self.bias = quantized or getattr(base, "quantized", None), base.bias
+        self.weight = None if quantized else base.weight
         if isinstance(base, QKVLinear):
             self.sizes, self.config = base.sizes, base.config
-        self.adapter_config, self.parts = config, cut_parts(base, targets)
-        self.make_parameters()
-
-    @property
-    def factory(self) -> dict[str, Any]:
-        """Device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
-        weight = self.weight if self.quantized is None else self.quantized[0].weight
-        return {"device": weight.device, "dtype": working_dtype(weight.dtype)}
-
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the adapter's parameters, by name."""
-        return {name: p for name, p in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
+        self.parts = cut_parts(base, targets)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(..., in) to (..., out), or to q, k and v apart."""
-        outputs = self.adapted(x) if self.active else [self.product(part, x) for part in self.parts]
+        outputs = self.outputs(x)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Return the output of each part."""
+        return [self.product(part, x) for part in self.parts]
 
     def product(self, part: Part, x: Tensor) -> Tensor:
         """Return W x + b of one part."""
@@ -121,6 +120,39 @@ class AdapterLayer(nn.Linear):
     def bias_of(self, part: Part) -> Tensor | None:
         """Return one part's share of the bias."""
         return None if self.bias is None else self.bias[part.rows]
+
+
+class AdapterLayer(SplitLinear):
+    """A Linear with an adapter; subclasses say what the adapter does.
+
+    ``active`` is false once merged, and while ``adapters_off``: the layer is then a plain Linear.
+    """
+
+    active: bool = True
+    merged: bool = False
+    sides: tuple[str, ...] = ()
+    """Sides of the weight that are transformed; none where the adapter is a branch beside it."""
+    full_rank: str | None = None
+    """Why ``low_rank`` is impossible, in words; None where it is not."""
+
+    def __init__(self, base: nn.Linear, config: Any, targets: set[str]) -> None:
+        super().__init__(base, targets=targets)
+        self.adapter_config = config
+        self.make_parameters()
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """Device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
+        weight = self.weight if self.quantized is None else self.quantized[0].weight
+        return {"device": weight.device, "dtype": working_dtype(weight.dtype)}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's parameters, by name."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if name not in ("weight", "bias")}
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Return the output of each part, with its adapter in place."""
+        return self.adapted(x) if self.active else super().outputs(x)
 
     def make_parameters(self) -> None:
         """Register the adapter's parameters, with the values that training starts from."""

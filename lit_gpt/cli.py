@@ -12,9 +12,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import get_args
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr as Secret
 
@@ -26,6 +28,8 @@ GIVEN = "given"
 """The argument of a ``setup`` that no flag sets: the names of the flags on the command line, defaults or not.
 
 Those of a --config file are not among them: --print_config writes all flags, whether they are meant or not."""
+ADAPTER = "adapter"
+"""The argument of a ``setup`` that is an adapter's config, whose fields become flags without a group."""
 CONFIG_HELP = "A YAML file with any of the flags below; a flag on the command line wins, wherever it stands."
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -42,8 +46,26 @@ def build_parser(setup: Callable) -> ArgumentParser:
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    parser.add_function_arguments(setup, as_group=False, skip={GIVEN})
+    for flag, (field, explained) in adapter_flags(setup).items():
+        parser.add_argument(f"--{flag}", type=field.type, default=field.default, help=explained)
+    parser.add_function_arguments(setup, as_group=False, skip={GIVEN, ADAPTER})
     return parser
+
+
+def adapter_flags(setup: Callable) -> dict[str, tuple[Field, str]]:
+    """Return the fields of a setup's adapter config, with their docstrings, by the names of their flags."""
+    config_class = inspect.get_annotations(setup).get(ADAPTER)
+    if config_class is None:
+        return {}
+    helps = {each.arg_name: each.description for each in docstring_parser.parse_from_object(config_class).params}
+    return {config_class.flag(field.name): (field, helps[field.name]) for field in fields(config_class)}
+
+
+def gather_adapter(setup: Callable, values: dict) -> dict:
+    """Return the arguments of a setup, those of its adapter's flags as the config that it takes."""
+    flags = adapter_flags(setup)
+    chosen = {field.name: values.pop(flag) for flag, (field, _) in flags.items()}
+    return values | {ADAPTER: inspect.get_annotations(setup)[ADAPTER](**chosen)} if flags else values
 
 
 def main(setup: Callable, args: Sequence[str] | None = None) -> None:
@@ -73,7 +95,7 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
     if GIVEN in inspect.signature(setup).parameters:
         values[GIVEN] = frozenset(arg[2:].split("=")[0] for arg in args if arg.startswith("--"))
     try:
-        setup(**values)
+        setup(**gather_adapter(setup, values))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except BrokenPipeError:

@@ -17,13 +17,14 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.adapter import (
+    AdapterConfig,
     AdapterLayer,
     Part,
     cut_parts,
@@ -73,21 +74,12 @@ class Method:
         a = parameters[0]
         return self.rotation(a if block_mask is None else a * block_mask.unsqueeze(-1))
 
-    def apply(
-        self,
-        x: Tensor,
-        parameters: Vectors,
-        *,
-        transposed: bool = False,
-        center: Tensor | None = None,
-        block_mask: Tensor | None = None,
-        save_output: bool = False,
-    ) -> Tensor:
-        """Return R x, or with ``transposed`` R^T x, block by block."""
+    def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
+        """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
         if self.matrices:
-            r = self.rotations(parameters, block_mask)
-            return rotate(x, r.mT if transposed else r, center=center)
-        return self.reflect(x, *parameters, center=center, block_mask=block_mask, save_output=save_output)
+            r = self.rotations(parameters, options.get("block_mask"))
+            return rotate(x, r.mT if transposed else r, center=options.get("center"))
+        return self.reflect(x, *parameters, **options)
 
 
 METHODS = {
@@ -100,27 +92,37 @@ BLOCK_LAYOUTS = ("diagonal", "published")
 
 
 @dataclass
-class EtherConfig:
+class EtherConfig(AdapterConfig):
     """What is adapted, and how."""
 
+    kind: ClassVar[str] = "ether"
+    unprefixed: ClassVar[tuple[str, ...]] = ("Htype", "flip_side")
+
     Htype: str = "ether"
-    """``ether``, ``etherplus`` (one-sided), ``etherplusHH`` (two-sided) or ``oft``."""
+    """ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft."""
     nb: int = 1
     """Number of diagonal blocks, n."""
     query: bool = True
+    """Adapt the query projections."""
     key: bool = False
+    """Adapt the key projections."""
     value: bool = True
+    """Adapt the value projections."""
     projection: bool = False
+    """Adapt the attention's output projections."""
     mlp: bool = False
+    """Adapt the MLPs."""
     head: bool = False
+    """Adapt the language model's head."""
     dropout: float = 0.0
-    """Dropout on the layer's input, as published."""
+    """Dropout on the input of adapted layers."""
     block_dropout: float = 0.0
-    """Probability with which a block's R is replaced by I while training; no small change for ``ether``."""
+    """Probability with which a block's R is replaced by I while training; no small change for ether, whose R is never
+    near I."""
     flip_side: bool = False
-    """Move the one-sided transform of a non-square Linear (q, k and v aside) to its smaller side."""
+    """Move the one-sided transform of a non-square Linear to its smaller side."""
     block_layout: str = "diagonal"
-    """``diagonal``, or ``published``: what the original code does on the input side for n > 1."""
+    """diagonal (the paper's), or published (what the original code does for n > 1)."""
 
     def __post_init__(self) -> None:
         if self.Htype not in METHODS:
@@ -323,14 +325,12 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
     sizes: dict[str, int] = {}
     for name, linear, targets in linear_targets(model, config):
         sides = side_order(linear, config)
-        for part in cut_parts(linear, targets):
+        for part in (part for part in cut_parts(linear, targets) if part.adapted):
             label = f"{name} ({part.target})" if part.target else name
-            if part.adapted and "input" in sides:
-                sizes[f"{label} input"] = linear.in_features
-                if config.block_layout == "published" and config.nb > 1:
-                    sizes[f"{label} rows"] = part.size
-            if part.adapted and "output" in sides:
-                sizes[f"{label} output"] = part.size
+            of_side = {"input": linear.in_features, "output": part.size}
+            sizes |= {f"{label} {side}": of_side[side] for side in sides}
+            if "input" in sides and config.block_layout == "published" and config.nb > 1:
+                sizes[f"{label} rows"] = part.size
     shared = math.gcd(*sizes.values())
     legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
     if sizes and config.nb not in legal:

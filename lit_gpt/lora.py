@@ -6,13 +6,14 @@ q, k, v the A of the adapted parts are stacked (r rows each) in ``lora_A``, and 
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.adapter import (
+    AdapterConfig,
     AdapterLayer,
     Part,
     mark_only_adapter_as_trainable,
@@ -24,8 +25,10 @@ from lit_gpt.model import GPT, QKVLinear
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(AdapterConfig):
     """What is adapted, and how."""
+
+    kind: ClassVar[str] = "lora"
 
     r: int = 8
     """Rank."""
@@ -34,11 +37,17 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the input of the low-rank branch."""
     query: bool = True
+    """Adapt the query projections."""
     key: bool = False
+    """Adapt the key projections."""
     value: bool = True
+    """Adapt the value projections."""
     projection: bool = False
+    """Adapt the attention's output projections."""
     mlp: bool = False
+    """Adapt the MLPs."""
     head: bool = False
+    """Adapt the language model's head."""
 
     def __post_init__(self) -> None:
         if self.r < 1:

@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import TARGETS, linear_targets, rows_in_memory
+from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fill_model, load_config, load_state, meta_model
 from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
@@ -95,30 +95,12 @@ class QuantizedWeight(nn.ModuleList):
         return self
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(SplitLinear):
     """A Linear without a weight of its own; ``quantized`` multiplies."""
 
-    def __init__(self, linear: nn.Linear, quantized: QuantizedWeight) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.quantized = None, linear.bias, quantized
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        return self.quantized.product(0, x, self.bias)
-
-
-class QuantizedQKVLinear(QuantizedLinear, QKVLinear):
+class QuantizedQKVLinear(SplitLinear, QKVLinear):
     """The fused query, key and value projection, each quantized by itself."""
-
-    def __init__(self, linear: QKVLinear, quantized: QuantizedWeight) -> None:
-        super().__init__(linear, quantized)
-        self.sizes, self.config = linear.sizes, linear.config
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., d) to q (..., H S), k and v (..., G S)."""
-        biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
-        return tuple(self.quantized.product(index, x, bias) for index, bias in enumerate(biases))
 
 
 def quantize_rows(rows: Tensor, scheme: str, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -157,7 +139,7 @@ def quantize_model(
         kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else QuantizedLinear
         parts = rows_in_memory(linear, state[f"{name}.weight"]).split(getattr(linear, "sizes", linear.out_features))
         quantized = QuantizedWeight(quantize_rows(rows.to(dtype), scheme, device=device) for rows in parts)
-        model.set_submodule(name, kind(linear, quantized))
+        model.set_submodule(name, kind(linear, quantized=quantized))
 
 
 def load_quantized_model(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from hf_models import CASES, build, save
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,6 @@ from lit_gpt.files import read_json, write_json
 from lit_gpt.hf import hf_config, hf_modules, lit_to_hf, parameter_shapes, split_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 # Fields that the original code's lit_config.json has under our names.
 ORIGINAL_FIELDS = (
     "name block_size vocab_size padded_vocab_size n_layer n_head head_size n_embd rotary_percentage parallel_residual "

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_house import ROOT, load_script
+from helpers import ROOT, load_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from eval import gpu_report
 from eval.costs import Variant
@@ -25,7 +26,6 @@ from eval.gpu_runs import Steps, at_fitting_size
 from lit_gpt import GPT, Config
 from lit_gpt.reflections import FORMS
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
 GPU_CARD = Card(torch.device("cuda"), torch.bfloat16, short=False)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import refusal, script, write_base
+from helpers import refusal, script, write_base
 from torch import nn
 
 from lit_gpt import GPT, Config

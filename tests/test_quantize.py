@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, refusal, script, train, work, write_base  # noqa: F401  (work is a fixture)
+from helpers import ROOT, refusal, script, train, write_base
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import GPT, Config
@@ -178,7 +178,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, bpe_dir):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsys, scheme):  # noqa: F811
+def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsys, scheme):
     method = "lora" if scheme == "bnb.fp4" else "etherplusHH"
     kind = "lora" if method == "lora" else "ether"
     summary = train(work, method, tmp_path / "run", "--quantize", scheme)
@@ -226,7 +226,7 @@ def test_the_error_is_that_of_the_products():
         ("etherplusHH", ["--quantize", "bnb.int8", "--ether_block_layout", "published"], "needs the weight itself"),
     ],
 )
-def test_what_cannot_work_is_refused_before_weights_load(work, tmp_path, capsys, method, more, message):  # noqa: F811
+def test_what_cannot_work_is_refused_before_weights_load(work, tmp_path, capsys, method, more, message):
     name = "full" if method == "full" else "ether"
     flags = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(tmp_path / "run"), "--precision", "32-true"]
     flags += [] if method == "full" else ["--Htype", method, "--ether_nb", "2"]
@@ -242,7 +242,7 @@ def test_kernels_that_bitsandbytes_lacks_are_no_noise():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_missing_bitsandbytes_is_told_with_the_command(work, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_missing_bitsandbytes_is_told_with_the_command(work, tmp_path, capsys, monkeypatch):
     train(work, "ether", tmp_path / "run", "--quantize", "bnb.nf4")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     flags = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(tmp_path / "other"), "--quantize"]

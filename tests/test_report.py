@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import refusal, script
+from helpers import refusal, script
 
 from lit_gpt.checkpoint import write_json
 from lit_gpt.cli import main

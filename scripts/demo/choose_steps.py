@@ -4,7 +4,7 @@ Some CPUs multiply bf16 matrices several times faster than fp32, others only emu
 decides. Then a forward and backward pass of the real work (model, adapter, rows of the data) says how many steps fit.
 The answer is one line, "PRECISION STEPS", in a file, so that an interrupted quickstart goes on with the same plan.
 
-    python scripts/demo/plan.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
+    python scripts/demo/choose_steps.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
 """
 
 import sys
@@ -30,7 +30,7 @@ SHORT_STEPS = 4
 
 
 def fastest(action: Callable[[], torch.Tensor], *, repeat: int) -> float:
-    """The shortest of `repeat` runs of `action`, in seconds, after one to warm up."""
+    """Return the shortest of `repeat` runs of `action`, in seconds, after one to warm up."""
     times = []
     for _ in range(repeat + 1):
         start = time.perf_counter()
@@ -40,7 +40,7 @@ def fastest(action: Callable[[], torch.Tensor], *, repeat: int) -> float:
 
 
 def choose_precision(device: torch.device) -> str:
-    """bf16-true where a matrix product of the model's size is faster in bf16, else 32-true."""
+    """Return bf16-true where a matrix product of the model's size is faster in bf16, else 32-true."""
     seconds = {}
     for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16)):
         x, weight = torch.ones(512, 576, device=device, dtype=dtype), torch.ones(1536, 576, device=device, dtype=dtype)
