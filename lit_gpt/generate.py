@@ -124,17 +124,14 @@ def _stream(
 
 def _open_cache(model: GPT, prompt: list[int], *, limit: int, cached: list[int] | None) -> list[int]:
     """Make room for prompt and answer; return the ids of the prompt that the cache holds already, never all of it."""
-    need = len(prompt) + limit
-    if cached is None:
-        model.set_kv_cache(batch_size=1, max_seq_length=need)
-        return []
+    need, held = len(prompt) + limit, [] if cached is None else cached
     cache = model.transformer.h[0].attn.kv_cache
-    if cache is None or cache.k.size(2) < need:
+    if cached is None or cache is None or cache.k.size(2) < need:
         # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
-        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if cached else need))
-        cached.clear()
-    del cached[common_length(cached, prompt[:-1]) :]
-    return cached
+        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if held else need))
+        held.clear()
+    del held[common_length(held, prompt[:-1]) :]
+    return held
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

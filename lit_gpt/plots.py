@@ -1,10 +1,11 @@
-"""The two pictures of runs: one run's losses, and several runs beside each other.
+"""Pictures of runs, one run's losses and several runs beside each other, and the paper for any other picture.
 
 matplotlib is imported when a picture is drawn: it takes as long as the rest of the package.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,16 +53,23 @@ def draw(
     grid: bool = False,
 ) -> None:
     """Write a picture of curves, each with matplotlib's options for its line, over a legend."""
+    with picture(path) as axes:
+        for points, options in curves:
+            axes.plot(*zip(*points, strict=True), **options)
+        axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+        if grid:
+            axes.grid(alpha=0.3)
+
+
+@contextmanager
+def picture(path: Path | str, *, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
+    """Yield axes to draw into, and write the picture with a legend below."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    for points, options in curves:
-        axes.plot(*zip(*points, strict=True), **options)
-    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
-    if grid:
-        axes.grid(alpha=0.3)
+    yield axes
     names = axes.get_legend_handles_labels()[1]
     figure.legend(loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1, fontsize="small")
     with atomic_write(path) as temporary:
