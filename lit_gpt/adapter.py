@@ -25,14 +25,28 @@ TARGETS = (*QKV, "projection", "mlp", "head")
 """What can be adapted; adapter configs have a boolean field of each name."""
 
 
+@dataclass(kw_only=True)
 class AdapterConfig:
-    """Settings of an adapter; a dataclass, whose fields are the flags of its finetune script.
+    """Settings of an adapter, and the flags of its finetune script: those of every adapter.
 
     ``kind`` names the family of adapters, and begins the flags of all fields but ``unprefixed``.
     """
 
     kind: ClassVar[str]
     unprefixed: ClassVar[tuple[str, ...]] = ()
+
+    query: bool = True
+    """Adapt the query projections."""
+    key: bool = False
+    """Adapt the key projections."""
+    value: bool = True
+    """Adapt the value projections."""
+    projection: bool = False
+    """Adapt the attention's output projections."""
+    mlp: bool = False
+    """Adapt the MLPs."""
+    head: bool = False
+    """Adapt the language model's head."""
 
     @classmethod
     def flag(cls, name: str) -> str:

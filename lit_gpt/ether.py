@@ -102,18 +102,6 @@ class EtherConfig(AdapterConfig):
     """ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft."""
     nb: int = 1
     """Number of diagonal blocks, n."""
-    query: bool = True
-    """Adapt the query projections."""
-    key: bool = False
-    """Adapt the key projections."""
-    value: bool = True
-    """Adapt the value projections."""
-    projection: bool = False
-    """Adapt the attention's output projections."""
-    mlp: bool = False
-    """Adapt the MLPs."""
-    head: bool = False
-    """Adapt the language model's head."""
     dropout: float = 0.0
     """Dropout on the input of adapted layers."""
     block_dropout: float = 0.0
