@@ -35,14 +35,13 @@ from lit_gpt.checkpoint import (
     side_files,
     stream_state,
 )
-from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, check_fit, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, interleave_qkv
 from lit_gpt.quantize import describe_merge
-from lit_gpt.settings import check_fit
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.

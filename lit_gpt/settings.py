@@ -6,7 +6,6 @@ is loaded; nothing here trains.
 """
 
 import math
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -20,7 +19,7 @@ from lit_gpt.adapter import AdapterConfig
 from lit_gpt.adapter_files import KINDS, AdapterFile, check_base, load_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
-from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_fit, length, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
@@ -366,20 +365,6 @@ def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, sa
     if len(ids) >= config.block_size:
         raise UserError(f"--eval.sample_prompt has {len(ids)} tokens; the context is {config.block_size}")
     return ids
-
-
-def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: list[Sample]) -> None:
-    """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
-    tokenizer = Tokenizer(base_dir)
-    if tokenizer.sha256 != data["tokenizer_sha256"]:
-        raise UserError(
-            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
-            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
-        )
-    check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
-    longest = max(map(length, samples))
-    if longest > config.block_size:
-        raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 
 
 def check_validation(io: IOArgs, data: dict[str, Any]) -> None:
