@@ -1,20 +1,14 @@
-"""Finetuning with ETHER, OFT, LoRA or all weights: ``finetune`` and its loop, one for all front ends.
+"""Finetune with ETHER, OFT, LoRA or all weights: ``finetune``, behind all front ends, and its loop, the ``Trainer``.
 
-``finetune`` checks everything, loads the base, puts the adapter on, trains, and leaves a run folder:
-
-    lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
-    hparams.yaml                    every setting of the run
-    metrics.csv, loss.png           losses by step
-    monitor.csv                     with --train.monitor true, what lit_gpt/monitor.py measures at validations
-    summary.json                    what the closing lines say; the last file of a run, so a finished one has it
-    checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
+A run leaves a folder: its result (lit_model_ether_finetuned.pth, or of full finetuning final/, a base-shaped folder),
+hparams.yaml, metrics.csv, loss.png, monitor.csv (--train.monitor true), checkpoints/step-N/ (--train.save_interval N),
+and last of all summary.json: a finished run has it.
 
 - The loss is summed over the target tokens of the whole optimizer step and divided once, so that any split into
   micro-batches and processes gives the same gradient.
 - A checkpoint holds all that the rest of the run depends on: it goes on to the very bits that it would have had.
-
-Exit codes: 0 when the run is done or --train.max_time is over, 128 plus its number after a signal (143 SIGTERM, 130
-SIGINT, 138 SIGUSR1, 129 SIGHUP; a checkpoint is written first), 1 for what cannot go on.
+- Exit codes: 0 when the run is done or --train.max_time is over; 128 plus its number after a signal (143 SIGTERM, 130
+  SIGINT, 138 SIGUSR1, 129 SIGHUP), when a checkpoint is written; 1 for what cannot go on.
 """
 
 import math
