@@ -32,7 +32,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
+from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -82,7 +82,7 @@ def synthesised(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
     path = checkpoint_dir / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
-    return {**hf_config(config), **ids}
+    return {**config.to_hf(), **ids}
 
 
 def corrected(described: dict[str, Any], hf_weights: State, config: Config) -> dict[str, Any]:
