@@ -5,13 +5,13 @@ nobody listed works when its class is in ``families``: ``Config.from_hf`` reads 
 of known models says what their ``config.json`` says, for whoever needs a model's sizes without its files.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.families import FAMILIES, REQUIRED
+from lit_gpt.files import read_json
 
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """What ``config.json`` may call a GELU, and what PyTorch calls its approximation."""
@@ -107,7 +107,7 @@ class Config:
 
     @property
     def rope_n_elem(self) -> int:
-        """How many elements of a head are rotated."""
+        """Number of elements of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
 
     @classmethod
@@ -145,7 +145,7 @@ class Config:
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
-            **{key: getattr(self, ours) for ours, (key, _) in family.fields.items()},
+            **{key: getattr(self, ours) for ours, key in family.keys.items()},
             "rope_theta": self.rope_base,
             "vocab_size": self.padded_vocab_size,
             "hidden_act": gelu if self.mlp_class == "GptNeoxMLP" else "silu",
@@ -154,14 +154,8 @@ class Config:
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
         """Read a ``lit_config.json``, ours or one written by the original code (whose extra fields are dropped)."""
-        path = Path(path)
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(stored, dict)
-        except (json.JSONDecodeError, UnicodeDecodeError, AssertionError) as error:
-            raise UserError(f"{path} is not a JSON object ({error}); convert the checkpoint again") from error
         with reading(path):
-            return cls.from_dict(stored)
+            return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Config":
@@ -190,7 +184,7 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     telling = ("norm_class", "mlp_class", "qkv_bias", "shared_attention_norm", "lm_head_bias")
     plain = {field: getattr(Config, field) for field in telling}
     for architecture, family in FAMILIES.items():
-        usual = {**plain, **{ours: default for ours, (_, default) in family.fields.items()}, **family.constants}
+        usual = {**plain, **family.defaults, **family.constants}
         if all(stored.get(field, plain[field]) == usual[field] for field in telling):
             return architecture
     return ""
@@ -213,10 +207,10 @@ def _fields_of(hf: dict[str, Any], name: str) -> dict[str, Any]:
     if hf.get("qk_layernorm"):
         raise UserError(f"{name}: qk_layernorm is not supported")
     family = FAMILIES[architecture]
-    absent = [key for key, default in family.fields.values() if default is REQUIRED and hf.get(key) is None]
+    found = {ours: hf.get(key, family.defaults.get(ours)) for ours, key in family.keys.items()}
+    absent = ", ".join(key for ours, key in family.keys.items() if ours in REQUIRED and found[ours] is None)
     if absent:
-        raise UserError(f"{name}: config.json of a {architecture} has no {', '.join(absent)}")
-    found = {ours: hf.get(key, default) for ours, (key, default) in family.fields.items()}
+        raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
     found.setdefault("rotary_percentage", hf.get("partial_rotary_factor") or 1.0)
     # transformers 5 keeps all of the rotary embedding in rope_parameters, older versions the rest of it at the top.
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
@@ -236,7 +230,7 @@ def _fields_of(hf: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:
-    table = json.loads(Path(__file__).with_name("known_models.json").read_text(encoding="utf-8"))
+    table = read_json(Path(__file__).with_name("known_models.json"))
     models = {}
     for group in table["groups"]:
         for repo_id, sizes in group["models"].items():
