@@ -106,6 +106,11 @@ class Config:
         return self.n_query_groups * self.head_size
 
     @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value projections."""
+        return self.q_size, self.kv_size, self.kv_size
+
+    @property
     def rope_n_elem(self) -> int:
         """Number of elements of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
@@ -172,7 +177,7 @@ class Config:
         return cls(**{key: value for key, value in stored.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Return plain types, for JSON."""
         return asdict(self)
 
 

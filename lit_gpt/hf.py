@@ -137,7 +137,7 @@ def lit_to_hf(weights: State, config: Config) -> State:
 
 def split_qkv(tensor: torch.Tensor, config: Config) -> tuple[torch.Tensor, ...]:
     """Return the q, k and v of the interleaved rows of a file's attention weight or bias."""
-    return deinterleave_qkv(tensor, config).split([config.q_size, config.kv_size, config.kv_size])
+    return deinterleave_qkv(tensor, config).split(config.qkv_sizes)
 
 
 def _join(names: tuple[str, ...], read: Callable[[str], torch.Tensor], config: Config) -> torch.Tensor:
@@ -145,9 +145,9 @@ def _join(names: tuple[str, ...], read: Callable[[str], torch.Tensor], config: C
     parts = [read(name) for name in names]
     if len(parts) == 1:
         return parts[0]
-    rows, wanted = [len(part) for part in parts], [config.q_size, config.kv_size, config.kv_size]
-    if rows != wanted:
-        raise UserError(f"{names[0]} and its k and v have {rows} rows; config.json asks for {wanted}")
+    rows = [len(part) for part in parts]
+    if rows != [*config.qkv_sizes]:
+        raise UserError(f"{names[0]} and its k and v have {rows} rows; config.json asks for {[*config.qkv_sizes]}")
     return interleave_qkv(torch.cat(parts), config)
 
 
