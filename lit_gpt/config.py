@@ -7,12 +7,14 @@ of known models says what their ``config.json`` says, for whoever needs a model'
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, REQUIRED
+from lit_gpt.families import FAMILIES, Family
 from lit_gpt.files import read_json
 
+SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
+"""Fields that every ``config.json`` tells. Of other whole numbers 0 stands for another field's value, or for none."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """What ``config.json`` may call a GELU, and what PyTorch calls its approximation."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
@@ -22,6 +24,7 @@ UNQUANTIZED = "get the unquantized model that they were made of; finetuning quan
 class Config:
     """Sizes and switches of a decoder-only transformer, in Lit-GPT's terms.
 
+    The word beside a field's type is the key that most Hugging Face classes have for it in ``config.json``.
     Grouped-query attention shares one key and one value head among ``n_head / n_query_groups`` query heads: all
     heads have their own at ``n_query_groups == n_head`` (MHA), all share one at ``1`` (MQA).
     """
@@ -30,50 +33,58 @@ class Config:
     """The model's name, for people."""
     architecture: str = "LlamaForCausalLM"
     """The Hugging Face class whose weights these are; empty where none that is known here has such layers."""
-    block_size: int = 4096
+    block_size: Annotated[int, "max_position_embeddings"] = 4096
     """Longest context, in tokens."""
-    vocab_size: int = 32000
+    vocab_size: Annotated[int, "vocab_size"] = 32000
     """Ids that the tokenizer uses; the rows above it are padding."""
     padded_vocab_size: int = 0
     """Rows of the embedding and the head; 0 means ``vocab_size``."""
-    n_layer: int = 32
-    n_head: int = 32
-    n_embd: int = 4096
-    n_query_groups: int = 0
+    n_layer: Annotated[int, "num_hidden_layers"] = 32
+    n_head: Annotated[int, "num_attention_heads"] = 32
+    n_embd: Annotated[int, "hidden_size"] = 4096
+    n_query_groups: Annotated[int, "num_key_value_heads"] = 0
     """Key/value heads; 0 means one for each query head."""
-    head_size: int = 0
+    head_size: Annotated[int, "head_dim"] = 0
     """Size of one head; 0 means ``n_embd / n_head``."""
-    intermediate_size: int = 11008
+    intermediate_size: Annotated[int, "intermediate_size"] = 11008
     """Width of the MLP."""
     mlp_class: str = "LLaMAMLP"
     """``LLaMAMLP`` (SwiGLU), ``GptNeoxMLP`` (GELU) or ``LLaMAMoE`` (SwiGLU experts)."""
-    gelu_approximate: str = "none"
+    gelu_approximate: Annotated[str, "hidden_act"] = "none"
     """``none`` or ``tanh``, for ``GptNeoxMLP``."""
-    n_expert: int = 0
-    n_expert_per_token: int = 0
+    n_expert: Annotated[int, "num_local_experts"] = 0
+    n_expert_per_token: Annotated[int, "num_experts_per_tok"] = 0
     norm_class: str = "RMSNorm"
     """``RMSNorm`` or ``LayerNorm``."""
-    norm_eps: float = 1e-5
-    parallel_residual: bool = False
+    norm_eps: Annotated[float, "rms_norm_eps"] = 1e-5
+    parallel_residual: Annotated[bool, "use_parallel_residual"] = False
     """Attention and MLP read the same residual stream instead of following each other."""
     shared_attention_norm: bool = False
     """The MLP of a parallel block reads the attention's norm (Phi)."""
-    qkv_bias: bool = False
-    proj_bias: bool = False
-    mlp_bias: bool = False
+    qkv_bias: Annotated[bool, "attention_bias"] = False
+    proj_bias: Annotated[bool, "attention_bias"] = False
+    mlp_bias: Annotated[bool, "mlp_bias"] = False
     lm_head_bias: bool = False
-    rotary_percentage: float = 1.0
+    rotary_percentage: Annotated[float, "partial_rotary_factor"] = 1.0
     """Share of each head that is rotated."""
-    rope_base: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_base: Annotated[float, "rope_theta"] = 10000.0
+    rope_scaling: Annotated[dict[str, Any] | None, "rope_scaling"] = None
     """Hugging Face's ``rope_scaling`` of type ``linear`` or ``llama3``."""
-    sliding_window: int | None = None
+    sliding_window: Annotated[int | None, "sliding_window"] = None
     """A query sees this many positions, itself included; all of them when absent."""
-    tie_embeddings: bool = False
+    tie_embeddings: Annotated[bool, "tie_word_embeddings"] = False
     """Embedding and head are one tensor."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        name = self.name or "model"
+        for each in fields(self):  # a config file may hold anything
+            value, plain, least = getattr(self, each.name), type(each.default), int(each.name in SIZES)
+            right = isinstance(value, (int, float) if plain is float else plain) or each.default is None
+            if not right or (plain is int and not least <= value < 2**31):
+                kind = f"an integer of at least {least}" if plain is int else f"a {plain.__name__}"
+                raise UserError(f"{name}: {each.name} is {value!r}, expected {kind}")
+            if plain is float:
+                setattr(self, each.name, float(value))
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
@@ -81,19 +92,7 @@ class Config:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
         kind = (self.rope_scaling or {}).get("rope_type", "default")
         if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"{self.name or 'model'}: rope scaling '{kind}' is not supported (linear and llama3 are)")
-
-    def _check_types(self) -> None:
-        """Raise where a field of a config file is of another type than its default, or a size cannot be one."""
-        for field in fields(self):
-            value, plain = getattr(self, field.name), type(field.default)
-            right = isinstance(value, (int, float) if plain is float else plain) or field.default is None
-            least = int(plain is int and field.default > 0)  # 0 stands for another field's value, or for none
-            if not right or (plain is int and not least <= value < 2**31):
-                kind = f"an integer of at least {least}" if plain is int else f"a {plain.__name__}"
-                raise UserError(f"{self.name or 'model'}: {field.name} is {value!r}, expected {kind}")
-            if plain is float:
-                setattr(self, field.name, float(value))
+            raise UserError(f"{name}: rope scaling '{kind}' is not supported (linear and llama3 are)")
 
     @property
     def q_size(self) -> int:
@@ -130,15 +129,15 @@ class Config:
         raise UserError(f"'{name}' is not a known model; `python scripts/download.py` lists those known")
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], name: str = "") -> "Config":
+    def from_hf(cls, described: dict[str, Any], name: str = "") -> "Config":
         """Read a Hugging Face ``config.json``.
 
         Args:
-            hf: the parsed file; older and newer spellings (``rope_theta``, ``rope_parameters``) are understood.
+            described: the parsed file; older and newer spellings (``rope_theta``, ``rope_parameters``) are understood.
             name: the model's name, for people.
         """
         with reading(f"config.json of {name or 'a model'}"):
-            return cls(name=name, **_fields_of(hf, name or "model"))
+            return cls(name=name, **_fields_of(described, name or "model"))
 
     def to_hf(self) -> dict[str, Any]:
         """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none.
@@ -150,7 +149,7 @@ class Config:
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
-            **{key: getattr(self, ours) for ours, key in family.keys.items()},
+            **{key: getattr(self, ours) for ours, key in _keys(family).items()},
             "rope_theta": self.rope_base,
             "vocab_size": self.padded_vocab_size,
             "hidden_act": gelu if self.mlp_class == "GptNeoxMLP" else "silu",
@@ -173,12 +172,18 @@ class Config:
             stored["architecture"] = _original_architecture(stored)
             if stored.get("rope_condense_ratio", 1) != 1:
                 stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         return cls(**{key: value for key, value in stored.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
         return asdict(self)
+
+
+def _keys(family: Family) -> dict[str, str]:
+    """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
+    keys = {each.name: each.type.__metadata__[0] for each in fields(Config) if get_origin(each.type) is Annotated}
+    return {name: key for name, key in (keys | family.own_keys).items() if name in SIZES or name in family.defaults}
 
 
 def _original_architecture(stored: dict[str, Any]) -> str:
@@ -187,10 +192,10 @@ def _original_architecture(stored: dict[str, Any]) -> str:
         name, layers = stored.get("name"), stored["mlp_class"]
         raise UserError(f"{name}: layers of the original code that are not supported here ({layers}; Gemma)")
     telling = ("norm_class", "mlp_class", "qkv_bias", "shared_attention_norm", "lm_head_bias")
-    plain = {field: getattr(Config, field) for field in telling}
+    plain = {name: getattr(Config, name) for name in telling}
     for architecture, family in FAMILIES.items():
         usual = {**plain, **family.defaults, **family.constants}
-        if all(stored.get(field, plain[field]) == usual[field] for field in telling):
+        if all(stored.get(name, plain[name]) == usual[name] for name in telling):
             return architecture
     return ""
 
@@ -203,22 +208,23 @@ def check_unquantized(hf: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
-def _fields_of(hf: dict[str, Any], name: str) -> dict[str, Any]:
+def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of ``Config`` that a ``config.json`` tells; ``name`` is for errors."""
-    listed = hf.get("architectures")
+    listed = described.get("architectures")
     architecture = listed if isinstance(listed, str) else (listed or [None])[0]
     if architecture not in FAMILIES:
         raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
-    if hf.get("qk_layernorm"):
+    if described.get("qk_layernorm"):
         raise UserError(f"{name}: qk_layernorm is not supported")
     family = FAMILIES[architecture]
-    found = {ours: hf.get(key, family.defaults.get(ours)) for ours, key in family.keys.items()}
-    absent = ", ".join(key for ours, key in family.keys.items() if ours in REQUIRED and found[ours] is None)
+    keys = _keys(family)
+    found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
+    absent = ", ".join(key for ours, key in keys.items() if ours in SIZES and found[ours] is None)
     if absent:
         raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
-    found.setdefault("rotary_percentage", hf.get("partial_rotary_factor") or 1.0)
+    found.setdefault("rotary_percentage", described.get("partial_rotary_factor") or 1.0)
     # transformers 5 keeps all of the rotary embedding in rope_parameters, older versions the rest of it at the top.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
     for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
         found[ours] = rope.pop(key, found[ours])
     rope.setdefault("rope_type", rope.pop("type", "default"))

@@ -7,33 +7,6 @@ directions, and the LoRA export names its modules by them. A class that computes
 from dataclasses import dataclass, field
 from typing import Any
 
-KEYS = {
-    "vocab_size": "vocab_size",
-    "n_embd": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_query_groups": "num_key_value_heads",
-    "block_size": "max_position_embeddings",
-    "rope_base": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "rotary_percentage": "partial_rotary_factor",
-    "sliding_window": "sliding_window",
-    "tie_embeddings": "tie_word_embeddings",
-    "qkv_bias": "attention_bias",
-    "proj_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "norm_eps": "rms_norm_eps",
-    "gelu_approximate": "hidden_act",
-    "head_size": "head_dim",
-    "parallel_residual": "use_parallel_residual",
-    "n_expert": "num_local_experts",
-    "n_expert_per_token": "num_experts_per_tok",
-}
-"""Fields of our ``Config``, with the key that most classes have for it in ``config.json``."""
-REQUIRED = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
-"""Fields that every ``config.json`` has to tell."""
-
 
 @dataclass(frozen=True)
 class Family:
@@ -46,7 +19,7 @@ class Family:
         defaults: the fields that a ``config.json`` of it may tell, and what they are where it leaves them out (the
             defaults of the class in transformers).
         constants: fields that are the same for all its models.
-        own_keys: keys that it calls otherwise than ``KEYS`` does.
+        own_keys: fields that it calls otherwise than ``Config`` says.
     """
 
     model_type: str
@@ -54,11 +27,6 @@ class Family:
     defaults: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
     own_keys: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
-        return {ours: self.own_keys.get(ours, key) for ours, key in KEYS.items() if ours in (*REQUIRED, *self.defaults)}
 
 
 _ANY = dict(n_query_groups=None, rope_base=10000.0, rope_scaling=None, tie_embeddings=False)

@@ -6,7 +6,7 @@ used or named in an error, never skipped. Nothing here knows a format of file: t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import product
 from pathlib import Path
 
@@ -98,9 +98,9 @@ def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config
     if config.tie_embeddings:
         either = [sources[EMBEDDING], sources.pop(HEAD)]
         sources[EMBEDDING] = sources[HEAD] = next((names for names in either if names[0] in blanks), either[0])
-    needed = dict.fromkeys(name for names in sources.values() for name in names)
-    unknown = [name for name in blanks if name not in known and not _BUFFERS.search(name)]
-    _refuse(f"a {config.architecture}", missing=[name for name in needed if name not in blanks], unknown=unknown)
+    needed = [name for names in sources.values() for name in names]
+    given = [name for name in blanks if not _BUFFERS.search(name)]
+    _check_keys(f"a {config.architecture}", given, needed=needed, known=known)
     template = {key: _join(names, blanks.__getitem__, config) for key, names in sources.items()}
     for key, shape in parameter_shapes(config).items():
         _check_shape(sources[key][0], template[key], shape)
@@ -121,10 +121,8 @@ def lit_to_hf(weights: State, config: Config) -> State:
     Raises:
         ValueError: keys missing, or keys that no one expects (an adapter that is not merged).
     """
-    shapes, hf = parameter_shapes(config), {}
-    missing, unknown = [k for k in shapes if k not in weights], [k for k in weights if k not in shapes]
-    names = hf_names(config)
-    _refuse("this lit_config.json", missing=missing, unknown=unknown)
+    shapes, names, hf = parameter_shapes(config), hf_names(config), {}
+    _check_keys("this lit_config.json", weights, needed=shapes, known=shapes)
     for key, shape in shapes.items():
         _check_shape(key, weights[key], shape)
         if len(names[key]) > 1:
@@ -156,12 +154,12 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}; the model's config asks for {tuple(shape)}")
 
 
-def _refuse(who: str, *, missing: list[str], unknown: list[str]) -> None:
+def _check_keys(who: str, given: Collection[str], *, needed: Collection[str], known: Collection[str]) -> None:
     """Raise where keys are missing or left over, naming the first few."""
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-        for what, keys in (("missing", missing), ("not known", unknown))
-        if keys
-    ]
+    problems = []
+    for what, keys, there in (("missing", needed, given), ("not known", given, known)):
+        found = [key for key in dict.fromkeys(keys) if key not in there]
+        if found:
+            problems.append(f"{len(found)} {what} ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''})")
     if problems:
         raise UserError(f"the weights are not those of {who}: {'; '.join(problems)}")
