@@ -39,7 +39,7 @@ KINDS = {
 
 @dataclass
 class AdapterFile:
-    """What an adapter file says; it is opened once in a command, and handed on.
+    """An adapter file's content; it is opened once in a command, and handed on.
 
     Attributes:
         path: the file, for messages.

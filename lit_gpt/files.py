@@ -26,7 +26,7 @@ WEIGHTS = "lit_model.pth"
 # What marks a folder as somebody's result: not to be written into without --overwrite.
 RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
 TEMPORARY = ".ether-tmp-"
-"""How the names of our temporary files and folders begin."""
+"""The beginning of our temporary files' and folders' names."""
 
 # How file systems (NFS, CIFS, Lustre, FUSE, mounted buckets) refuse what they do not do. A full or broken disk is none.
 REFUSALS = {

@@ -26,7 +26,7 @@ from lit_gpt.model import GPT, QKVLinear
 
 @dataclass
 class LoraConfig(AdapterConfig):
-    """What is adapted, and how."""
+    """Settings of LoRA."""
 
     kind: ClassVar[str] = "lora"
 

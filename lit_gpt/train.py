@@ -105,7 +105,7 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
     settings = plan.settings
-    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device, mixed=True)
+    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device)
     make_trainable(model, settings.kind, settings.adapter)
     if plan.init_adapter:
         fill_adapter(model, plan.init_adapter)
