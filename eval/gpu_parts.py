@@ -24,9 +24,9 @@ from torch import Tensor
 
 from eval.costs import LORA, attach
 from lit_gpt.batches import Batching
-from lit_gpt.checkpoint import choose_device
 from lit_gpt.config import Config
 from lit_gpt.data import Sample
+from lit_gpt.devices import choose_device
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT

@@ -19,17 +19,16 @@ from torch import nn
 
 from eval.costs import FLOOR, LORA, METHOD_NAMES, Variant, add_ratios, choose_variants, measure, random_models
 from eval.gpu_parts import LATE, Card, Found, Row, copy_bandwidth, in_turn, name_of, random_samples
-from lit_gpt.checkpoint import load_state, save_state
+from lit_gpt.checkpoint import load_state, meta_model, save_state
 from lit_gpt.config import Config
 from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
 from lit_gpt.ether import EtherConfig
 from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
-from lit_gpt.memory import meta_model
 from lit_gpt.model import GPT
 from lit_gpt.report import read_metrics
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.run_folder import checkpoint_folders
 from lit_gpt.train import compile_blocks
 
 REPO = Path(__file__).resolve().parents[1]

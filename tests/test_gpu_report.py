@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from eval import gpu_report
 from eval.gpu_parts import BARS, Card, Row, compare, describe, in_turn, largest_error, seconds_of
@@ -23,7 +24,6 @@ from eval.gpu_report import FAULTS, PARTS, UNFINISHED, Part, draw, notes_on, rec
 from eval.gpu_runs import at_fitting_size, step_tables
 from lit_gpt import GPT, Config
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
 GPU_CARD = Card(torch.device("cuda"), torch.bfloat16, short=False)
 
