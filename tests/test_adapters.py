@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import MODELS, SIZES, TARGETS, adapted_model, dense, relative
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,39 +35,7 @@ from lit_gpt.model import QKVLinear
 from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, thin_factors, unit, use_form
 
 GOLDEN = Path(__file__).parent / "golden"
-TARGETS = ("query", "key", "value", "projection", "mlp", "head")
-SIZES = dict(n_layer=2, n_head=4, n_embd=24, intermediate_size=40, vocab_size=48, block_size=32)
-MODELS = {
-    "mha_bias": dict(
-        norm_class="LayerNorm", mlp_class="GptNeoxMLP", qkv_bias=True, proj_bias=True, mlp_bias=True, lm_head_bias=True
-    ),
-    "gqa_tied": dict(n_query_groups=2, tie_embeddings=True),
-    "mqa_odd_head": dict(n_query_groups=1, head_size=8),
-    # Every expert for every token: in half precision a choice may flip with the last digit of a score.
-    "moe": dict(n_query_groups=2, mlp_class="LLaMAMoE", n_expert=3, n_expert_per_token=3),
-}
 IDX = torch.arange(2 * 12).remainder(48).view(2, 12)
-
-
-def build(model: str, method: str, *, dtype=torch.float32, started: bool = False, **options) -> GPT:
-    """A random model with an adapter of random values (as it starts, where ``started``) on the targets given."""
-    torch.manual_seed(0)
-    gpt = GPT(Config(**SIZES, **MODELS[model])).to(dtype)
-    wanted = options.pop("targets", TARGETS)
-    targets = {target: target in wanted for target in TARGETS}
-    if method == "lora":
-        add_lora(gpt, LoraConfig(r=3, **targets))
-    else:
-        add_ether(gpt, EtherConfig(Htype=method, nb=options.pop("nb", 2), **targets, **options))
-    if not started:
-        with torch.no_grad():
-            for parameter in adapter_parameters(gpt).values():
-                parameter.copy_(torch.randn_like(parameter) * (0.2 if method == "lora" else 1.0))
-    return gpt.eval()
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 ALL = [*METHODS, "lora"]
@@ -79,7 +48,7 @@ IDENTITY_START = [name for name in ALL if name != "ether"]
 def test_starts_as_the_base_bit_for_bit(method, model, dtype):
     torch.manual_seed(0)
     base = GPT(Config(**SIZES, **MODELS[model])).to(dtype).eval()
-    gpt = build(model, method, dtype=dtype, started=True)
+    gpt = adapted_model(model, method, dtype=dtype, started=True)
     with torch.no_grad():
         assert torch.equal(gpt(IDX), base(IDX))
         with adapters_off(gpt):
@@ -88,7 +57,7 @@ def test_starts_as_the_base_bit_for_bit(method, model, dtype):
 
 @pytest.mark.parametrize("method", ["etherplus", "etherplusHH", "oft"])
 def test_starts_as_the_base_in_the_published_layout(method):
-    gpt = build("gqa_tied", method, started=True, block_layout="published")
+    gpt = adapted_model("gqa_tied", method, started=True, block_layout="published")
     with torch.no_grad(), adapters_off(gpt):
         base = gpt(IDX)
     with torch.no_grad():
@@ -141,7 +110,7 @@ def test_laws(method, model, layout, target, dtype):
     """Off is the base; only the adapter trains, and all of it; saved is loaded; merged is unmerged; twice is once."""
     options = {} if layout is None else dict(block_layout=layout)
     options["targets"] = TARGETS if target == "all" else (target,)
-    gpt = build(model, method, dtype=dtype, **options)
+    gpt = adapted_model(model, method, dtype=dtype, **options)
     torch.manual_seed(0)
     base = GPT(Config(**SIZES, **MODELS[model])).to(dtype).eval()
     mark_only_ether_as_trainable(gpt)
@@ -158,7 +127,7 @@ def test_laws(method, model, layout, target, dtype):
         with adapters_off(gpt):
             assert torch.equal(gpt(IDX), base(IDX))
         assert relative(unmerged, base(IDX)) > 1e-4, "the adapter does nothing"
-        reloaded = build(model, method, dtype=dtype, started=True, **options)
+        reloaded = adapted_model(model, method, dtype=dtype, started=True, **options)
         reloaded.load_state_dict(gpt.state_dict())
         assert torch.equal(reloaded(IDX), unmerged)
         merge_ether_weights(gpt)
@@ -173,7 +142,7 @@ def test_laws(method, model, layout, target, dtype):
 @pytest.mark.parametrize("nb", [1, 2, 4])
 def test_equals_the_dense_block_diagonal_formula(method, nb):
     """W' = R_out W R_in with R = torch.block_diag(R_1 .. R_n), written out from the paper's equations."""
-    gpt = build("gqa_tied", method, dtype=torch.float64, nb=nb)
+    gpt = adapted_model("gqa_tied", method, dtype=torch.float64, nb=nb)
     for name, layer in adapter_layers(gpt):
         for part in layer.parts:
             weight = layer.weight[part.rows]
@@ -184,16 +153,6 @@ def test_equals_the_dense_block_diagonal_formula(method, nb):
                 weight = weight @ r if side == "input" else r @ weight
             merged = layer.merged_rows(part, layer.weight[part.rows])
             torch.testing.assert_close(merged, weight, rtol=1e-10, atol=1e-12, msg=f"{name}{part.suffix}")
-
-
-def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
-    """One block of R as a matrix."""
-    eye = torch.eye(vectors[0].size(-1), dtype=vectors[0].dtype)
-    if method == "oft":
-        s = (vectors[0] - vectors[0].T) / 2
-        return (eye + s) @ torch.linalg.inv(eye - s)
-    outer = [torch.outer(v, v) / v.dot(v) for v in vectors]
-    return eye - 2 * outer[0] if method == "ether" else eye - outer[0] + outer[1]
 
 
 @pytest.mark.parametrize("save_output", [False, True])
@@ -249,7 +208,7 @@ def test_nothing_of_a_weights_size_is_made(method, nb, attention, layout, dtype)
 @pytest.mark.parametrize("layout", ["diagonal", "published"])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_without_a_graph_break(method, layout):
-    gpt = build("gqa_tied", method, block_layout=layout)
+    gpt = adapted_model("gqa_tied", method, block_layout=layout)
     mark_only_ether_as_trainable(gpt)
     parameters = list(adapter_parameters(gpt).values())
     results = []
@@ -265,7 +224,7 @@ def test_compiles_without_a_graph_break(method, layout):
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_equal_those_through_the_merged_weight(method, layout):
     """The activations' side and the weight's side are the same function of the adapter's parameters."""
-    gpt = build("gqa_tied", method, dtype=torch.float64, block_layout=layout, targets=("query", "mlp"))
+    gpt = adapted_model("gqa_tied", method, dtype=torch.float64, block_layout=layout, targets=("query", "mlp"))
     layer = dict(adapter_layers(gpt))[
         "transformer.h.0.attn.attn" if METHODS[method].two_sided else "transformer.h.0.mlp.fc_1"
     ]
@@ -294,7 +253,7 @@ def test_ether_and_oft_are_orthogonal_and_ether_plus_is_bounded():
 
 
 def test_start_of_u_is_drawn_as_the_original_draws_it():
-    gpt = build("mha_bias", "ether", started=True)
+    gpt = adapted_model("mha_bias", "ether", started=True)
     for name, layer in adapter_layers(gpt):
         for own, parameter in layer.own_parameters().items():
             fused = isinstance(layer, QKVLinear)
@@ -304,7 +263,7 @@ def test_start_of_u_is_drawn_as_the_original_draws_it():
 
 
 def test_head_adapter_leaves_a_tied_embedding_alone():
-    gpt = build("gqa_tied", "etherplusHH", targets=("head",))
+    gpt = adapted_model("gqa_tied", "etherplusHH", targets=("head",))
     embedding = gpt.transformer.wte.weight.clone()
     assert gpt.lm_head.weight is gpt.transformer.wte.weight
     merge_ether_weights(gpt)
@@ -336,7 +295,7 @@ def test_parameter_counts_of_llama_2_7b(config, count):
 
 @pytest.mark.parametrize("block_dropout", [0.0, 0.5])
 def test_dropout_acts_in_training_alone(block_dropout):
-    gpt = build("gqa_tied", "etherplusHH", dropout=0.5 - block_dropout, block_dropout=block_dropout)
+    gpt = adapted_model("gqa_tied", "etherplusHH", dropout=0.5 - block_dropout, block_dropout=block_dropout)
     with torch.no_grad():
         evaluated = gpt(IDX)
         assert torch.equal(gpt(IDX), evaluated)
@@ -345,7 +304,7 @@ def test_dropout_acts_in_training_alone(block_dropout):
 
 def test_an_adapter_file_carries_itself(tmp_path):
     config = EtherConfig("etherplusHH", nb=2, query=False, key=True, value=False, mlp=True)
-    gpt = build("gqa_tied", "etherplusHH", targets=("key", "mlp"))
+    gpt = adapted_model("gqa_tied", "etherplusHH", targets=("key", "mlp"))
     save_adapter(
         tmp_path / "a.pth",
         gpt,
@@ -358,7 +317,7 @@ def test_an_adapter_file_carries_itself(tmp_path):
     assert (adapter.config, adapter.prompt_style) == (config, "alpaca")
     torch.manual_seed(0)
     other = GPT(Config(**SIZES, **MODELS["gqa_tied"])).eval()
-    attach_adapter(other, adapter, source="a.pth")
+    attach_adapter(other, adapter)
     assert torch.equal(other(IDX), gpt(IDX))
     with pytest.raises(ValueError, match="holds an ETHER adapter; a LoRA one was expected"):
         load_adapter(tmp_path / "a.pth", "lora")
@@ -378,7 +337,7 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
     assert flags == (made["Htype"], made["ether_nb"], made["flip_side"], "published")
     gpt = GPT(Config.from_json(case.parent / "lit_config.json")).eval()
     gpt.load_state_dict(torch.load(case.parent / "lit_model.pth", weights_only=True))
-    attach_adapter(gpt, adapter, source=case)
+    attach_adapter(gpt, adapter)
     expected = load_file(case / "logits.safetensors")
     with torch.no_grad():
         assert relative(gpt(expected["input_ids"]), expected["logits"]) < 1e-5
@@ -391,7 +350,7 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
 @pytest.mark.parametrize("targets", [TARGETS, ("head",), ("head", "query"), ("query",), ("projection", "mlp")])
 def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method, targets):
     """With the head's tensor first, which has one dimension less than q's, OFT was read as ETHER."""
-    state = adapter_state(build(model, method, targets=targets))
+    state = adapter_state(adapted_model(model, method, targets=targets))
     for names in (sorted(state), sorted(state, reverse=True)):
         found = infer_ether_config({name: state[name] for name in names})
         assert (found.Htype, found.nb) == (method, 2)
@@ -399,19 +358,19 @@ def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method,
 
 
 def test_refusals_say_what_to_do():
-    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: products, triton"):
-        build("mha_bias", "ether")(IDX)
+    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: triton, products"):
+        adapted_model("mha_bias", "ether")(IDX)
     with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
         EtherConfig(Htype="etherplusH")
     with pytest.raises(
         ValueError, match=r"5 blocks do not divide .* of size .*; legal for all chosen targets: 1, 2, 4, 8"
     ):
-        build("mha_bias", "ether", nb=5)
+        adapted_model("mha_bias", "ether", nb=5)
     with pytest.raises(ValueError, match="no adapter target is enabled"):
-        build("mha_bias", "ether", targets=())
+        adapted_model("mha_bias", "ether", targets=())
     with pytest.raises(ValueError, match="already has an adapter"):
-        add_lora(build("mha_bias", "ether"), LoraConfig())
-    gpt = build("mha_bias", "ether")
+        add_lora(adapted_model("mha_bias", "ether"), LoraConfig())
+    gpt = adapted_model("mha_bias", "ether")
     next(iter(adapter_parameters(gpt).values())).data.zero_()
     with pytest.raises(ValueError, match="zero vector"):
         merge_ether_weights(gpt)

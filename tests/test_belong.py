@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_bpe_tokenizer
-from test_tokenizer import edit_json
-from test_train import QUICK, refusal, script, write_base
+from helpers import QUICK, edit_json, refusal, script, write_base, write_bpe_tokenizer
 
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare

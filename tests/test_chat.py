@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_model, write_folder
 
 from chat.base import Conversation, answer, encode, setup
-from lit_gpt import GPT, Config
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style, save_state
+from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
-from lit_gpt.files import write_json
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "chat" / "base.py"
+SIZES = dict(n_embd=64, intermediate_size=128, block_size=256)
 TALK = [
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "The capital of France is Paris. 🗼 巴黎"},
@@ -35,26 +35,12 @@ TALK = [
 ]
 
 
-def write_folder(folder: Path, model: GPT, tokenizer_dir: Path) -> Path:
-    """Save a model and a tokenizer as a base-shaped folder."""
-    shutil.copytree(tokenizer_dir, folder)
-    write_json(folder / "lit_config.json", model.config.to_dict())
-    save_state(model.state_dict(), folder / "lit_model.pth")
-    return folder
-
-
-def tiny_model(**overrides) -> GPT:
-    torch.manual_seed(0)
-    sizes = dict(block_size=256, vocab_size=400, n_layer=2, n_head=4, n_embd=64, n_query_groups=2)
-    return GPT(Config(**(sizes | dict(intermediate_size=128) | overrides)))
-
-
 @pytest.fixture(scope="module")
 def trained_dir(bpe_dir, tmp_path_factory) -> Path:
     """A model that knows one conversation by heart, from the `messages` encoding of the training data."""
     samples = encode_rows(Tokenizer(bpe_dir), [(1, {"messages": TALK})], style="chat", mask_inputs=True)
     idx, targets = collate(samples)
-    model = tiny_model()
+    model = tiny_model(**SIZES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(120):
         loss = model(idx, targets=targets) / (targets != -100).sum()
@@ -68,7 +54,7 @@ def trained_dir(bpe_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def endless_dir(bpe_dir, tmp_path_factory) -> Path:
     """A random model that never ends an answer."""
-    model = tiny_model(block_size=50_000, lm_head_bias=True)
+    model = tiny_model(**SIZES | dict(block_size=50_000, lm_head_bias=True))
     model.lm_head.bias.data[list(Tokenizer(bpe_dir).stop_ids)] = -1e9
     return write_folder(tmp_path_factory.mktemp("chat") / "endless", model, bpe_dir)
 
@@ -148,9 +134,10 @@ def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained
     model.config.block_size = 128
     talk = Conversation(model, tokenizer, "chat", system="Be brief", sampling={"max_new_tokens": 20})
     for number in range(9):
-        talk.ask(f"question number {number}", lambda piece: None)
+        reply = talk.ask(f"question number {number}", lambda piece: None)
     assert "the conversation outgrew the context" in capsys.readouterr().err
-    assert talk.messages()[0] == {"role": "system", "content": "Be brief"}
+    asked = encode(tokenizer, "chat", [{"role": "system", "content": "Be brief"}, *talk.turns[:-1]])
+    assert reply.prompt_tokens == len(asked)
     assert talk.turns[-2]["content"] == "question number 8" and talk.turns[0]["role"] == "user"
     assert 2 <= len(talk.turns) < 18
     before = list(talk.turns)
@@ -171,7 +158,7 @@ def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, t
     messages = [TALK[0], {"role": "assistant", "content": text}, *TALK[2:]]
     (sample,) = encode_rows(tokenizer, [(1, {"messages": messages})], style="chat", mask_inputs=True)
     ids, learned = sample["input_ids"].tolist(), (sample["labels"] != -100).tolist()
-    model = tiny_model(block_size=512)
+    model = tiny_model(**SIZES | dict(block_size=512))
     begin = learned.index(True)
     end = learned.index(False, begin)
 
@@ -264,7 +251,7 @@ def test_samples_through_a_pipe_are_those_of_the_seed(endless_dir, pipe):
 
 def test_each_mistake_is_one_line_and_ends_with_an_error(trained_dir, spm_dir, tmp_path, pipe):
     ok = ("--checkpoint_dir", trained_dir)
-    plain_dir = write_folder(tmp_path / "plain", tiny_model(), spm_dir)
+    plain_dir = write_folder(tmp_path / "plain", tiny_model(**SIZES), spm_dir)
     save_prompt_style(shutil.copytree(trained_dir, tmp_path / "odd"), "odd")
     for prompt, args, message in (
         ("Hi", ("--checkpoint_dir", tmp_path / "no"), "is not a folder"),

@@ -7,9 +7,8 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from test_house import SOURCES, relative
-from test_train import command as train_command
-from test_train import refusal, script, train, work, write_base
+from helpers import SOURCES, refusal, relative_path, script, train, write_base
+from helpers import command as train_command
 
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import main
@@ -17,8 +16,6 @@ from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.tokenizer import Tokenizer
-
-__all__ = ["work"]  # a fixture
 
 CURABLE = {
     "a setting": (UserError("--n 0: expected 1 or more"), "--n 0: expected 1 or more"),
@@ -135,7 +132,7 @@ def test_printed_commands_can_be_pasted(tmp_path):
     assert words[2:] == ["--checkpoint_dir", str(tmp_path / "my model"), "--ether_path", "it's.pth"]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
+@pytest.mark.parametrize("path", SOURCES, ids=relative_path)
 def test_every_printed_command_is_quoted(path):
     """A path with a space inside a command of an f-string would be two words of the shell."""
     text = path.read_text(encoding="utf-8")

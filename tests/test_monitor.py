@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_adapters import build, dense
+from helpers import adapted_model, dense
 
 from lit_gpt.adapter import adapter_layers, adapter_state
 from lit_gpt.ether import METHODS, EtherLayer
@@ -13,8 +13,8 @@ from lit_gpt.monitor import COLUMNS, measure, summarise
 
 @pytest.mark.parametrize("method", [*METHODS, "lora"])
 def test_figures_are_those_of_the_dense_matrices(method):
-    start = adapter_state(build("gqa_tied", method, started=True))
-    gpt = build("gqa_tied", method)
+    start = adapter_state(adapted_model("gqa_tied", method, started=True))
+    gpt = adapted_model("gqa_tied", method)
     layers = dict(adapter_layers(gpt))
     rows = list(measure(gpt, start))
     assert {name for row in rows for name in row} <= set(COLUMNS)
@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_dense_matrices(method):
 
 
 def test_nothing_has_moved_at_the_start():
-    gpt = build("mha_bias", "etherplusHH", started=True)
+    gpt = adapted_model("mha_bias", "etherplusHH", started=True)
     rows = list(measure(gpt, adapter_state(gpt)))
     assert {row["weight_change"] for row in rows} == {0.0}
     assert max(row["distance_max"] for row in rows) < 1e-6

@@ -8,30 +8,28 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from test_resume import PROCESSES, Training, in_process, same_result, wait_for
-from test_train import ROOT, command, losses_of, refusal, train, write_work
+from helpers import (
+    PROCESSES,
+    ROOT,
+    Training,
+    command,
+    free_port,
+    in_process,
+    losses_of,
+    refusal,
+    same_result,
+    train,
+    wait_for,
+)
 
-from lit_gpt.devices import launch_variables
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.launch import PATIENCE, launch_variables
+from lit_gpt.run_folder import checkpoint_folders
 
 LONG = ["--train.max_steps", "60", "--train.epochs", "9", "--train.save_interval", "10", "--eval.interval", "7"]
 NODES = ["--devices", "1", "--num_nodes", "2"]
 STEP = {"JOB_ID": "7", "NTASKS": "2", "STEP_ID": "0", "STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "1", "NODEID": "0"}
 STEP |= {"STEP_NODELIST": "127.0.0.1"}
 ENDED = r"error: another process of this run has ended, see its message; the last checkpoint is \S+: --resume true"
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir) -> Path:
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("nodes"), bpe_dir)
-
-
-def free_port() -> str:
-    """A port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def srun(**changes: str) -> dict[str, str]:
@@ -77,10 +75,8 @@ def agents(work, out: Path, *more: str) -> list[Agent]:
 
 def node_process(cwd: Path, patience: float, *arguments) -> None:
     """What a process of a machine of its own does: in its own folder, with so many seconds of patience."""
-    from lit_gpt import train as train_module
-
     os.chdir(cwd)
-    train_module.PATIENCE["ether"] = timedelta(seconds=patience)
+    PATIENCE["ether"] = timedelta(seconds=patience)
     in_process(*arguments)
 
 

@@ -3,14 +3,12 @@
 import re
 import shlex
 from functools import cache
-from pathlib import Path
 
 import pytest
-from test_house import SCRIPTS, load_script
+from helpers import ROOT, SCRIPTS, load_script
 
 from lit_gpt.cli import build_parser
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = ("lit_gpt", "finetune", "scripts", "chat", "eval")
 OWN_COMMANDS = ("conda", "pip", "grep", "python", "bash")

@@ -1,103 +1,40 @@
 """Runs that are killed, stopped, starved and tampered with: the scripts' own setup, in processes of their own."""
 
-import csv
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import command, losses_of, refusal, script, train, write_base, write_work
+from helpers import (
+    ADAPTER,
+    Training,
+    command,
+    losses_of,
+    refusal,
+    same_result,
+    script,
+    train,
+    two_processes,
+    unfinished,
+    wait_for,
+    write_base,
+)
 
-from lit_gpt import run as run_module
-from lit_gpt.adapter_files import load_adapter
-from lit_gpt.checkpoint import load_model
+from lit_gpt import train as train_module
+from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
-from lit_gpt.resume import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
+from lit_gpt.files import file_sha256, read_json, write_json
+from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
 
-ADAPTER = "lit_model_ether_finetuned.pth"
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
-
-
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
 LONG += ["--eval.interval", "7"]
-PROCESSES = multiprocessing.get_context("forkserver")  # a fresh process in a moment: the imports are done in the server
-PROCESSES.set_forkserver_preload(["lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
-
-
-class Training:
-    """A run in a process of its own; what it says goes to a file."""
-
-    def __init__(self, work, out: Path, *more: str, rank: int = 0, environment: dict[str, str] | None = None) -> None:
-        self.log = out.with_suffix(f".log{rank}")
-        arguments = (*command(work, "etherplusHH", out, *more), self.log, environment or {})
-        self.process = PROCESSES.Process(target=in_process, args=arguments)
-        self.process.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return self.process.is_alive()
-
-    def end(self, number: int | None = None) -> tuple[int, str]:
-        """Send a signal, if any, and wait; returns the exit code and all that was said."""
-        if number and self.alive:
-            os.kill(self.process.pid, number)
-        self.process.join()
-        return self.process.exitcode, self.log.read_text()
-
-
-def in_process(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """What the process does."""
-    os.environ.update(environment)
-    for number in (signal.SIGHUP, signal.SIGUSR1):  # as from a terminal, however the tests were started
-        signal.signal(number, signal.SIG_DFL)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    main(script(name), arguments)
-
-
-def two_processes(work, out: Path, *more: str) -> list[Training]:
-    """A run of two processes on the CPU, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [
-        Training(
-            work, out, "--devices", "2", *more, rank=rank, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in ("0", "1")
-    ]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Until it holds, but not for longer."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
-
-
-def rows_without_time(out: Path) -> list[dict]:
-    """metrics.csv without its timing column."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((out / "metrics.csv").open())]
-
-
-def same_result(one: Path, other: Path) -> bool:
-    """Adapter and metrics are the same, bit for bit."""
-    a, b = (load_adapter(folder / ADAPTER, "ether").state for folder in (one, other))
-    return all(torch.equal(a[n], b[n]) for n in a) and rows_without_time(one) == rows_without_time(other)
 
 
 def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int]:
@@ -116,12 +53,6 @@ def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int
     code, text = Training(work, out, *more, "--resume", "true").end()
     assert code == 0, text
     return hits, in_save
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir) -> Path:
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("resume"), bpe_dir)
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +113,13 @@ def test_under_nohup_the_end_of_the_terminal_is_not_a_request(monkeypatch):
 
 def test_a_signal_while_the_result_is_written_does_not_lose_it(work, tmp_path, monkeypatch):
     """A run without checkpoints has nothing else to go on from."""
-    write = run_module.write_summary
+    write = train_module.write_summary
 
     def signalled(*args) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write(*args)
 
-    monkeypatch.setattr(run_module, "write_summary", signalled)
+    monkeypatch.setattr(train_module, "write_summary", signalled)
     assert train(work, "ether", tmp_path / "run")["steps"] == 6
 
 
@@ -260,11 +191,23 @@ def test_a_resumed_run_refuses_what_would_change_its_result(work, tmp_path, caps
     train(work, "ether", out, "--train.save_interval", "2", "--eval.sample_interval", "3", "--resume", "true")
 
 
-def unfinished(work, out: Path) -> None:
-    """A run of six steps with a checkpoint after the third, as if killed there."""
-    train(work, "ether", out, "--train.save_interval", "3")
-    (out / "summary.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "step-000006")
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(work, tmp_path):
+    """Its position had short names, and its settings an option that is gone."""
+    out, names = tmp_path / "run", {name: old for old, name in train_module.STORED_NAMES.items()}
+    train(work, "ether", tmp_path / "whole", "--train.save_interval", "3")
+    unfinished(work, out)
+    folder = checkpoint_folders(out)[0]
+    state = load_state(folder / "state.pth")
+    state["position"] = {names.get(name, name): value for name, value in state["position"].items()}
+    state["settings"]["train"]["group_by_length"] = False
+    save_state(state, folder / "state.pth")
+    manifest = read_json(folder / "manifest.json")
+    manifest["state.pth"] = {
+        "bytes": (folder / "state.pth").stat().st_size, "sha256": file_sha256(folder / "state.pth")
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
+    train(work, "ether", out, "--train.save_interval", "3", "--resume", "true")
+    assert same_result(out, tmp_path / "whole")
 
 
 def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsys, bpe_dir):

@@ -1,11 +1,10 @@
 """The tokenizer against transformers' on the same folders: ids, texts, and rendered conversations."""
 
-import json
 import random
 import shutil
 
 import pytest
-from conftest import CHATML, sample_text, write_spm_tokenizer
+from helpers import CHATML, edit_json, sample_text, write_spm_tokenizer
 
 from lit_gpt.tokenizer import Tokenizer
 
@@ -74,12 +73,6 @@ MISTRAL = """{%- set ns = namespace(found=false) -%}
 {%- endfor %}
 {{- ns.found | tojson }} {{ {'text': messages[-1].content} | tojson(indent=1) }} {{ sep_token }}"""
 TEMPLATES = {"chatml": CHATML, "llama-2": LLAMA_2, "llama-3": LLAMA_3, "zephyr": ZEPHYR, "mistral": MISTRAL}
-
-
-def edit_json(path, **changes):
-    """Change keys of a JSON file; None takes a key away."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not None}))
 
 
 def with_specials(source, folder, tokens, *, bos=None, tokenizer_class="PreTrainedTokenizerFast", **config):

@@ -14,84 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, command, losses_of, refusal, script, train, write_base
 
-from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
 from lit_gpt.batches import micro_batches, n_targets, sample_order
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
-from lit_gpt.data import load_split, prepare, save_split
-from lit_gpt.files import write_json
+from lit_gpt.data import load_split, save_split
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.reflections import use_form
-from lit_gpt.run import Position, Run, learning_rate
+from lit_gpt.train import Position, Trainer, learning_rate
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
-QUICK = ["--train.global_batch_size", "4", "--train.micro_batch_size", "2", "--train.max_steps", "6"]
-QUICK += ["--precision", "32-true", "--train.learning_rate", "1e-2", "--eval.interval", "3"]
-
-
-def script(name: str):
-    """The setup function of a script, by its path in the repo."""
-    spec = importlib.util.spec_from_file_location(f"tested_{Path(name).stem}", ROOT / name)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.setup
-
-
-def write_base(folder: Path, tokenizer_dir: Path, **overrides) -> Path:
-    """A tiny random grouped-query model with tied embeddings, in a base-shaped folder."""
-    torch.manual_seed(3)
-    sizes = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, block_size=128)
-    model = GPT(Config(name="tiny", vocab_size=400, **{**sizes, "tie_embeddings": True, **overrides}))
-    shutil.copytree(tokenizer_dir, folder)
-    save_state(model.state_dict(), folder / "lit_model.pth")
-    write_json(folder / "lit_config.json", model.config.to_dict())
-    return folder
-
-
-def write_work(work: Path, tokenizer_dir: Path) -> Path:
-    """A folder with ``base`` and ``data``, prepared by the project's own function."""
-    write_base(work / "base", tokenizer_dir)
-    colours = ["red", "green", "blue", "small", "large"]
-    rows = [{"instruction": f"name colour {i}", "input": "", "output": f"the {colours[i % 5]} river " * (1 + i % 4)}
-            for i in range(40)]  # fmt: skip
-    (work / "rows.json").write_text(json.dumps(rows))
-    prepare(work / "rows.json", destination_path=work / "data", checkpoint_dir=work / "base", max_seq_length=128)
-    return work
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, bpe_dir) -> Path:
-    """A base and data."""
-    return write_work(tmp_path_factory.mktemp("train"), bpe_dir)
-
-
-def command(work: Path, method: str, out: Path, *more: str) -> tuple[str, list[str]]:
-    """The script of a method and its command line."""
-    name = method if method in ("lora", "full") else "ether"
-    own = ["--Htype", method, "--ether_nb", "2"] if name == "ether" else []
-    arguments = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(out), *QUICK, *own, *more]
-    return f"finetune/{name}.py", arguments
-
-
-def train(work: Path, method: str, out: Path, *more: str) -> dict:
-    """Train through the script; returns summary.json."""
-    name, arguments = command(work, method, out, *more)
-    main(script(name), arguments)
-    return json.loads((out / "summary.json").read_text())
-
-
-def refusal(capsys, name: str, arguments: list[str]) -> str:
-    """The one line with which a script ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(script(name), arguments)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code and lines and lines[-1].startswith("error: ")
-    return lines[-1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,7 +46,7 @@ def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
     assert not any(p.is_symlink() for p in merged.iterdir())
 
     idx = torch.arange(60)[None]
-    unmerged = load_adapted_model(work / "base", **{f"{kind}_path": path})(idx)
+    unmerged = load_adapted_model(work / "base", adapter=load_adapter(path, kind))(idx)
     relative = (load_model(merged)(idx) - unmerged).abs().max() / unmerged.abs().max()
     assert relative < 1e-5
     assert "already holds lit_model.pth" in _refused_merge(kind, flags)
@@ -141,11 +76,6 @@ def test_metrics_hold_every_step_and_validation(work, tmp_path):
     assert float(validations[0]["val_loss"]) == pytest.approx(summary["val_loss_before"], rel=1e-4)
     assert float(validations[-1]["val_response_loss"]) == pytest.approx(summary["val_response_loss_after"], rel=1e-4)
     assert summary["samples"] == 24
-
-
-def losses_of(out: Path, column: str = "loss") -> list[float]:
-    """A column of metrics.csv, without its gaps."""
-    return [float(row[column]) for row in csv.DictReader((out / "metrics.csv").open()) if row[column]]
 
 
 def adapter_of(out: Path) -> dict[str, torch.Tensor]:
@@ -246,7 +176,8 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
     [
         (["--train.micro_batch_size", "3"], "global_batch_size 4 is not a multiple of"),
         (["--train.lr_warmup_steps", "6"], "lr_warmup_steps 6 must be shorter than the run of 6 steps"),
-        (["--train.learning_rate", "-1", "--train.loss_average", "x"], "learning_rate must be positive, got -1.0; "),
+        (["--train.learning_rate", "-1", "--train.epochs", "0"], "learning_rate must be positive, got -1.0; "),
+        (["--train.loss_average", "x"], "Expected a typing.Literal['token', 'sequence']. Got value: x"),
         (["--precision", "fp32", "--ether_nb", "3"], "16-mixed; 3 blocks do not divide"),
         (["--Htype", "ether+"], "choices: ether, etherplus, etherplusHH, oft"),
         (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
@@ -260,7 +191,10 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--eval.interval", "0"], "--eval.interval must be positive, got 0"),
         (["--train.learning_rate", "nan"], "Got value: nan"),
         (["--train.max_time", "soon"], "--train.max_time soon: expected minutes, as 90, or hours, minutes and"),
-        (["--train.skip_nonfinite", "-1", "--train.patience", "0"], "patience must be positive, got 0; --train.skip"),
+        (
+            ["--train.skip_nonfinite", "-1", "--train.patience", "0"],
+            "--train.skip_nonfinite must be 0 or more, got -1; --train.patience must be positive, got 0",
+        ),
         (["--eval.sample_prompt", "river " * 200], "tokens; the context is 128"),
         (["--devices", "0"], "--devices times --num_nodes must be positive and below 2^31, got 0"),
         (["--ether_head", "true", "--io.checkpoint_dir", "nowhere", "--train.epochs", "0"], "; --train.epochs must be"),
@@ -379,10 +313,10 @@ def test_a_loss_that_is_not_finite_is_never_the_best(validations, best, worse):
     """Nothing is lower than NaN: a first validation of NaN stayed the best, and the run ended early with its result."""
     at = Position()
     for at.step, loss in enumerate(validations, 1):
-        at.after = (loss, loss)
-        better = Run.compare_with_best(SimpleNamespace(at=at))
+        at.last_losses = (loss, loss)
+        better = Trainer.compare_with_best(SimpleNamespace(position=at))
         assert better == (at.best_step == at.step)
-    assert (at.best_step, at.worse) == (best, worse)
+    assert (at.best_step, at.since_best) == (best, worse)
 
 
 def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):
@@ -420,7 +354,7 @@ def test_out_of_memory_is_one_line(work, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     save_split(data * 60, tmp_path / "data" / "train.pt")
     limit = (
-        "import resource, sys; import lit_gpt.train; from test_train import *;"
+        "import resource, sys; import lit_gpt.train; from helpers import main, script;"
         "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(script(sys.argv[1]), sys.argv[2:])"
     )
