@@ -78,7 +78,7 @@ def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
         model.shift = nn.Parameter(torch.zeros((), device=weight.device, dtype=weight.dtype))
         model.transformer.wte.register_forward_hook(lambda module, inputs, output: output + model.shift)
     else:
-        make_trainable(model, "lora" if isinstance(adapter, LoraConfig) else "ether", adapter)
+        make_trainable(model, adapter)
     return model
 
 
