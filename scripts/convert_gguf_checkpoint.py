@@ -222,12 +222,9 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
         raise UserError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
     values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
-    if (
-        heads
-    ):  # llama.cpp rotates pairs that lie side by side; Hugging Face's first half of a head pairs with the second
-        values = (
-            values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        )  # (heads, S / 2, 2, ...) to (rows, ...)
+    if heads:
+        # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
+        values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # by way of (heads, 2, S / 2, ...)
     return values
 
 
@@ -261,7 +258,7 @@ def tokenizer_json(words: dict[str, Any], path: Path) -> str:
 
 
 def json_files(words: dict[str, Any], config: Config, *, dtype: str, template: str | None) -> dict[str, Any]:
-    """Return what the folder's configs hold, by their names."""
+    """Return what the folder's configs hold, by their names; special tokens are those that the file has."""
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
     ids = {f"{name}_token_id": words[key] for name, key in keys.items() if key in words}
     tokens = {name.removesuffix("_id"): words["tokens"][index] for name, index in ids.items()}
