@@ -359,7 +359,7 @@ def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method,
 
 
 def test_refusals_say_what_to_do():
-    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: products, triton"):
+    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: triton, products"):
         adapted_model("mha_bias", "ether")(IDX)
     with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
         EtherConfig(Htype="etherplusH")
