@@ -1,4 +1,4 @@
-"""What ETHER and LoRA have in common: which Linears are adapted, and layers that take their place.
+"""Put adapters on a model, ETHER or LoRA: choose the Linears, take their place, freeze, merge.
 
 An adapter layer *is* the layer that it replaces (a subclass of ``nn.Linear`` or ``QKVLinear`` that adopts its weight
 and bias), so base checkpoints load under unchanged keys and a merged file is one without the adapter's keys. Merging
@@ -22,17 +22,31 @@ from lit_gpt.reflections import working_dtype
 
 QKV = ("query", "key", "value")
 TARGETS = (*QKV, "projection", "mlp", "head")
-"""What can be adapted; adapter configs have a boolean field of each name."""
+"""Parts of a model that can be adapted; adapter configs have a boolean field of each name."""
 
 
+@dataclass(kw_only=True)
 class AdapterConfig:
-    """Settings of an adapter; a dataclass, whose fields are the flags of its finetune script.
+    """Settings of an adapter, and the flags of its finetune script: those of every adapter.
 
     ``kind`` names the family of adapters, and begins the flags of all fields but ``unprefixed``.
     """
 
     kind: ClassVar[str]
     unprefixed: ClassVar[tuple[str, ...]] = ()
+
+    query: bool = True
+    """Adapt the query projections."""
+    key: bool = False
+    """Adapt the key projections."""
+    value: bool = True
+    """Adapt the value projections."""
+    projection: bool = False
+    """Adapt the attention's output projections."""
+    mlp: bool = False
+    """Adapt the MLPs."""
+    head: bool = False
+    """Adapt the language model's head."""
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -60,7 +74,7 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """The end of its parameters' names: q, k or v in a fused Linear, else ""."""
+        """Return the end of its parameters' names: q, k or v in a fused Linear, else ""."""
         return self.target[:1]
 
 
@@ -133,7 +147,7 @@ class AdapterLayer(SplitLinear):
     sides: tuple[str, ...] = ()
     """Sides of the weight that are transformed; none where the adapter is a branch beside it."""
     full_rank: str | None = None
-    """Why ``low_rank`` is impossible, in words; None where it is not."""
+    """The reason why ``low_rank`` is impossible, in words; None where it is possible."""
 
     def __init__(self, base: nn.Linear, config: Any, targets: set[str]) -> None:
         super().__init__(base, targets=targets)
@@ -142,7 +156,7 @@ class AdapterLayer(SplitLinear):
 
     @property
     def factory(self) -> dict[str, Any]:
-        """Device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
+        """Return device and dtype of the adapter's parameters: fp64 over fp64 (gradient checks), else fp32 masters."""
         weight = self.weight if self.quantized is None else self.quantized[0].weight
         return {"device": weight.device, "dtype": working_dtype(weight.dtype)}
 
@@ -175,10 +189,11 @@ class AdapterLayer(SplitLinear):
         raise NotImplementedError
 
     @torch.no_grad()
-    def merged_weight(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[tuple[float, float]]]:
+    def merged_weight(self, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[tuple[float, float]]]:
         """Return the adapted weight, computed in fp32 (fp64 for fp64) part by part and cast once.
 
         Args:
+            name: of the layer, for messages.
             weight: (out, in), rows in the order that they have in memory.
             dtype: of the result.
 
@@ -199,22 +214,12 @@ class AdapterLayer(SplitLinear):
             kept.copy_(after)
             if not is_finite(kept):
                 raise UserError(
-                    f"merging gives NaN, infinity or values too large for {dtype}: the adapter holds a zero vector, or "
-                    "its run diverged"
+                    f"{name}: merging gives NaN, infinity or values too large for {dtype}: the adapter holds a zero "
+                    "vector, or its run diverged"
                 )
             size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
             moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))
         return merged, moved
-
-    def merge(self) -> None:
-        """Put the adapter into the weight; twice is once."""
-        if self.merged:
-            return
-        if self.quantized is not None:
-            raise UserError("a quantized weight cannot take an adapter; merge its file into the unquantized base")
-        weight, _ = self.merged_weight(self.weight, self.weight.dtype)
-        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        self.merged, self.active = True, False
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -272,19 +277,27 @@ def mark_only_adapter_as_trainable(model: nn.Module) -> None:
 
 
 def merge_adapter_weights(model: GPT) -> None:
-    """Merge every adapter layer. A tied head that was adapted is untied: the embedding stays as it is."""
+    """Put every adapter into its layer's weight; twice is once.
+
+    A tied head that was adapted is untied: the embedding stays as it is.
+    """
     for name, layer in adapter_layers(model):
-        try:
-            layer.merge()
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+        if layer.merged:
+            continue
+        if layer.quantized is not None:
+            raise UserError(
+                f"{name}: a quantized weight cannot take an adapter; merge its file into the unquantized base"
+            )
+        weight, _ = layer.merged_weight(name, layer.weight, layer.weight.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        layer.merged, layer.active = True, False
         if name == "lm_head":
             model.config.tie_embeddings = False
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base."""
+    """Turn the adapters off inside: the model is its base."""
     layers = [layer for _, layer in adapter_layers(model) if not layer.merged]
     for layer in layers:
         layer.active = False

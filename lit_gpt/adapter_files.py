@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.adapter import adapter_parameters, adapter_state, mark_only_adapter_as_trainable
-from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_state, save_state
+from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_state, save_state
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, ether_filter
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
-from lit_gpt.quantize import load_quantized_model
+from lit_gpt.quantize import load_base
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ KINDS = {
 
 @dataclass
 class AdapterFile:
-    """What an adapter file says; it is opened once in a command, and handed on.
+    """An adapter file's content; it is opened once in a command, and handed on.
 
     Attributes:
         path: the file, for messages.
@@ -188,10 +188,7 @@ def load_adapted_model(
     """Load a base-shaped folder's model, with an unmerged adapter where one is given; in evaluation mode."""
     if adapter:
         check_base(adapter, checkpoint_dir)
-    if quantize:
-        model = load_quantized_model(checkpoint_dir, precision, quantize, device=device)
-    else:
-        model = load_model(checkpoint_dir, precision, device=device)
+    model = load_base(checkpoint_dir, precision, quantize, device=device)
     if adapter:
         attach_adapter(model, adapter)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Checkpoints: check, load, save.
+"""Checkpoint folders: check, load, save.
 
 Notable choices:
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
@@ -98,33 +98,35 @@ def load_state(path: Path | str) -> dict[str, Any]:
     return state
 
 
-def load_model(
-    checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu", mixed: bool = False
-) -> GPT:
-    """Load the model of a base-shaped folder, in evaluation mode.
-
-    Args:
-        checkpoint_dir: the folder.
-        precision: of the weights, a key of ``PRECISIONS``.
-        device: where they go.
-        mixed: allow the mixed precisions, whose weights are fp32.
-    """
-    dtype = weights_dtype(precision, mixed=mixed)
-    folder = check_checkpoint_dir(checkpoint_dir)
+def load_model(checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu") -> GPT:
+    """Load the model of a base-shaped folder, in evaluation mode; under a mixed precision its weights are fp32."""
+    dtype = weights_dtype(precision, mixed=True)
     warn_of_slow_products(precision, torch.device(device))
-    model = meta_model(load_config(folder))
-    fill_model(model, load_state(folder / WEIGHTS), source=folder / WEIGHTS)
+    model, _ = open_model(checkpoint_dir)
     return model.to(device=device, dtype=dtype).eval()
 
 
-def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Give a model on the meta device its weights; ``source`` is named where keys or shapes do not fit exactly."""
+def open_model(
+    checkpoint_dir: Path | str, place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> tuple[GPT, dict[str, Tensor]]:
+    """Return the model of a base-shaped folder, and the memory-mapped weights of its file.
+
+    Args:
+        checkpoint_dir: the folder.
+        place: gives what the model gets of a weight, from its name and the file's tensor.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no such folder, or keys or shapes do not fit exactly.
+    """
+    folder = check_checkpoint_dir(checkpoint_dir)
+    model, state = meta_model(load_config(folder)), load_state(folder / WEIGHTS)
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict({name: place(name, t) for name, t in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{source} does not hold the weights that {CONFIG} describes: {reason}") from error
+        raise UserError(f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: {reason}") from error
     model.tie_weights()
+    return model, state
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -173,9 +175,7 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     Raises:
         OSError: there is no room for it.
     """
-    names: dict[int, str] = {}
-    for name, tensor in template.items():
-        names.setdefault(id(tensor), name)
+    first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
     # Never touched, so there is no memory behind them.
     blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
     with atomic_write(path) as temporary:
@@ -184,9 +184,9 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for index, name in enumerate(names.values()):  # as torch numbers storages: by their first appearance
-                tensor = make(name)
-                assert (tensor.shape, tensor.dtype) == (template[name].shape, template[name].dtype), name
+            for index, (key, blank) in enumerate(blanks.items()):  # as torch numbers storages: as they first appear
+                tensor = make(first[key])
+                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
                 _fill_record(file, records[f"data/{index}"], tensor)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 

@@ -66,7 +66,7 @@ class Method:
 
     @property
     def matrices(self) -> bool:
-        """The parameters are (n, b, b), not (n, b)."""
+        """Return True where the parameters are (n, b, b), not (n, b)."""
         return self.rotation is not None
 
     def rotations(self, parameters: Vectors, block_mask: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ BLOCK_LAYOUTS = ("diagonal", "published")
 
 @dataclass
 class EtherConfig(AdapterConfig):
-    """What is adapted, and how."""
+    """Settings of ETHER, ETHER+ and OFT."""
 
     kind: ClassVar[str] = "ether"
     unprefixed: ClassVar[tuple[str, ...]] = ("Htype", "flip_side")
@@ -102,18 +102,6 @@ class EtherConfig(AdapterConfig):
     """ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft."""
     nb: int = 1
     """Number of diagonal blocks, n."""
-    query: bool = True
-    """Adapt the query projections."""
-    key: bool = False
-    """Adapt the key projections."""
-    value: bool = True
-    """Adapt the value projections."""
-    projection: bool = False
-    """Adapt the attention's output projections."""
-    mlp: bool = False
-    """Adapt the MLPs."""
-    head: bool = False
-    """Adapt the language model's head."""
     dropout: float = 0.0
     """Dropout on the input of adapted layers."""
     block_dropout: float = 0.0
@@ -168,7 +156,7 @@ class EtherLayer(AdapterLayer):
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The first sizes of the original's shapes: 1 in the fused q, k, v."""
+        """Return the first sizes of the original's shapes: 1 in the fused q, k, v."""
         return (1,) if len(self.parts) > 1 else ()
 
     def names(self, part: Part, side: str) -> list[str]:
@@ -208,7 +196,7 @@ class EtherLayer(AdapterLayer):
 
     @property
     def published(self) -> bool:
-        """The input side is in the original code's layout (which for one block is the diagonal one)."""
+        """Return True where the input side is in the original code's layout; for one block it is the diagonal one."""
         return self.adapter_config.block_layout == "published" and self.adapter_config.nb > 1
 
     def transform(self, part: Part, side: str, x: Tensor, *, center: Tensor | None = None) -> Tensor:
@@ -247,7 +235,7 @@ class EtherLayer(AdapterLayer):
 
     @property
     def full_rank(self) -> str | None:
-        """Why there is no ``low_rank``, or None."""
+        """Return why there is no ``low_rank``, or None."""
         if self.method.matrices:
             return "OFT rotates all of a weight, which is no change of low rank"
         if self.published and "input" in self.sides:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT LoRA folders, which vLLM, llama.cpp and other servers of LoRA host without merging.
+"""Write adapters as PEFT LoRA folders, which vLLM, llama.cpp and other servers of LoRA host without merging.
 
 In the diagonal block layout a reflected weight differs from W by a matrix of low rank: n for ETHER, 2n for ETHER+,
 4n where both sides are reflected. That matrix is B A, exactly: nothing is fitted, nothing is left out.
@@ -31,7 +31,7 @@ from lit_gpt.model import interleave_qkv
 from lit_gpt.tokenizer import Tokenizer
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's ``--max-lora-rank`` may be."""
+"""Values of vLLM's ``--max-lora-rank``."""
 WITHOUT_LORA_IN_VLLM = ("GPTNeoXForCausalLM",)
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""

@@ -13,12 +13,7 @@ from zlib import crc32
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
-    SLURMEnvironment,
-)
+from lightning.fabric.plugins.environments import LightningEnvironment, LSFEnvironment, MPIEnvironment, SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -49,39 +44,40 @@ def launch_variables() -> dict[str, str]:
     return step | said
 
 
-def check_launch(settings: Settings) -> list[str]:
-    """Return every reason why the flags do not suit the processes that were started, or these cannot connect."""
-    devices, num_nodes, processes = settings.devices, settings.num_nodes, settings.devices * settings.num_nodes
+def check_launch(settings: Settings) -> None:
+    """Raise ValueError unless the flags suit the processes that were started, and these can connect."""
+    devices, num_nodes, processes = settings.devices, settings.num_nodes, settings.n_processes
     flags = f"--devices {devices} --num_nodes {num_nodes}"
     if devices < 1 or num_nodes < 1 or processes >= 1 << 31:
-        return [f"--devices times --num_nodes must be positive and below 2^31, got {devices} times {num_nodes}"]
+        raise UserError(f"--devices times --num_nodes must be positive and below 2^31, got {devices} times {num_nodes}")
     if settings.precision == "16-mixed" and not torch.cuda.is_available():  # Fabric would take bf16, and say so aside
-        return ["--precision 16-mixed needs a GPU: take bf16-mixed or 32-true"]
+        raise UserError("--precision 16-mixed needs a GPU: take bf16-mixed or 32-true")
     if LSFEnvironment.detect() or MPIEnvironment.detect():  # they have words of their own, which Fabric knows
-        return []
+        return
     said = launch_variables()
     bad = [f"{name} is {said[name]!r}" for name in said if name != "MASTER_ADDR" and not said[name].isdecimal()]
     if bad:
-        return [f"{', '.join(bad)} in the environment: expected a whole number; set it right, or unset it"]
+        raise UserError(f"{', '.join(bad)} in the environment: expected a whole number; set it right, or unset it")
     fitting = {"WORLD_SIZE": [processes], "LOCAL_WORLD_SIZE": [devices], "GROUP_WORLD_SIZE": [num_nodes]}
     fitting |= {"LOCAL_RANK": range(devices), "NODE_RANK": range(num_nodes)}
     wrong = [f"{name} is {said[name]}" for name in fitting if name in said and int(said[name]) not in fitting[name]]
     if wrong:
-        return [
+        raise UserError(
             f"{flags} does not suit the processes that torchrun, srun or the environment tells of ({', '.join(wrong)}):"
             " give --devices the processes on each machine and --num_nodes the machines"
-        ]
-    needed = ()
-    if processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if by_torchrun else ("NODE_RANK",) if num_nodes > 1 else ()
-        needed += ("MASTER_ADDR", "MASTER_PORT")
+        )
+    needed = ["MASTER_ADDR", "MASTER_PORT"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        needed = ["RANK", "LOCAL_RANK", "WORLD_SIZE", *needed]
+    elif num_nodes > 1:
+        needed = ["NODE_RANK", *needed]
     missing = [name for name in needed if name not in said]
-    return missing and [
-        f"{flags}: {', '.join(missing)} not set in the environment, so the machines would wait for each other in vain; "
-        f"start all of them with srun, or each with torchrun --nnodes {num_nodes} --nproc-per-node {devices} "
-        "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500"
-    ]
+    if missing and processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):  # else Fabric starts the others itself
+        raise UserError(
+            f"{flags}: {', '.join(missing)} not set in the environment, so the machines would wait for each other in "
+            f"vain; start all of them with srun, or each with torchrun --nnodes {num_nodes} --nproc-per-node {devices} "
+            "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500"
+        )
 
 
 def launch_fabric(settings: Settings) -> Fabric:

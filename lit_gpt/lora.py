@@ -26,7 +26,7 @@ from lit_gpt.model import GPT, QKVLinear
 
 @dataclass
 class LoraConfig(AdapterConfig):
-    """What is adapted, and how."""
+    """Settings of LoRA."""
 
     kind: ClassVar[str] = "lora"
 
@@ -36,18 +36,6 @@ class LoraConfig(AdapterConfig):
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout on the input of the low-rank branch."""
-    query: bool = True
-    """Adapt the query projections."""
-    key: bool = False
-    """Adapt the key projections."""
-    value: bool = True
-    """Adapt the value projections."""
-    projection: bool = False
-    """Adapt the attention's output projections."""
-    mlp: bool = False
-    """Adapt the MLPs."""
-    head: bool = False
-    """Adapt the language model's head."""
 
     def __post_init__(self) -> None:
         if self.r < 1:

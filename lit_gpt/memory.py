@@ -70,19 +70,21 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
 
         # Without a fallback: it would run an operator that needs data on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
-            model = fake_model(base, plan, fabric.device)
+            model = share_weights(base, fabric.device)
+            make_trainable(model, plan.settings.kind, plan.settings.adapter)
+            model.activation_checkpointing = plan.settings.train.activation_checkpointing
+            spread_evenly(model)
             idx = torch.zeros(idx.shape, dtype=torch.long)
             working = working_bytes(
-                model, idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
+                model.train(), idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
             )
     except (ImportError, RuntimeError) as error:  # what fake tensors raise are RuntimeErrors
         fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
         return None
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    if plan.settings.quantize is not None:
-        saved, largest = quantization_saves(base, plan.settings.quantize)
-        frozen, working = frozen - saved, working + largest
-    return Memory(frozen, 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad), working, fabric.device)
+    saved, largest = quantization_saves(base, plan.settings.quantize) if plan.settings.quantize else (0, 0)
+    trained = 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return Memory(frozen - saved, trained, working + largest, fabric.device)
 
 
 def working_bytes(
@@ -142,25 +144,17 @@ def remedies(plan: Plan, *, fabric: Fabric) -> str:
     return ", or ".join([*found, "prepare the data with a smaller --max_seq_length"])
 
 
-def fake_model(base: GPT, plan: Plan, device: torch.device) -> GPT:
-    """Return the model of a run on a base without data."""
-    model = share_weights(base, device)
-    make_trainable(model, plan.settings.kind, plan.settings.adapter)
-    model.activation_checkpointing = plan.settings.train.activation_checkpointing
-    spread_evenly(model)
-    return model.train()
-
-
 def share_weights(base: GPT, device: torch.device | str | None = None) -> GPT:
     """Return a copy of the modules over the same weights; with a device, over empty ones of the same kind there."""
 
     def weight(parameter: nn.Parameter) -> nn.Parameter:
         if device is None:
             return parameter
+        # Not empty_like: fake tensors refuse those of the meta device.
         return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
 
-    scales = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]  # of a quantized weight
     shared = {id(parameter): weight(parameter) for parameter in base.parameters()}
+    scales = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]  # of quantized weights
     return copy.deepcopy(base, shared | {id(scale): scale for scale in scales})
 
 

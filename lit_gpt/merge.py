@@ -1,4 +1,4 @@
-"""Merging: an adapter goes into its base's weights, one tensor at a time.
+"""Merge an adapter file into its base's weights, one tensor at a time.
 
 Notable choices:
 - The base stays memory-mapped and the result is written as it is made: memory holds a few fp32 copies of the largest
@@ -27,22 +27,19 @@ from lit_gpt.checkpoint import (
     WEIGHTS,
     check_checkpoint_dir,
     copy_side_files,
-    fill_model,
     load_config,
-    load_state,
-    meta_model,
+    open_model,
     save_prompt_style,
     side_files,
     stream_state,
 )
-from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, check_fit, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
 from lit_gpt.model import GPT, QKVLinear, interleave_qkv
 from lit_gpt.quantize import describe_merge
-from lit_gpt.settings import check_fit
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 # Real text: on tokens that never stand together, rounding alone moves the base model's own logits ten times as far.
@@ -107,10 +104,8 @@ def merge_adapter(
 
 def open_base(checkpoint_dir: Path | str) -> tuple[GPT, State]:
     """Return the model of a folder on the meta device, fp32, and its memory-mapped weights, which fit it."""
-    config, path = load_config(checkpoint_dir), Path(checkpoint_dir) / WEIGHTS
-    model, state = meta_model(config), load_state(path)
-    fill_model(model, {name: tensor.to("meta").float() for name, tensor in state.items()}, source=path)
-    if config.tie_embeddings:
+    model, state = open_model(checkpoint_dir, lambda name, tensor: tensor.to("meta").float())
+    if model.config.tie_embeddings:
         state[HEAD] = state[EMBEDDING]
     return model.eval(), state
 
@@ -145,10 +140,7 @@ def write_merged(model: GPT, base: Mapping[str, Tensor], precision: str, folder:
             if cast is not stored and not is_finite(cast):
                 raise UserError(f"{name} has values too large for --precision {precision}; bf16-true can hold them")
             return cast
-        try:
-            merged, moves = layer.merged_weight(rows_in_memory(layer, stored), dtype)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+        merged, moves = layer.merged_weight(name, rows_in_memory(layer, stored), dtype)
         moved.extend(moves)
         return interleave_qkv(merged, layer.config) if isinstance(layer, QKVLinear) else merged
 

@@ -4,7 +4,7 @@ matplotlib is imported when a picture is drawn: it takes as long as the rest of 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -20,45 +20,33 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, names: Mapping[str,
     """Draw training and validation losses; ``names`` are those of the validations, by their column in ``rows``."""
     losses = points_of(rows, "loss")
     means = [(step, fmean(loss for _, loss in losses[max(0, i - 9) : i + 1])) for i, (step, _) in enumerate(losses)]
-    curves = [
-        (losses, dict(label="training, each step", color="0.8", linewidth=1)),
-        (means, dict(label="training, mean of ten steps", color="0.5")),
-    ]
-    for (name, label), color in zip(names.items(), ("tab:blue", "tab:orange"), strict=False):
-        curves.append((points_of(rows, name), dict(label=label, color=color, marker="o")))
-    draw(path, curves, ylabel="cross entropy (nats per token)", title=title)
+    with picture(path) as axes:
+        axes.plot(*transposed(losses), label="training, each step", color="0.8", linewidth=1)
+        axes.plot(*transposed(means), label="training, mean of ten steps", color="0.5")
+        for (name, label), color in zip(names.items(), ("tab:blue", "tab:orange"), strict=False):
+            axes.plot(*transposed(points_of(rows, name)), label=label, color=color, marker="o")
+        axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
 
 
 def compare_runs(path: Path | str, runs: Mapping[str, Points], *, ylabel: str) -> None:
     """Draw a curve of each run, by name."""
-    curves = []
-    for index, (name, points) in enumerate(runs.items()):
-        # After ten runs the colours come again, in another style.
-        line = dict(color=f"C{index % 10}", linestyle=("-", "--", ":")[index // 10 % 3])
-        curves.append((points, dict(label=name, marker="o" if len(points) < 40 else None, markersize=4, **line)))
-    draw(path, curves, ylabel=ylabel, grid=True)
-
-
-def points_of(rows: list[dict[str, float]], name: str) -> Points:
-    """Return the steps at which a column of metrics.csv has a value, with it."""
-    return [(row["step"], row[name]) for row in rows if name in row]
-
-
-def draw(
-    path: Path | str,
-    curves: Iterable[tuple[Points, dict[str, Any]]],
-    *,
-    ylabel: str,
-    title: str = "",
-    grid: bool = False,
-) -> None:
-    """Write a picture of curves, each with matplotlib's options for its line, over a legend."""
     with picture(path) as axes:
-        for points, options in curves:
-            axes.plot(*zip(*points, strict=True), **options)
-        axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
-        if grid:
-            axes.grid(alpha=0.3)
+        for index, (name, points) in enumerate(runs.items()):
+            style = ("-", "--", ":")[index // 10 % 3]  # after ten runs the colours come again
+            marker = "o" if len(points) < 40 else None
+            axes.plot(*transposed(points), style, color=f"C{index % 10}", label=name, marker=marker, markersize=4)
+        axes.set(xlabel="optimizer step", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+
+
+def points_of(rows: list[dict[str, float]], column: str) -> Points:
+    """Return the steps at which a column of metrics.csv has a value, with it."""
+    return [(row["step"], row[column]) for row in rows if column in row]
+
+
+def transposed(points: Points) -> Iterator[tuple[float, ...]]:
+    """Return all steps, then all values."""
+    return zip(*points, strict=True)
 
 
 @contextmanager

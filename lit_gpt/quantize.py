@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fill_model, load_config, load_state, meta_model
+from lit_gpt.checkpoint import (
+    WEIGHTS,
+    check_checkpoint_dir,
+    load_config,
+    load_model,
+    load_state,
+    meta_model,
+    open_model,
+)
 from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
@@ -32,7 +40,7 @@ FOUR_BIT = {
     "bnb.fp4-dq": {"quant_type": "fp4", "compress_statistics": True},
 }
 SCHEMES = (*FOUR_BIT, INT8)
-"""What ``--quantize`` may say; -dq quantizes the scales of the blocks too."""
+"""Values of ``--quantize``; -dq quantizes the scales of the blocks too."""
 # Half a byte and a scale for 64 weights: four bytes, or with -dq one, whose own scale serves 256; int8's is a row's.
 BYTES_PER_WEIGHT = {
     scheme: 1 / 2 + (1 / 64 + 4 / (64 * 256) if how["compress_statistics"] else 4 / 64)
@@ -142,32 +150,32 @@ def quantize_model(
         model.set_submodule(name, kind(linear, quantized=quantized))
 
 
-def load_quantized_model(
-    checkpoint_dir: Path | str, precision: str, scheme: str, *, device: torch.device | str = "cpu"
+def load_base(
+    checkpoint_dir: Path | str, precision: str, scheme: str | None, *, device: torch.device | str = "cpu"
 ) -> GPT:
-    """Load the model of a base-shaped folder with its weights quantized, in evaluation mode; do not move it afterwards.
+    """Load the model of a base-shaped folder, its weights quantized where a scheme is given; in evaluation mode.
 
     Args:
         checkpoint_dir: the folder.
-        precision: of the products and of what is not quantized, a key of ``devices.PRECISIONS``.
-        scheme: one of ``SCHEMES``.
-        device: where the weights are quantized and stay.
+        precision: of the products and of what is not quantized; a quantized model has no mixed one.
+        scheme: one of ``SCHEMES``, or None. A quantized model cannot be moved afterwards.
+        device: where the weights go.
     """
+    if scheme is None:
+        return load_model(checkpoint_dir, precision, device=device)
     check_quantize(scheme, precision)
-    dtype, folder = weights_dtype(precision), check_checkpoint_dir(checkpoint_dir)
+    dtype = weights_dtype(precision)
     warn_of_slow_products(precision, torch.device(device))
-    model, state = meta_model(load_config(folder)), load_state(folder / WEIGHTS)
-    later = {f"{name}.weight" for name in quantizable(model)}
-    first = {name: t.to("meta") if name in later else t.to(device, dtype) for name, t in state.items()}
-    fill_model(model, first, source=folder / WEIGHTS)
+    later = {f"{name}.weight" for name in quantizable(meta_model(load_config(check_checkpoint_dir(checkpoint_dir))))}
+    model, state = open_model(checkpoint_dir, lambda name, t: t.to("meta") if name in later else t.to(device, dtype))
     quantize_model(model, scheme, state, dtype=dtype, device=device)
     return model.eval()
 
 
 def n_parameters(model: nn.Module) -> int:
     """Return the number of a model's parameters; those of a quantized weight are its elements, not its bytes."""
-    packed = _quantized_layers(model)
-    return sum(p.numel() for p in model.parameters()) + sum(_numel(layer) - layer.weight.numel() for layer in packed)
+    packed = {id(layer.weight): _numel(layer) for layer in _quantized_layers(model)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
 def describe_size(model: nn.Module, scheme: str, precision: str) -> str:

@@ -31,7 +31,7 @@ PLAIN_EVERY = 10
 
 
 class Metrics:
-    """Appends rows to a CSV file, each flushed: what was measured survives whatever comes next.
+    """A CSV file of rows, each on the disk once it is written: what was measured survives whatever comes next.
 
     Args:
         path: of the file; what it held is gone.
@@ -43,27 +43,21 @@ class Metrics:
     """
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
-        self.rows = parse_metrics(text)
+        self.path, self.columns, self.rows = path, columns, parse_metrics(text)
         with atomic_write(path) as temporary:
             temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
-        self._path = path
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, **values: Any) -> None:
         """Add a row; columns that are not given stay empty."""
         self.rows.append(values)
         # Words, and counters to the last digit; six digits of what was measured.
-        self._writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self._file.flush()
+        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def text(self) -> str:
         """Return the file's content."""
-        return self._path.read_text(encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        return self.path.read_text(encoding="utf-8")
 
 
 def parse_metrics(text: str) -> list[dict[str, Any]]:
@@ -158,9 +152,9 @@ class Reporter:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar, the files and the loggers."""
-        for each in filter(None, (self.bar, self.metrics, self.monitor)):
-            each.close()
+        """Finish the bar and the loggers."""
+        if self.bar is not None:
+            self.bar.close()
         for logger in self.loggers:
             logger.finalize("success")
 

@@ -66,26 +66,18 @@ def is_run(folder: Path) -> bool:
     return False
 
 
-def check_run_folder(
-    folder: Path, *, overwrite: bool, resume: bool, named: bool, sources: Iterable[Path | str | None] = ()
-) -> None:
+def check_run_folder(folder: Path, *, expected: bool, sources: Iterable[Path | str | None] = ()) -> None:
     """Raise unless a run may begin in a folder, or go on: it is new, empty, or a run of ours that may go or go on.
 
     Args:
         folder: the run folder, which need not be there.
-        overwrite: a run in it may be lost.
-        resume: a run in it is to go on.
-        named: the user chose the folder, so that it is the same the next time.
+        expected: a run in it is to go on, or may be lost.
         sources: files that the run reads.
 
     Raises:
         FileExistsError: says what the folder holds, and which flag allows to go on with that.
-        ValueError: the flags exclude each other, or a source lies in the folder.
+        ValueError: a source lies in the folder.
     """
-    if resume and overwrite:
-        raise UserError("--resume true goes on with a run, --overwrite true starts it anew: give one of them")
-    if resume and not named:
-        raise UserError("--resume true needs to know the run folder: give --io.out_dir DIR")
     files.settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
     held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
@@ -96,9 +88,9 @@ def check_run_folder(
             "empty one"
         )
     results = [str(path.relative_to(folder)) for name in RUN_RESULTS for path in sorted(folder.glob(name))]
-    if results and not (overwrite or resume):
+    if results and not expected:
         raise FileExistsError(f"{folder} already holds {results[0]}; choose another folder or give --overwrite true")
-    if checkpoint_folders(folder) and not (overwrite or resume):
+    if checkpoint_folders(folder) and not expected:
         raise FileExistsError(
             f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
         )

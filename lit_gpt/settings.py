@@ -6,7 +6,6 @@ is loaded; nothing here trains.
 """
 
 import math
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -17,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from lit_gpt.adapter import AdapterConfig
-from lit_gpt.adapter_files import KINDS, load_adapter
+from lit_gpt.adapter_files import KINDS, AdapterFile, check_base, load_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
-from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_ids, length, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_fit, length, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
@@ -170,36 +169,13 @@ class Settings:
         return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
 
 
-def settle_adapter(settings: Settings, given: Collection[str]) -> Settings:
-    """Return the settings with those of the ``init_from`` file, which no flag has to repeat; dropout is the flags'.
-
-    Args:
-        settings: as the flags say.
-        given: names of the flags that were given.
-
-    Raises:
-        ValueError, FileNotFoundError: a flag that was set says otherwise, or there is no such adapter.
-    """
-    if not settings.init_from:
-        return settings
-    chosen, found = settings.adapter, load_adapter(settings.init_from, settings.kind).config
-    kept = [each for each in fields(chosen) if not each.name.endswith("dropout")]
-    for name, default in ((each.name, each.default) for each in kept):
-        flag, own = getattr(chosen, name), getattr(found, name)
-        if flag != own and (flag != default or chosen.flag(name) in given):
-            raise UserError(
-                f"{settings.init_from} was trained with {name} = {own}, a flag says {flag}; leave the flag out: "
-                "the file's own settings are used"
-            )
-    return replace(settings, adapter=replace(chosen, **{each.name: getattr(found, each.name) for each in kept}))
-
-
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
     """What a run does: its settings, checked together, and what follows from them and from the data.
 
     Attributes:
-        settings: the options.
+        settings: the options, those of an ``init_from`` file among them.
+        init_adapter: the ``init_from`` file.
         base_dir: folder of the base model.
         base: name and fingerprint of the base.
         config: the base's.
@@ -217,13 +193,22 @@ class Plan:
         sample_ids: the prompt of sample generations.
     """
 
-    def __init__(self, settings: Settings, unfit: Sequence[str] = ()) -> None:
-        """Check all settings together and work out the rest; ``unfit`` are problems that were found before.
+    def __init__(self, settings: Settings, *, given: Collection[str] = (), problems: Sequence[str] = ()) -> None:
+        """Check all settings together and work out the rest.
+
+        Args:
+            settings: as the flags say.
+            given: names of the flags that were given, which the ``init_from`` file must not contradict.
+            problems: those that were found before.
 
         Raises:
             ValueError: with every problem found.
         """
-        problems, self.settings, io = Problems(unfit), settings, settings.io
+        problems, io = Problems(problems), settings.io
+        self.init_adapter = settings.init_from and problems.attempt(load_adapter, settings.init_from, settings.kind)
+        if self.init_adapter:
+            settings = problems.attempt(settle_adapter, settings, self.init_adapter, given) or settings
+        self.settings = settings
         data = problems.attempt(read_data_config, io.train_data_dir) or {}
         train_file = Path(io.train_data_dir) / TRAIN_FILE
         val_file = Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
@@ -236,14 +221,9 @@ class Plan:
         weights = base_dir and problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: read where it is asked for
         name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, io.jobnum or timestamp()]
         self.run_dir = settled(io.out_dir or Path(io.log_dir) / "-".join(map(str, name)))
-        problems.attempt(
-            check_run_folder,
-            self.run_dir,
-            overwrite=settings.overwrite,
-            resume=settings.resume,
-            named=bool(io.out_dir or io.jobnum),
-            sources=[settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file],
-        )
+        sources = [settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file]
+        expected = settings.resume or settings.overwrite
+        problems.attempt(check_run_folder, self.run_dir, expected=expected, sources=sources)
         self.count_steps(settings.train, problems)
         check_values(settings, problems)
         self.max_seconds = problems.attempt(parse_duration, settings.train.max_time)
@@ -255,6 +235,8 @@ class Plan:
         problems.attempt(weights_dtype, settings.precision, mixed=True)
         if self.config and settings.adapter:
             problems.attempt(check_adapter, settings, self.config)
+        if weights and self.init_adapter:
+            problems.attempt(check_base, self.init_adapter, base_dir)
         problems.check()
         self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
         self.input_hashes = {"base model": self.base["fingerprint"]}
@@ -284,6 +266,24 @@ class Plan:
         )
 
 
+def settle_adapter(settings: Settings, found: AdapterFile, given: Collection[str]) -> Settings:
+    """Return the settings with those of the ``init_from`` file, which no flag has to repeat; dropout is the flags'.
+
+    Raises:
+        ValueError: a flag that was set says otherwise.
+    """
+    chosen = settings.adapter
+    kept = {each.name: each.default for each in fields(chosen) if not each.name.endswith("dropout")}
+    for name, default in kept.items():
+        flag, own = getattr(chosen, name), getattr(found.config, name)
+        if flag != own and (flag != default or chosen.flag(name) in given):
+            raise UserError(
+                f"{settings.init_from} was trained with {name} = {own}, a flag says {flag}; leave the flag out: "
+                "the file's own settings are used"
+            )
+    return replace(settings, adapter=replace(chosen, **{name: getattr(found.config, name) for name in kept}))
+
+
 def check_values(settings: Settings, problems: Problems) -> None:
     """Note every setting that cannot work, whatever the data and the base are."""
     io, train, adapter = settings.io, settings.train, settings.adapter
@@ -301,6 +301,12 @@ def check_values(settings: Settings, problems: Problems) -> None:
         0 <= settings.seed <= 2**32 - max(1, settings.n_processes),
         f"--seed must be 0 or more and below 2^32, got {settings.seed}",
     )
+    problems.expect(
+        not (settings.resume and settings.overwrite),
+        "--resume true goes on with a run, --overwrite true starts it anew: give one of them",
+    )
+    known = io.out_dir or io.jobnum or not settings.resume
+    problems.expect(known, "--resume true needs to know the run folder: give --io.out_dir DIR")
     problems.attempt(check_form)
     problems.attempt(check_quantize, settings.quantize, settings.precision, full=adapter is None)
     for package in ("tensorboard", "wandb"):
@@ -359,20 +365,6 @@ def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, sa
     if len(ids) >= config.block_size:
         raise UserError(f"--eval.sample_prompt has {len(ids)} tokens; the context is {config.block_size}")
     return ids
-
-
-def check_fit(base_dir: Path, config: Config, *, data: dict[str, Any], samples: list[Sample]) -> None:
-    """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
-    tokenizer = Tokenizer(base_dir)
-    if tokenizer.sha256 != data["tokenizer_sha256"]:
-        raise UserError(
-            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
-            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
-        )
-    check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
-    longest = max(map(length, samples))
-    if longest > config.block_size:
-        raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
 
 
 def check_validation(io: IOArgs, data: dict[str, Any]) -> None:

@@ -1,20 +1,14 @@
-"""Finetuning with ETHER, OFT, LoRA or all weights: ``finetune`` and its loop, one for all front ends.
+"""Finetune with ETHER, OFT, LoRA or all weights: ``finetune``, behind all front ends, and its loop, the ``Trainer``.
 
-``finetune`` checks everything, loads the base, puts the adapter on, trains, and leaves a run folder:
-
-    lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
-    hparams.yaml                    every setting of the run
-    metrics.csv, loss.png           losses by step
-    monitor.csv                     with --train.monitor true, what lit_gpt/monitor.py measures at validations
-    summary.json                    what the closing lines say; the last file of a run, so a finished one has it
-    checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
+A run leaves a folder: its result (lit_model_ether_finetuned.pth, or of full finetuning final/, a base-shaped folder),
+hparams.yaml, metrics.csv, loss.png, monitor.csv (--train.monitor true), checkpoints/step-N/ (--train.save_interval N),
+and last of all summary.json: a finished run has it.
 
 - The loss is summed over the target tokens of the whole optimizer step and divided once, so that any split into
   micro-batches and processes gives the same gradient.
 - A checkpoint holds all that the rest of the run depends on: it goes on to the very bits that it would have had.
-
-Exit codes: 0 when the run is done or --train.max_time is over, 128 plus its number after a signal (143 SIGTERM, 130
-SIGINT, 138 SIGUSR1, 129 SIGHUP; a checkpoint is written first), 1 for what cannot go on.
+- Exit codes: 0 when the run is done or --train.max_time is over; 128 plus its number after a signal (143 SIGTERM, 130
+  SIGINT, 138 SIGUSR1, 129 SIGHUP), when a checkpoint is written; 1 for what cannot go on.
 """
 
 import math
@@ -33,12 +27,12 @@ from lightning.fabric import Fabric
 
 from lit_gpt import run_folder
 from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
-from lit_gpt.adapter_files import KINDS, check_base, fill_adapter, load_adapter, make_trainable, save_adapter
+from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
-from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_model, load_state, save_prompt_style, save_state
+from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, compiles_each_size, gather, is_sharded, share_start, together, unsharded
-from lit_gpt.errors import UserError, command
+from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
 from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
@@ -46,9 +40,9 @@ from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import estimate_memory, remedies
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
-from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
+from lit_gpt.quantize import describe_size, load_base, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
-from lit_gpt.settings import Plan, Settings, settle_adapter
+from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 
@@ -68,11 +62,12 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(settings.deterministic)
-    unfit = check_launch(settings)
-    if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
+    problems = Problems()
+    problems.attempt(check_launch, settings)
+    if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
-    settings = together(lambda: settle_adapter(settings, given))
-    plan = together(lambda: Plan(settings, unfit))
+    plan = together(lambda: Plan(settings, given=given, problems=problems))
+    settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
     plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
@@ -110,15 +105,10 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
     settings = plan.settings
-    if settings.quantize is None:
-        model = load_model(plan.base_dir, settings.precision, mixed=True)
-    else:
-        model = load_quantized_model(plan.base_dir, settings.precision, settings.quantize, device=device)
+    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device)
     make_trainable(model, settings.kind, settings.adapter)
-    if settings.init_from:
-        adapter = load_adapter(settings.init_from, settings.kind)
-        check_base(adapter, plan.base_dir)
-        fill_adapter(model, adapter)
+    if plan.init_adapter:
+        fill_adapter(model, plan.init_adapter)
     model.activation_checkpointing = settings.train.activation_checkpointing
     return model.to(device)
 

@@ -415,15 +415,14 @@ def test_the_held_out_rows_follow_from_the_seed():
     assert [len(draw(range(n), 0.04, seed=1)) for n in (5, 1)] == [1, 1]
 
 
-def test_taking_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
+def test_holding_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
     samples = Samples()
     for row in range(1, 41):
         for part in range(row % 3):
             samples.add(row, [([row, part], False), ([row] * (row % 5), True), ([9], True)])
     before = [{name: values.tolist() for name, values in sample.items()} for sample in samples]
     drawn = draw(range(1, 41), 0.3, seed=0)
-    test = samples.take(drawn)
-    for part, inside in ((test, True), (samples, False)):
+    for part, inside in zip(samples.split(drawn), (False, True), strict=True):
         expected = [sample for sample in before if (sample["input_ids"][0] in drawn) == inside]
         assert [{name: values.tolist() for name, values in sample.items()} for sample in part] == expected
         assert len(part) == len(expected) > 5

@@ -22,7 +22,7 @@ from lit_gpt.memory import (
     spread_evenly,
     working_bytes,
 )
-from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
+from lit_gpt.quantize import SCHEMES, load_base, quantization_saves
 from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import make_batching
 
@@ -160,7 +160,7 @@ def test_what_quantization_saves_is_what_it_saves(work, bpe_dir, scheme):
     sizes = dict(n_embd=256, intermediate_size=512, n_layer=1)  # blocks of 64 and of 256 are full
     folder = work / f"wide-{scheme}"
     write_base(folder, bpe_dir, **sizes)
-    plain, small = load_model(folder), load_quantized_model(folder, "32-true", scheme)
+    plain, small = load_model(folder), load_base(folder, "32-true", scheme)
     held = sum({t.data_ptr(): t.nbytes for t in small.state_dict().values()}.values())
     whole = sum(p.nbytes for p in plain.parameters())
     assert whole - quantization_saves(plain, scheme)[0] == pytest.approx(held, rel=0.02)

@@ -25,7 +25,7 @@ from lit_gpt.monitor import weight_change
 from lit_gpt.quantize import (
     SCHEMES,
     describe_size,
-    load_quantized_model,
+    load_base,
     n_parameters,
     quantizable,
     quantization_error,
@@ -155,11 +155,11 @@ class AnonymousMemory(TorchDispatchMode):
 def test_loading_never_holds_the_whole_model_unquantized(tmp_path, bpe_dir):
     sizes = dict(n_layer=12, n_embd=512, n_head=8, n_query_groups=4, intermediate_size=1536)
     folder = write_base(tmp_path / "base", bpe_dir, **sizes)
-    model = load_quantized_model(folder, "32-true", "bnb.nf4")  # what is allocated once, is
+    model = load_base(folder, "32-true", "bnb.nf4")  # what is allocated once, is
     with AnonymousMemory() as memory:
         torch.empty(0)  # an operator, at which memory is read
         start = memory.peak
-        again = load_quantized_model(folder, "32-true", "bnb.nf4")
+        again = load_base(folder, "32-true", "bnb.nf4")
     whole = (folder / "lit_model.pth").stat().st_size
     assert memory.peak - start < 0.3 * whole  # 4.5 bits of 32 stay, one weight of 1/50 comes and goes
     assert torch.equal(again(IDX), model(IDX))
@@ -174,7 +174,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, bpe_dir):
     state["transformer.h.1.mlp.proj.weight"] = torch.zeros(3, 3)
     save_state(state, folder / "lit_model.pth")
     with pytest.raises(ValueError, match=r"does not hold the weights .*h\.1\.mlp\.proj\.weight"):
-        load_quantized_model(folder, "32-true", "bnb.nf4")
+        load_base(folder, "32-true", "bnb.nf4")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
