@@ -11,12 +11,11 @@ It knows a row's texts, prompt styles and the tokenizer, and nothing of files or
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lit_gpt.errors import UserError
-from lit_gpt.prompts import CHAT, plain, render_prompt
+from lit_gpt.prompts import CHAT, encode_prompts, plain, render_prompt
 from lit_gpt.rows import LEARN_KEYS
 from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 
@@ -41,22 +40,24 @@ class Answer(NamedTuple):
     """What the model is to write, the token that ends the turn included."""
     eos: bool
     """EOS comes behind the text, since the template ends the turn with no token."""
+    notes: tuple[str, ...] = ()
+    """What the chat template does to the conversation."""
 
 
-def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> tuple[list[Answer], set[str]]:
-    """Return the answers of a row that are learned, and notes on what the chat template does to it.
+def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> list[Answer]:
+    """Return the answers of a row that are learned.
 
     Raises:
         ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content;
             an answer to be learned stands right behind another.
     """
     if style != CHAT:
-        return [Answer(render_prompt(style, row["instruction"], row["input"]), row["output"], eos=True)], set()
+        return [Answer(render_prompt(style, row["instruction"], row["input"]), row["output"], eos=True)]
     messages = row.get("messages") or [
         {"role": "user", "content": plain(row["instruction"], row["input"])},
         {"role": "assistant", "content": row["output"]},
     ]
-    answers, notes, asked = [], set(), False
+    answers, asked = [], False
     for i, message in enumerate(messages):
         asked |= message["role"] == "user"
         marked = any(message.get(key) not in (None, 1) for key in LEARN_KEYS)
@@ -67,12 +68,8 @@ def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> tuple[list[A
                 f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer: join "
                 'them, or mark the second "weight": 0'
             )
-        prompt = tokenizer.render_chat(messages[:i], add_generation_prompt=True)
-        answer, as_written = _make_answer(tokenizer, messages[:i], message, prompt=prompt)
-        answers.append(answer)
-        notes |= {AS_WRITTEN} if as_written else set()
-        notes |= {LEFT_OUT.format(role) for role in hidden_roles(messages[:i], prompt)}
-    return answers, notes
+        answers.append(_make_answer(tokenizer, messages[:i], message))
+    return answers
 
 
 def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
@@ -83,17 +80,16 @@ def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
 
 def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
     """Return a decoded answer without what the template itself writes around one, as its row would have it."""
-    probe = {"role": "assistant", "content": PROBE}
-    prompt = tokenizer.render_chat(before, add_generation_prompt=True)
-    answer, _ = _make_answer(tokenizer, before, probe, prompt=prompt)
-    ((_, (ids, _)),) = encode_answers(tokenizer, [[answer]], CHAT)[0]
+    answer = _make_answer(tokenizer, before, {"role": "assistant", "content": PROBE})
+    ((_, (ids, _)),) = encode_answers(tokenizer, [answer], CHAT)
     # Decoded, since that drops special tokens, and SentencePiece's first space
     head, _, tail = tokenizer.decode(ids).partition(PROBE)
     return text.removeprefix(head).removesuffix(tail)
 
 
-def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
-    """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
+def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) -> Answer:
+    """Return the answer behind its prompt: as the template shows it, or as it stands where that can't be used."""
+    prompt = tokenizer.render_chat(before, add_generation_prompt=True)
     shown = tokenizer.render_chat([*before, message])
     tail = render_tail(tokenizer, tuple(turn["role"] for turn in before))
     ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
@@ -115,43 +111,36 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
                 f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
                 "model is to write it; put it into content, between <think> and </think>"
             )
-    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends), as_written
+    notes = (AS_WRITTEN,) * as_written + tuple(map(LEFT_OUT.format, sorted(hidden_roles(before, prompt))))
+    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=notes)
 
 
-def encode_answers(
-    tokenizer: Tokenizer, conversations: Collection[Sequence[Answer]], style: str
-) -> list[list[list[Piece]]]:
-    """Return the samples of each conversation, as pieces that alternate between what stands before and an answer."""
-    answers = [answer for conversation in conversations for answer in conversation]
-    prompts = tokenizer.encode_batch([answer.prompt for answer in answers])
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:
+    """Return the samples of a row, as pieces that alternate between what stands before and an answer."""
+    prompts = encode_prompts(tokenizer, style, [answer.prompt for answer in answers])
     texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
     if style == CHAT:
         joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
         for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
             if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
                 texts[i] = both[len(prompt) :]
-    elif tokenizer.adds_bos:
-        prompts = [[tokenizer.bos_id, *prompt] for prompt in prompts]
-    encoded = zip(answers, prompts, texts, strict=True)
-    results = []
-    for conversation in conversations:
-        samples: list[list[Piece]] = []
-        so_far: list[int] = []
-        for answer, prompt, ids in islice(encoded, len(conversation)):
-            ids += [tokenizer.eos_id] * answer.eos
-            if not samples or prompt[: len(so_far)] != so_far:
-                samples, so_far = [*samples, []], []
-            samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
-            so_far = prompt + ids
-        results.append(samples)
-    return results
+    samples: list[list[Piece]] = []
+    so_far: list[int] = []
+    for answer, prompt, ids in zip(answers, prompts, texts, strict=True):
+        ids += [tokenizer.eos_id] * answer.eos
+        if not samples or prompt[: len(so_far)] != so_far:
+            samples, so_far = [*samples, []], []
+        samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
+        so_far = prompt + ids
+    return samples
 
 
-def early_stop(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> str | None:
-    """Return a token that ends answers and stands inside one: learned, it would end answers in the middle."""
-    ids = (i for pieces in samples for answer, learned in pieces if learned for i in answer[:-1])
-    stop = next(filter(tokenizer.stop_ids.__contains__, ids), None)
-    return None if stop is None else tokenizer.decode([stop], skip_special=False)
+def check_stops(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> None:
+    """Raise ValueError where a token that ends answers stands inside one: learned, it would end them in the middle."""
+    for ids in (ids for pieces in samples for ids, is_response in pieces if is_response):
+        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
+            text = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
+            raise UserError(f"an answer holds {text}, which ends answers; take it out, or leave the row out")
 
 
 def _squeeze(text: str) -> str:

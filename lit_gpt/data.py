@@ -1,6 +1,8 @@
 """Instruction data: rows encoded with the mask of what is learned, saved and read back.
 
-- Rows are read and encoded a slice at a time (encoding.py), so that a million of them fit in memory.
+It knows files, settings and samples; rows.py reads rows, encoding.py makes samples of them, batches.py uses them.
+
+- Rows are read and encoded one by one, so that a million of them fit in memory.
 - A sample is `{"input_ids", "labels", "response"}`: ids (T,) int32; the same with -100 where nothing is learned (not
   shifted); (T,) bool, true on the response or the assistant's turns, whose loss is reported by itself.
 """

@@ -1,17 +1,17 @@
 """Rows to samples: ids, the mask of what is learned, and which of it is a response.
 
-It knows rows and the tokenizer, and neither files nor models. Rows are encoded a slice at a time, into arrays: beyond
-the result, a million rows take no more memory than a thousand.
+It knows rows and the tokenizer, and neither files nor models. Rows are encoded one by one, into arrays: beyond the
+result, a million rows take no more memory than one.
 """
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lit_gpt.conversations import Piece, early_stop, encode_answers, find_answers
+from lit_gpt.conversations import Piece, check_stops, encode_answers, find_answers
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.rows import Problems
@@ -20,9 +20,6 @@ from lit_gpt.tokenizer import Tokenizer
 Sample = dict[str, Tensor]
 
 NAMES = ("input_ids", "labels", "response")
-SLICE = 1000
-CHARACTERS = 2_000_000
-"""Rows that are encoded at a time, and their characters: of a conversation, all before each turn."""
 SEVERAL = (
     "an answer each is a sample, since the chat template does not render earlier turns as it did when they were last"
 )
@@ -32,7 +29,7 @@ class Samples:
     """Samples one behind another in two long columns, 5 bytes a token, cut at a length; none that learns nothing."""
 
     def __init__(self, max_seq_length: int | None = None, *, learn_all: bool = False) -> None:
-        """`max_seq_length` cuts the samples that are added; `learn_all` learns the prompts, too."""
+        """Make an empty one. `max_seq_length` cuts the samples that are added; `learn_all` learns the prompts, too."""
         self.max_seq_length, self.learn_all = max_seq_length, learn_all
         self.ids, self.response = array("i"), bytearray()
         self.sizes, self.rows = array("i"), array("i")  # of each sample, and the number of its row
@@ -95,7 +92,7 @@ def encode_rows(
     problems: Problems | None = None,
     samples: Samples | None = None,
 ) -> Samples:
-    """Encode numbered rows of one kind, a slice of them at a time; the rows of the samples are counted from 0.
+    """Encode numbered rows of one kind, one by one; the rows of the samples are counted from 0.
 
     Args:
         tokenizer: the model's.
@@ -109,40 +106,21 @@ def encode_rows(
     """
     samples = Samples(max_seq_length) if samples is None else samples
     refused = problems or Problems("data")
-    for part in _slices(rows):
-        answers = {}
-        for number, row in part:
-            samples.learn_all = not mask_inputs and "messages" not in row
-            try:
-                answers[number], notes = find_answers(tokenizer, row, style)
-            except UserError as error:
-                refused.rows.append((number, str(error)))
-            else:
-                samples.notes.update(notes)
-        for number, found in zip(answers, encode_answers(tokenizer, answers.values(), style), strict=True):
-            if stop := early_stop(tokenizer, found):
-                what = f"an answer holds {stop}, which ends answers; take it out, or leave the row out"
-                refused.rows.append((number, what))
-                continue
-            samples.n_dropped += not found
-            samples.notes.update([SEVERAL] * (len(found) > 1))
-            for pieces in found:
-                samples.add(samples.n_rows, pieces)
-            samples.n_rows += 1
+    for number, row in rows:
+        samples.learn_all = not mask_inputs and "messages" not in row  # the same for all rows of one kind
+        try:
+            answers = find_answers(tokenizer, row, style)
+            found = encode_answers(tokenizer, answers, style)
+            check_stops(tokenizer, found)
+        except UserError as error:
+            refused.rows.append((number, str(error)))
+            continue
+        for pieces in found:
+            samples.add(samples.n_rows, pieces)
+        samples.n_rows += 1
+        samples.n_dropped += not found
+        samples.notes.update(dict.fromkeys((note for answer in answers for note in answer.notes), 1))
+        samples.notes.update([SEVERAL] * (len(found) > 1))
     if problems is None and refused.rows:
         raise UserError(str(refused))
     return samples
-
-
-def _slices(rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Yield the rows in lists that take little memory to encode."""
-    part, characters = [], 0
-    for number, row in rows:
-        part.append((number, row))
-        turns = row.get("messages", ())
-        characters += len(turns) * sum(len(turn["content"]) for turn in turns)
-        if len(part) == SLICE or characters > CHARACTERS:
-            yield part
-            part, characters = [], 0
-    if part:
-        yield part

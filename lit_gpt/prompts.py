@@ -4,7 +4,7 @@ Alpaca's two texts are those of Stanford Alpaca (https://github.com/tatsu-lab/st
 style of its own: "chat" stands for the template that the model's tokenizer brings along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lit_gpt.errors import UserError
 from lit_gpt.tokenizer import Tokenizer
@@ -15,14 +15,10 @@ CHAT = "chat"
 
 def alpaca(instruction: str, input: str) -> str:
     """Return Stanford Alpaca's prompt, in its form with an input or the one without."""
-    if input:
-        opening = "an instruction that describes a task, paired with an input that provides further context."
-        task = f"### Instruction:\n{instruction}\n\n### Input:\n{input}"
-    else:
-        opening = "an instruction that describes a task."
-        task = f"### Instruction:\n{instruction}"
+    paired = ", paired with an input that provides further context" if input else ""
     request = "Write a response that appropriately completes the request."
-    return f"Below is {opening} {request}\n\n{task}\n\n### Response:"
+    task = f"### Instruction:\n{instruction}" + (f"\n\n### Input:\n{input}" if input else "")
+    return f"Below is an instruction that describes a task{paired}. {request}\n\n{task}\n\n### Response:"
 
 
 def plain(instruction: str, input: str) -> str:
@@ -68,9 +64,14 @@ def render_prompt(style: str, instruction: str, input: str = "", tokenizer: Toke
 
 
 def encode_prompt(tokenizer: Tokenizer, style: str, *, instruction: str, input: str = "") -> list[int]:
-    """Return the ids that stand before the response, the same in training data as when the model is asked.
+    """Return the ids that stand before the response when the model is asked."""
+    return encode_prompts(tokenizer, style, [render_prompt(style, instruction, input, tokenizer)])[0]
+
+
+def encode_prompts(tokenizer: Tokenizer, style: str, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of rendered prompts, the same in training data as when the model is asked.
 
     BOS goes in front where the tokenizer puts it, except before a chat, whose template writes it itself.
     """
-    text = render_prompt(style, instruction, input, tokenizer)
-    return tokenizer.encode(text, bos=tokenizer.adds_bos and style != CHAT)
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and style != CHAT else []
+    return [bos + ids for ids in tokenizer.encode_batch(texts)]

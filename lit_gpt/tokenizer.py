@@ -36,7 +36,7 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         bos_id, eos_id, pad_id: ids, or None where the model has no such token.
         eos_ids: ids at which transformers ends a generation: EOS, and all of `generation_config.json`.
-        adds_bos: whether `encode(text)` puts BOS in front.
+        adds_bos: True where `encode(text)` puts BOS in front.
         chat_template: the Jinja source, or None.
     """
 
@@ -91,7 +91,7 @@ class Tokenizer:
             continues: they go on from some other text, so no leading space is added (SentencePiece does, to a text).
         """
         encode = self._vocabulary.encode_batch
-        return encode_behind(encode, texts) if continues and self._adds_space else encode(texts)
+        return [encode_behind(encode, text) for text in texts] if continues and self._adds_space else encode(texts)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -126,12 +126,10 @@ class Tokenizer:
 
     def answer_end(self, style: str) -> int | None:
         """Return the id that ends an answer in training data of this prompt style: EOS, or what the template writes."""
-        if style != "chat" or self.chat_template is None:
-            return self.eos_id
         try:
-            tail = render_tail(self, ("user",))
-        except ValueError:  # a template for other conversations
-            return self.eos_id
+            tail = render_tail(self, ("user",)) if style == "chat" else ""
+        except ValueError:  # no template, or one for other conversations
+            tail = ""
         return next((i for i in self.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
 
     def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
@@ -161,7 +159,7 @@ class Tokenizer:
 
     @cached_property
     def _adds_space(self) -> bool:
-        """Whether a text's first word is encoded as if a space stood before it, as SentencePiece does."""
+        """True where a text's first word is encoded as if a space stood before it, as SentencePiece does."""
         newline, joined, alone = self._vocabulary.encode_batch(["\n", "\na", "a"])
         return joined[len(newline) :] != alone
 

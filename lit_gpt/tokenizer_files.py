@@ -190,10 +190,8 @@ class SentencePieceVocabulary:
                 ids += self.processor.encode(part)
             elif part == " ":
                 ids.append(self.processor.piece_to_id("▁"))
-            elif part.startswith(" "):  # the space that SentencePiece puts first
-                ids += self.processor.encode(part[1:])
             else:
-                ids += encode_behind(self.processor.encode, [part])[0]
+                ids += encode_behind(self.processor.encode, part)
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
@@ -217,20 +215,17 @@ class SentencePieceVocabulary:
         return self.added_texts.get(token_id) or self.processor.id_to_piece(token_id)
 
 
-def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of texts that go on from others, without the space that SentencePiece puts before a text.
+def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:
+    """Return the ids of a text that goes on from another, without the space that SentencePiece puts before a text.
 
-    Each is encoded behind an anchor, whose ids are taken off again: behind the next one where it has merged with the
+    It is encoded behind an anchor, whose ids are taken off again: behind the next one where it has merged with the
     text. A text that merges with all keeps its space.
     """
-    results: list[list[int] | None] = [None] * len(texts)
     for anchor in ("\n", "|", "0", ""):
-        left = [i for i, ids in enumerate(results) if ids is None]
-        head, *joined = encode([anchor, *(anchor + texts[i] for i in left)])
-        for i, ids in zip(left, joined, strict=True):
-            if ids[: len(head)] == head:
-                results[i] = ids[len(head) :]
-    return results
+        head, joined = encode([anchor, anchor + text])
+        if joined[: len(head)] == head:
+            break
+    return joined[len(head) :]
 
 
 def token_text(token: str | dict | None) -> str | None:

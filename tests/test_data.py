@@ -18,7 +18,7 @@ from lit_gpt.batches import add_response_targets
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import main
 from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
-from lit_gpt.encoding import CHARACTERS, Samples, _slices, encode_rows
+from lit_gpt.encoding import Samples, encode_rows
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
@@ -381,30 +381,27 @@ def test_cutting_counts_what_it_cuts_and_drops():
     assert (samples.n_cut, samples.n_dropped, list(samples.full_sizes)) == (2, 2, [3, 4, 5, 3])
 
 
-@pytest.mark.parametrize("style", ["plain", "chat"])
-def test_memory_grows_by_the_ids_and_two_masks(bpe_dir, style, monkeypatch):
-    """It was 200 bytes a token: a million rows of 200 tokens would have taken 40 GB."""
-    tokenizer, row = Tokenizer(bpe_dir), {"instruction": "the river " * 20, "input": "", "output": "a stone " * 20}
-    peaks, tokens = [], []
-    monkeypatch.setattr("lit_gpt.encoding.SLICE", 50)
-    for n in (150, 900):
+INSTRUCTION = {"instruction": "the river " * 20, "input": "", "output": "a stone " * 20}
+LONG = {"messages": [{"role": role, "content": "the river " * 10} for role in ("user", "assistant")] * 20}
+
+
+@pytest.mark.parametrize(
+    "style, row, numbers",
+    [("plain", INSTRUCTION, (150, 900)), ("chat", INSTRUCTION, (150, 900)), ("chat", LONG, (3, 15))],
+)
+def test_memory_grows_by_the_ids_and_a_mask(bpe_dir, style, row, numbers):
+    """It was 200 bytes a token: a million rows of 200 tokens would have taken 40 GB.
+
+    Of long conversations, each answer has all before it in its prompt: 1,000 of 40 turns were encoded at once.
+    """
+    tokenizer, peaks, tokens = Tokenizer(bpe_dir), [], []
+    for n in numbers:
         tracemalloc.start()
         samples = encode_rows(tokenizer, ((i, row) for i in range(n)), style=style, mask_inputs=True)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         tokens.append(sum(samples.sizes))
     assert (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) < 10
-
-
-def test_a_slice_of_long_conversations_takes_little_memory():
-    """Each answer has all before it in its prompt: 1,000 rows of 40 turns were encoded at once."""
-    turns = [{"role": role, "content": "the river " * 10} for role in ("user", "assistant")] * 20
-    rows = [(number, {"messages": turns}) for number in range(1000)]
-    parts = list(_slices(rows))
-    assert [row for part in parts for row in part] == rows
-    assert max(map(len, parts)) <= CHARACTERS / (40 * 40 * 100) + 1 < 20
-    rows = [(number, {"instruction": "a"}) for number in range(2500)]
-    assert list(map(len, _slices(rows))) == [1000, 1000, 500]
 
 
 def test_the_held_out_rows_follow_from_the_seed():
