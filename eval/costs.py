@@ -7,8 +7,8 @@ gradient.)
 
 Notable choices:
 - Matrix products are counted on the meta device, where attention is spelt out in them.
-- What is saved for the backward pass are the storages that PyTorch's graph keeps, each once, weights excluded. Fake
-  tensors tell, as the kernels of a CPU save it: attention is fused there, as in a real run.
+- Saved for the backward pass is what lives after the forward pass, weights excluded. Fake tensors tell, as the kernels
+  of a CPU save it: attention is fused there, as in a real run.
 - Times are taken in turns, on one set of random weights that all adapters share: a machine that slows down does so for
   all, and memory holds the model once.
 """
@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from lit_gpt.checkpoint import meta_model
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig, check_blocks
+from lit_gpt.live_bytes import LiveBytes
 from lit_gpt.lora import LoraConfig
 from lit_gpt.memory import share_weights, spread_evenly
 from lit_gpt.model import GPT
@@ -78,7 +78,7 @@ def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
         model.shift = nn.Parameter(torch.zeros((), device=weight.device, dtype=weight.dtype))
         model.transformer.wte.register_forward_hook(lambda module, inputs, output: output + model.shift)
     else:
-        make_trainable(model, "lora" if isinstance(adapter, LoraConfig) else "ether", adapter)
+        make_trainable(model, adapter)
     return model
 
 
@@ -131,20 +131,12 @@ def elementwise_flops(model: GPT, seq_length: int) -> int:
 
 def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
     """Count the bytes that the forward pass keeps for the backward pass."""
-    storages: dict[StorageWeakRef, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[StorageWeakRef(storage)] = storage.nbytes()  # the reference keeps the identity from being used again
-        return tensor
-
     with FakeTensorMode():
         model = attach(share_weights(base, "cpu"), adapter)
         spread_evenly(model)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
-        weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
-    return sum(size for storage, size in storages.items() if storage not in weights)
+        with LiveBytes(model.parameters()) as live:
+            loss = step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
+            return live.now - loss.nbytes  # all that lives now lives for the backward pass
 
 
 def random_models(

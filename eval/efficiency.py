@@ -1,4 +1,4 @@
-"""What a training step costs with each method, beside LoRA and the frozen model: tables, JSON and a bar chart.
+"""Print what a training step costs with each method, beside LoRA and the frozen model; write JSON and a bar chart.
 
     python eval/efficiency.py --model_name Llama-2-7b-hf --seq_length 256
     python eval/efficiency.py --model_name Llama-2-7b-hf --n_layer 2 --time true

@@ -94,31 +94,28 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation; without the generation prompt it ends within the last message, to go on.
-
-        A template that refuses the conversation is asked again without its system message (a task's description), as
-        the Hugging Face backend does.
-        """
-        try:
-            return self._render(chat_history, add_generation_prompt)
-        except UserError as error:
-            without = [message for message in chat_history if message["role"] != "system"]
-            if len(without) == len(chat_history):
-                raise
-            if not self.left_out_system:
-                print(f"note: {error}; it is asked without the system message (the description)", file=sys.stderr)
-            self.left_out_system = True
-            return self._render(without, add_generation_prompt)
-
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Return a conversation's text; without the generation prompt it ends within the last message, to go on."""
         if add_generation_prompt:
-            return self.tokenizer.render_chat(messages, add_generation_prompt=True)
-        *before, last = messages
-        text = self.tokenizer.render_chat([*before, {**last, "content": last["content"] + CONTINUE_HERE}])
+            return self._render(chat_history, add_generation_prompt=True)
+        *before, last = chat_history
+        text = self._render([*before, {**last, "content": last["content"] + CONTINUE_HERE}])
         head, found, tail = text.rpartition(CONTINUE_HERE.strip())
         if not found:
             raise UserError(f"the chat template of {self.tokenizer.dir} leaves out the beginning of an answer")
         return head if tail.startswith(" ") else head.rstrip()  # a template that strips the message strips its space
+
+    def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
+        try:
+            return self.tokenizer.render_chat(messages, **options)
+        except UserError as error:
+            # As the Hugging Face backend does, ask again without the system message, which is a task's description.
+            others = [message for message in messages if message["role"] != "system"]
+            if len(others) == len(messages):
+                raise
+            if not self.left_out_system:
+                print(f"note: {error}; it is asked without the system message (the description)", file=sys.stderr)
+            self.left_out_system = True
+            return self.tokenizer.render_chat(others, **options)
 
     # Log-likelihoods
 

@@ -67,15 +67,9 @@ def evaluate(
     start = time.perf_counter()
     harness = HarnessModel(model, tokenizer, batch_size=batch_size)
     with evaluation_mode(model), isolated_harness():
-        results = evaluator.evaluate(
-            harness,
-            tasks,
-            limit=limit,
-            log_samples=False,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-            confirm_run_unsafe_code=True,  # load_tasks has asked
-        )
+        options = {"apply_chat_template": apply_chat_template, "fewshot_as_multiturn": apply_chat_template}
+        options |= {"confirm_run_unsafe_code": True}  # load_tasks has asked
+        results = evaluator.evaluate(harness, tasks, limit=limit, log_samples=False, **options)
     results.pop("configs")  # holds functions; name and version say the same
     results |= {"requests": harness.n_requests, "seconds": round(time.perf_counter() - start, 3)}
     return json.loads(json.dumps(results, default=lambda value: value.item()))  # NumPy's numbers to Python's

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -66,9 +66,10 @@ def load_tasks(
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of tasks that run code asks for
-    with isolated_harness(), data_sets_from(data_dir):
+    with isolated_harness(data_dir):
         manager, resolved = resolve_names(names)
-        manager._factory = Factory(run_code)
+        manager._factory = Factory()
+        manager._factory.run_code = run_code
         loaded = manager.load(resolved)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -81,9 +82,7 @@ def load_tasks(
 class Factory(TaskFactory):
     """The harness's, with errors that name the task, and that come before a task's own code is imported."""
 
-    def __init__(self, run_code: bool) -> None:
-        super().__init__()
-        self.run_code = run_code
+    run_code = False
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         described = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
@@ -146,39 +145,39 @@ class Splits(datasets.DatasetDict):
         raise UserError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
 
 
-@contextmanager
-def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
-    """Make the harness read the Hub's data sets from a folder; without one, only explain what can't be reached."""
-    original = datasets.load_dataset
+def load_data_set(
+    original: Callable, data_dir: Path | str | None, path: str, name: str | None = None, **options: Any
+) -> Any:
+    """Load a data set of the Hub from a folder; without one, only explain what can't be reached.
 
-    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
-        if "data_files" in options or Path(path).is_dir():  # a file format or a folder, not a name on the Hub
-            return original(path, name, **options)
-        folder = Path("DIR" if data_dir is None else data_dir) / path
-        command = f"hf download {path} --repo-type dataset --local-dir {shlex.quote(str(folder))}"
-        source, configuration = path, name
-        if data_dir is not None:
-            if not folder.is_dir():
-                raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
-            source, options["cache_dir"] = str(folder), cache_of(folder)
-            copy = folder / (name or "default")
-            if copy.is_dir() and not (folder / "README.md").is_file():  # the Hub's own parquet copy names nothing
-                source, configuration = str(copy), None
-        try:
-            found = original(source, configuration, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            what = f"{source}{f' (configuration {configuration})' if configuration else ''}"
-            raise explain(error, what, command, local=data_dir is not None) from error
-        if isinstance(found, datasets.DatasetDict):
-            found = Splits(found)
-            found.source = f"data set {source}{f' ({configuration})' if configuration else ''}"
-        return found
-
-    datasets.load_dataset = load_dataset
+    Args:
+        original: `datasets.load_dataset`, which this function takes the place of.
+        data_dir: the folder.
+        path: the data set's name on the Hub; a folder, or a file format, is read as ever.
+        name: its configuration.
+        options: the other arguments of `datasets.load_dataset`.
+    """
+    if "data_files" in options or Path(path).is_dir():
+        return original(path, name, **options)
+    folder = Path("DIR" if data_dir is None else data_dir) / path
+    command = f"hf download {path} --repo-type dataset --local-dir {shlex.quote(str(folder))}"
+    source = path
+    if data_dir is not None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
+        source, options["cache_dir"] = str(folder), cache_of(folder)
+        copy = folder / (name or "default")
+        if copy.is_dir() and not (folder / "README.md").is_file():  # the Hub's own parquet copy names nothing
+            source, name = str(copy), None
     try:
-        yield
-    finally:
-        datasets.load_dataset = original
+        found = original(source, name, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{source}{f' (configuration {name})' if name else ''}"
+        raise explain(error, what, command, local=data_dir is not None) from error
+    if isinstance(found, datasets.DatasetDict):
+        found = Splits(found)
+        found.source = f"data set {source}{f' ({name})' if name else ''}"
+    return found
 
 
 def cache_of(folder: Path) -> str:
@@ -209,16 +208,17 @@ def explain(error: Exception, what: str, command: str, *, local: bool) -> Except
 
 
 @contextmanager
-def isolated_harness() -> Iterator[None]:
+def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
     """Let the harness and the libraries under it print errors alone, and leave no trace in global random states.
 
-    They are seeded as the harness does it, since some tasks shuffle.
+    They are seeded as the harness does it, since some tasks shuffle. Data sets come from ``data_dir``.
     """
     with ExitStack() as undo, torch.random.fork_rng():
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
         undo.callback(logging.disable, logging.root.manager.disable)
         undo.callback(setattr, lm_eval.api.task, "tqdm", tqdm)
+        undo.callback(setattr, datasets, "load_dataset", datasets.load_dataset)
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
         random.seed(DEFAULT_RANDOM_SEED)
@@ -226,5 +226,6 @@ def isolated_harness() -> Iterator[None]:
         torch.manual_seed(DEFAULT_OTHER_SEED)
         logging.disable(logging.WARNING)
         lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for each task
+        datasets.load_dataset = partial(load_data_set, datasets.load_dataset, data_dir)
         datasets.disable_progress_bars()
         yield

@@ -215,7 +215,7 @@ class AdapterLayer(SplitLinear):
             if not is_finite(kept):
                 raise UserError(
                     f"{name}: merging gives NaN, infinity or values too large for {dtype}: the adapter holds a zero "
-                    "vector, or its run diverged"
+                    "vector, its run diverged, or bfloat16 is needed, which holds larger values"
                 )
             size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
             moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import adapter_parameters, adapter_state, mark_only_adapter_as_trainable
+from lit_gpt.adapter import AdapterConfig, adapter_parameters, adapter_state, mark_only_adapter_as_trainable
 from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_state, save_state
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig, add_ether, ether_filter
@@ -122,13 +122,13 @@ def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
     return EtherConfig(Htype=method, nb=shape[0], **targets, flip_side=flipped, block_layout="published")
 
 
-def make_trainable(model: GPT, kind: str, config: Any) -> None:
+def make_trainable(model: GPT, config: AdapterConfig | None) -> None:
     """Put a new adapter on, which alone trains; without a config all weights train."""
     if config is None:
         model.requires_grad_(True)
-        return
-    KINDS[kind].add(model, config)
-    mark_only_adapter_as_trainable(model)
+    else:
+        KINDS[config.kind].add(model, config)
+        mark_only_adapter_as_trainable(model)
 
 
 def attach_adapter(model: GPT, adapter: AdapterFile) -> None:

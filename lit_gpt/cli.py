@@ -93,7 +93,8 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
         check_values(parser, parsed)
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
         fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
-    debug, _ = values.pop("debug"), values.pop("config")
+    debug = values.pop("debug")
+    values.pop("config")
     if GIVEN in inspect.signature(setup).parameters:
         values[GIVEN] = frozenset(arg[2:].split("=")[0] for arg in args if arg.startswith("--"))
     try:

@@ -47,7 +47,7 @@ def command(script: str, **flags: Any) -> str:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Inside, whatever a file of another shape than expected makes Python stumble on is an error that names the file.
+    """Turn whatever Python stumbles on inside, in a file of another shape than expected, into an error that names it.
 
     For code that reads and nothing else: a bug of ours inside would be taken for the file's. --debug shows the place.
     """

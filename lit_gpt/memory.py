@@ -71,7 +71,7 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
         # Without a fallback: it would run an operator that needs data on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
             model = share_weights(base, fabric.device)
-            make_trainable(model, plan.settings.kind, plan.settings.adapter)
+            make_trainable(model, plan.settings.adapter)
             model.activation_checkpointing = plan.settings.train.activation_checkpointing
             spread_evenly(model)
             idx = torch.zeros(idx.shape, dtype=torch.long)

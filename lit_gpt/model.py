@@ -55,37 +55,34 @@ class GPT(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(
-        self,
-        idx: Tensor,
-        *,
-        input_pos: int | None = None,
-        lengths: Sequence[int] | None = None,
-        targets: Tensor | None = None,
-        reduction: str = "sum",
-    ) -> Tensor:
+    def forward(self, idx: Tensor, *, targets: Tensor | None = None, reduction: str = "sum", **context: Any) -> Tensor:
         """Return logits, or the loss where targets are given.
 
         Args:
             idx: (B, T) token ids.
-            input_pos: position of ``idx``'s first token; given, keys and values go through the cache.
-            lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
-                from 0 and attends to itself alone.
             targets: (B, T), the id that each position should predict, or ``IGNORE_INDEX``.
             reduction: ``sum``, or ``none`` for one loss for each target, in row order.
+            context: ``input_pos`` or ``lengths``, as ``hidden`` takes them.
 
         Returns:
             (B, T, V) logits; with targets their cross entropy, in fp32. The head runs on positions with a target
             alone, some at a time: the logits of a long sequence are never all in memory.
         """
-        x = self.hidden(idx, input_pos=input_pos, lengths=lengths)
+        x = self.hidden(idx, **context)
         if targets is None:
             return self.lm_head(x)
         wanted = targets != IGNORE_INDEX
         return chunked_cross_entropy(self.lm_head, x[wanted], targets[wanted], reduction=reduction)
 
     def hidden(self, idx: Tensor, *, input_pos: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
-        """Return the (B, T, d) states that the head reads; arguments as in ``forward``."""
+        """Return the (B, T, d) states that the head reads.
+
+        Args:
+            idx: (B, T) token ids.
+            input_pos: position of ``idx``'s first token; given, keys and values go through the cache.
+            lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
+                from 0 and attends to itself alone.
+        """
         T, start = idx.size(1), input_pos or 0
         longest = max(lengths) if lengths else T
         if start + longest > self.config.block_size:
@@ -96,12 +93,10 @@ class GPT(nn.Module):
         mask = None if packing and packing.fused else self.attention_mask(start, longest, idx.device)
         if packing:
             positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
-        rope = rope_angles(self.config, positions, x.dtype)
+        context = (rope_angles(self.config, positions, x.dtype), mask, input_pos, packing)
+        compute_again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, input_pos, packing, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, input_pos, packing)
+            x = checkpoint(block, x, *context, use_reentrant=False) if compute_again else block(x, *context)
         return self.transformer.ln_f(x)
 
     def attention_mask(self, start: int, T: int, device: torch.device) -> Tensor | None:
@@ -297,9 +292,7 @@ MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "LLaMAMoE": LLaMAMoE}
 
 def build_norm(config: Config) -> nn.Module:
     """Return the norm that the config names."""
-    if config.norm_class == "RMSNorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+    return getattr(nn, config.norm_class)(config.n_embd, eps=config.norm_eps)
 
 
 def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> Rope:

@@ -106,7 +106,7 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
     """
     settings = plan.settings
     model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device)
-    make_trainable(model, settings.kind, settings.adapter)
+    make_trainable(model, settings.adapter)
     if plan.init_adapter:
         fill_adapter(model, plan.init_adapter)
     model.activation_checkpointing = settings.train.activation_checkpointing

@@ -77,27 +77,21 @@ def setup(
     with reading(gguf_path):
         config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
         words = section(metadata, "tokenizer.ggml.")
-        described = {
-            "config.json": {**config.to_hf(), **special_ids(words), "torch_dtype": dtype},
-            "generation_config.json": generation_config(words),
-        }
-        if not keep_tokenizer:
-            tokenizer = tokenizer_json(words, gguf_path)
-            described["tokenizer_config.json"] = tokenizer_config(
-                words, metadata.get("tokenizer.chat_template"), config
-            )
+        described = json_files(words, config, dtype=dtype, template=metadata.get("tokenizer.chat_template"))
+        tokenizer = None if keep_tokenizer else tokenizer_json(words, gguf_path)
+    kept = ["tokenizer_config.json"] if keep_tokenizer else []
     if not overwrite:  # as the tokenizer, those of the model's Hugging Face folder are kept
         note_other_model(checkpoint_dir / "config.json", config)
-        described = {name: content for name, content in described.items() if not (checkpoint_dir / name).is_file()}
+        kept += [name for name in described if (checkpoint_dir / name).is_file()]
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], config), config, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())
-        for name, content in described.items():
-            write_json(staging / name, content)
-        if not keep_tokenizer:
+        for name in described.keys() - kept:
+            write_json(staging / name, described[name])
+        if tokenizer is not None:
             (staging / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
@@ -105,14 +99,13 @@ def setup(
 
 def note_other_model(path: Path, config: Config) -> None:
     """Say so where a config.json that is kept describes a model of other sizes: only an export would read it."""
-    theirs = Config.from_hf(read_json(path), name=config.name) if path.is_file() else config
+    other = Config.from_hf(read_json(path), name=config.name) if path.is_file() else config
     for name in ("n_layer", "n_embd", "n_head", "n_query_groups", "intermediate_size", "padded_vocab_size"):
-        if getattr(theirs, name) != getattr(config, name):
-            print(
-                f"note: {path} is kept, and describes another model ({name} is {getattr(theirs, name)}, in the GGUF "
-                f"file {getattr(config, name)}); --overwrite true replaces it"
-            )
-            return
+        theirs, ours = getattr(other, name), getattr(config, name)
+        if theirs != ours:
+            what = f"another model ({name} is {theirs}, in the GGUF file {ours})"
+            print(f"note: {path} is kept, and describes {what}; --overwrite true replaces it")
+            break
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,12 +222,9 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
         raise UserError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
     values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
-    if (
-        heads
-    ):  # llama.cpp rotates pairs that lie side by side; Hugging Face's first half of a head pairs with the second
-        values = (
-            values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        )  # (heads, S / 2, 2, ...) to (rows, ...)
+    if heads:
+        # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
+        values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # by way of (heads, 2, S / 2, ...)
     return values
 
 
@@ -267,28 +257,24 @@ def tokenizer_json(words: dict[str, Any], path: Path) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def special_ids(words: dict[str, Any]) -> dict[str, int]:
-    """Return the bos, eos and pad ids, those that the file has."""
-    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {name: words[key] for name, key in keys.items() if key in words}
-
-
-def generation_config(words: dict[str, Any]) -> dict[str, Any]:
-    """Return the special ids again, with the end of a turn beside the end of text where they differ (Llama 3)."""
-    ids, end_of_turn = special_ids(words), words.get("eot_token_id")
-    eos = ids.get("eos_token_id")
-    return ids if eos is None or end_of_turn in (None, eos) else {**ids, "eos_token_id": [eos, end_of_turn]}
-
-
-def tokenizer_config(words: dict[str, Any], template: str | None, config: Config) -> dict[str, Any]:
-    """Return a ``tokenizer_config.json``; its class is the one that takes tokenizer.json as it stands."""
-    ids = special_ids(words) | ({"unk_token_id": words["unknown_token_id"]} if "unknown_token_id" in words else {})
+def json_files(words: dict[str, Any], config: Config, *, dtype: str, template: str | None) -> dict[str, Any]:
+    """Return what the folder's configs hold, by their names; special tokens are those that the file has."""
+    keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+    ids = {f"{name}_token_id": words[key] for name, key in keys.items() if key in words}
+    tokens = {name.removesuffix("_id"): words["tokens"][index] for name, index in ids.items()}
+    ids.pop("unk_token_id", None)
+    eos, end_of_turn = ids.get("eos_token_id"), words.get("eot_token_id", ids.get("eos_token_id"))
+    ends = {} if eos in (None, end_of_turn) else {"eos_token_id": [eos, end_of_turn]}  # Llama 3 has two
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.block_size,
-        "clean_up_tokenization_spaces": False,
-        **{name.removesuffix("_id"): words["tokens"][index] for name, index in ids.items()},
-        **({"chat_template": template} if template else {}),
+        "config.json": {**config.to_hf(), **ids, "torch_dtype": dtype},
+        "generation_config.json": ids | ends,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
+            "model_max_length": config.block_size,
+            "clean_up_tokenization_spaces": False,
+            **tokens,
+            **({"chat_template": template} if template else {}),
+        },
     }
 
 

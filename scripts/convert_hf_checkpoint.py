@@ -47,10 +47,8 @@ def setup(
         weights |= found
     check_unquantized_weights(weights)
     config = untie_where_different(weights, config)
-    blanks = {key: tensor.to("meta") for key, tensor in weights.items()}
-    if dtype is not None:
-        to = getattr(torch, dtype)
-        blanks = {key: blank.to(to) if blank.is_floating_point() else blank for key, blank in blanks.items()}
+    stored = getattr(torch, dtype) if dtype else None
+    blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
     lit = write_lit(blanks, weights.__getitem__, config, checkpoint_dir / WEIGHTS)
     write_json(checkpoint_dir / CONFIG, config.to_dict())
     count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
@@ -117,8 +115,8 @@ def read_weights(path: Path) -> State:
 def untie_where_different(weights: State, config: Config) -> Config:
     """Believe the weights where config.json ties head and embedding and they differ, as transformers does."""
     names = hf_names(config)
-    head, embedding = (weights.get(names[key][0]) for key in (HEAD, EMBEDDING))
-    if config.tie_embeddings and head is not None and embedding is not None and not torch.equal(head, embedding):
+    pair = [weights[name] for key in (HEAD, EMBEDDING) for name in names[key] if name in weights]
+    if config.tie_embeddings and len(pair) == 2 and not torch.equal(*pair):
         print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
         return replace(config, tie_embeddings=False)
     return config

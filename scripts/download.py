@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,8 @@ def refuse_quantized(repo_id: str, **options: Any) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
-    try:
-        described = json.loads(text)
-    except ValueError:
-        return  # for the converter to say
-    check_unquantized(described, repo_id)
+    with suppress(json.JSONDecodeError, UnicodeDecodeError):  # for the converter to say
+        check_unquantized(json.loads(text), repo_id)
 
 
 def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **options: Any) -> None:

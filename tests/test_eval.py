@@ -253,7 +253,7 @@ def test_every_metric_equals_the_hugging_face_backend(checkpoint, ours, theirs, 
         pytest.skip("this tokenizer has no chat template")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # runs pip, for seconds
     manager, names = eval_tasks.resolve_names(ALL_TASKS)
-    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(data_dir):
         reference = evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, log_samples=False, **options)
     found = evaluate(ours.model, ours.tokenizer, tasks=ALL_TASKS, data_dir=data_dir, batch_size=5, **options)
     assert found["results"].keys() == reference["results"].keys() == {*names}
@@ -372,7 +372,7 @@ def test_a_description_is_left_out_where_the_template_has_no_system_role(without
     ours, theirs = without_system
     options = {"apply_chat_template": True, "num_fewshot": 1}
     manager, names = eval_tasks.resolve_names([f"mmlu_{SUBJECTS[0]}"])
-    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(data_dir):
         reference = evaluator.simple_evaluate(
             theirs, tasks=names, task_manager=manager, fewshot_as_multiturn=True, log_samples=False, **options
         )

@@ -349,9 +349,9 @@ print("grew by", peak - start, "MB")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("config", [EtherConfig("etherplusHH", nb=4), LoraConfig()], ids=["ether", "lora"])
 def test_memory_does_not_grow_with_the_model(bpe_dir, tmp_path, config):
-    """300 MB of bf16 weights, in fp32 600; the largest Linear has 2.8 MB."""
+    """140 MB of bf16 weights, in fp32 280; the largest Linear has 2.8 MB."""
     base, path = write_base(tmp_path / "base", bpe_dir, n_layer=1), tmp_path / "adapter.pth"
-    sizes = dict(n_layer=46, n_head=8, n_query_groups=4, n_embd=512, intermediate_size=1408, vocab_size=400)
+    sizes = dict(n_layer=23, n_head=8, n_query_groups=4, n_embd=512, intermediate_size=1408, vocab_size=400)
     shape = Config(block_size=128, tie_embeddings=True, **sizes)
     write_json(base / "lit_config.json", shape.to_dict())
     with torch.device("meta"):
@@ -359,7 +359,7 @@ def test_memory_does_not_grow_with_the_model(bpe_dir, tmp_path, config):
     template["lm_head.weight"] = template["transformer.wte.weight"]
     noise = (torch.randn(1_000_000) * 0.02).bfloat16()
     stream_state(template, lambda n: noise[: template[n].numel()].view(template[n].shape), base / "lit_model.pth")
-    assert (base / "lit_model.pth").stat().st_size > 250e6
+    assert (base / "lit_model.pth").stat().st_size > 130e6
     kind = write_adapter(path, base, config)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(Path(__file__).resolve().parents[1]), kind, str(path), str(base)],

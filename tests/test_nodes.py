@@ -144,8 +144,8 @@ def test_an_agent_that_dies_ends_the_other_and_both_go_on_to_the_same_bits(work,
 
 def test_a_sharded_base_trains_on_two_machines_as_on_one(work, tmp_path):
     train(work, "etherplusHH", tmp_path / "one")
-    for agent in agents(work, tmp_path / "two", "--strategy", "fsdp"):
-        code, text = agent.end()
+    for process in nodes(work, tmp_path / "two", "--strategy", "fsdp"):
+        code, text = process.end()
         assert code == 0, text
     assert_equal_losses(tmp_path / "one", tmp_path / "two")
 

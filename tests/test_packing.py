@@ -159,6 +159,7 @@ def test_under_autocast_packed_queries_keys_and_values_are_of_one_dtype(fused):
 
 def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what was compiled before, here or in another run
     torch._dynamo.reset()
     with pytest.raises(ValueError, match=r"--compile true cannot compile for cpu: .*--compile false") as refusal:
         check_compiler(torch.device("cpu"))
