@@ -19,11 +19,11 @@ from torch import Tensor
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style
-from lit_gpt.rows import FIELDS, Problems, read_rows
+from lit_gpt.rows import FIELDS, BadRows, read_rows
 from lit_gpt.tokenizer import Tokenizer
 
 TEST_FRACTION = 0.04
@@ -103,7 +103,7 @@ def prepare(
 
 def _fill_in(settings: dict, tokenizer: Tokenizer, *, context: int | None) -> None:
     """Put the defaults into the settings of a data folder, or raise ValueError with all that is wrong with them."""
-    problems = []
+    problems = Problems()
     length, fraction, style = (settings[name] for name in ("max_seq_length", "test_split_fraction", "prompt_style"))
     if length is None and context is None:
         problems.append(f"{tokenizer.dir} has no {CONFIG} that tells the model's context: give --max_seq_length")
@@ -116,12 +116,8 @@ def _fill_in(settings: dict, tokenizer: Tokenizer, *, context: int | None) -> No
     if tokenizer.eos_id is None:
         problems.append(f"the tokenizer of {tokenizer.dir} has no EOS token: name one in tokenizer_config.json")
     if style is not None:
-        try:
-            check_style(style, tokenizer)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
+        problems.attempt(check_style, style, tokenizer)
+    problems.check()
     settings["max_seq_length"] = length or context
     settings["test_split_fraction"] = None if settings["test_source"] else fraction or TEST_FRACTION
 
@@ -134,19 +130,18 @@ def _encode_files(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str
     Raises:
         ValueError: rows that cannot be used, of all files.
     """
-    problems = [Problems(settings[name]) for name in ("source", "test_source") if settings[name]]
-    files = [read_rows(found.source, fields, found) for found in problems]
+    refused = [BadRows(settings[name]) for name in ("source", "test_source") if settings[name]]
+    files = [read_rows(found.source, fields, found) for found in refused]
     first, samples, start = [next(rows, None) for rows in files], Samples(settings["max_seq_length"]), 0
     if None not in first:
         settings["prompt_style"] = _choose_style([row for _, row in first], settings["prompt_style"], tokenizer)
         settings["mask_inputs"] |= "messages" in first[0][1]
         options = {"style": settings["prompt_style"], "mask_inputs": settings["mask_inputs"], "samples": samples}
-        for one, rows, found in zip(first, files, problems, strict=True):
+        for one, rows, found in zip(first, files, refused, strict=True):
             start = samples.n_rows
             encode_rows(tokenizer, chain([one], rows), problems=found, **options)
             samples.notes[BLANK] += found.blank
-    if told := [str(found) for found in problems if found.rows]:
-        raise UserError("; ".join(told))
+    Problems(str(found) for found in refused if found.rows).check()
     return samples, range(start, samples.n_rows)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_gpt.conversations import Piece, check_stops, encode_answers, find_answers
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
-from lit_gpt.rows import Problems
+from lit_gpt.rows import BadRows
 from lit_gpt.tokenizer import Tokenizer
 
 Sample = dict[str, Tensor]
@@ -89,7 +89,7 @@ def encode_rows(
     style: str,
     mask_inputs: bool,
     max_seq_length: int | None = None,
-    problems: Problems | None = None,
+    problems: BadRows | None = None,
     samples: Samples | None = None,
 ) -> Samples:
     """Encode numbered rows of one kind, one by one; the rows of the samples are counted from 0.
@@ -105,7 +105,7 @@ def encode_rows(
         samples: those of another file, to which these are added.
     """
     samples = Samples(max_seq_length) if samples is None else samples
-    refused = problems or Problems("data")
+    refused = problems or BadRows("data")
     for number, row in rows:
         samples.learn_all = not mask_inputs and "messages" not in row  # the same for all rows of one kind
         try:

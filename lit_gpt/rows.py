@@ -39,7 +39,7 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass
-class Problems:
+class BadRows:
     """The rows of a file that cannot be used, by number, and what is wrong with them."""
 
     source: Path | str
@@ -54,7 +54,7 @@ class Problems:
 
 
 def read_rows(
-    source: Path | str, fields: Mapping[str, str] = FIELDS, problems: Problems | None = None
+    source: Path | str, fields: Mapping[str, str] = FIELDS, problems: BadRows | None = None
 ) -> Iterator[tuple[int, dict]]:
     """Yield the numbers and the contents of a file's good rows: {"instruction", "input", "output"} or {"messages"}.
 
@@ -73,7 +73,7 @@ def read_rows(
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
         raise UserError(f"{source}: unknown kind of data file {suffix!r}; choices: {', '.join(readers)}")
-    found, chat, n_good = problems or Problems(source), None, 0
+    found, chat, n_good = problems or BadRows(source), None, 0
     with _open(source) as file:
         try:
             # Spreadsheets put a byte order mark in front
