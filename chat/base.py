@@ -14,8 +14,8 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 import torch
 
-from lit_gpt.adapter_files import adapted_prompt_style, load_adapted_model
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.adapter_files import load_adapted_model, open_adapter
+from lit_gpt.checkpoint import check_checkpoint_dir, load_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
-from lit_gpt.errors import UserError
+from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
-from lit_gpt.prompts import CHAT, check_style, encode_prompt
+from lit_gpt.prompts import CHAT, encode_prompt
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPT = ">> "
 PASTE_SECONDS = 0.05  # between two lines of a paste; by hand nobody is so quick
+ENDS = {
+    "done": "",
+    "length": "; cut at --max_new_tokens",
+    "context": "; cut where the model's context ends",
+    "interrupted": "; interrupted",
+}
+"""Why an answer ended (the model ended it; it grew too long; the context is full; Ctrl-C), and how that is told."""
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -52,20 +60,13 @@ class Reply:
     first_seconds: float
     """Up to the first token."""
     end: str
-    """``done`` (the model ended it), ``length``, ``context`` (it is full) or ``interrupted`` (Ctrl-C)."""
+    """A key of ``ENDS``."""
 
     def summary(self) -> str:
-        """One line on the speed and on an end that was not the model's."""
+        """Return one line on the speed, and on an end that was not the model's."""
         rate = (self.tokens - 1) / self.seconds if self.tokens > 1 else self.tokens / max(self.first_seconds, 1e-9)
-        notes = {
-            "length": "; cut at --max_new_tokens",
-            "context": "; cut where the model's context ends",
-            "interrupted": "; interrupted",
-        }
-        return (
-            f"[{self.tokens} tokens, {rate:.1f} tokens/s; prompt: {self.prompt_tokens} tokens, "
-            f"{self.first_seconds:.2f} s{notes.get(self.end, '')}]"
-        )
+        prompt = f"prompt: {self.prompt_tokens} tokens, {self.first_seconds:.2f} s"
+        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{ENDS[self.end]}]"
 
 
 def answer(
@@ -94,39 +95,29 @@ def answer(
     """
     prompt = encode(tokenizer, style, messages)
     tokenizer.check_ids(prompt, model.config.padded_vocab_size)
-    context = model.config.block_size
-    if len(prompt) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
-        )
-    ids: list[int] = []
-    pieces: list[str] = []
-    times = [time.perf_counter()]
-    tokens = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
-    end = None
-    try:
-        for piece in stream_text(tokenizer, _record(tokens, ids, times)):
-            pieces.append(piece)
-            write(piece)
-    except KeyboardInterrupt:
-        end = "interrupted"
-    finally:
-        tokens.close()  # gives the model back at once, whatever ended the stream
-    if end is None:
-        end = "length" if len(ids) == max_new_tokens else "context" if len(prompt) + len(ids) == context else "done"
-    first = times[min(1, len(times) - 1)]
-    return Reply("".join(pieces), len(ids), len(prompt), times[-1] - first, first - times[0], end)
+    text, times = "", [time.perf_counter()]
 
+    def timed(tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            times.append(time.perf_counter())
+            yield token
 
-def _record(tokens: Iterable[int], ids: list[int], times: list[float]) -> Iterator[int]:
-    for token in tokens:
-        ids.append(token)
-        times.append(time.perf_counter())
-        yield token
+    ids = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
+    full = {model.config.block_size - len(prompt): "context", max_new_tokens: "length"}
+    with closing(ids):  # gives the model back at once, whatever ended the stream
+        try:
+            for piece in stream_text(tokenizer, timed(ids)):
+                text += piece
+                write(piece)
+            end = full.get(len(times) - 1, "done")
+        except KeyboardInterrupt:
+            end = "interrupted"
+    start, first, last = times[0], times[:2][-1], times[-1]
+    return Reply(text, len(times) - 1, len(prompt), last - first, first - start, end)
 
 
 def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
-    """The ids of a prompt, or of a conversation up to the beginning of the next answer."""
+    """Return the ids of a prompt, or of a conversation up to the beginning of the next answer."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if style == CHAT:
@@ -137,7 +128,7 @@ def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) 
 
 
 def with_system(system: str | None, turns: list[Message]) -> list[Message]:
-    """The system message, where there is one, before the turns."""
+    """Return the turns behind the system message, where there is one."""
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
@@ -156,50 +147,42 @@ class Conversation:
     cached: list[int] = field(default_factory=list)
     """What the model's cache holds of it, so that a turn costs its own tokens and not the whole conversation's."""
 
-    def messages(self) -> list[Message]:
-        """The conversation as the chat template takes it."""
-        return with_system(self.system, self.turns)
-
     def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
         """Answer the next prompt, and remember both where the style is "chat".
 
         Raises:
             ValueError: the prompt alone does not fit the context; the conversation stays as it was.
         """
-        before = list(self.turns)
-        self.turns.append({"role": "user", "content": text})
-        try:
-            if dropped := self._forget():
-                print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
-            settings = dict(self.sampling, style=self.style, cached=self.cached)
-            reply = answer(self.model, self.tokenizer, self.messages(), write=write, **settings)
-            if self.style != CHAT or (reply.end == "interrupted" and not reply.text):
-                self.turns = before
-            else:  # the next prompt is the one of a training row with this answer
-                content = written(self.tokenizer, self.messages(), reply.text)
-                self.turns.append({"role": "assistant", "content": content})
-        except (ValueError, KeyboardInterrupt):
-            self.turns = before
-            raise
+        turns = self.fitting([*self.turns, {"role": "user", "content": text}])
+        messages = with_system(self.system, turns)
+        settings = {**self.sampling, "style": self.style, "cached": self.cached}
+        reply = answer(self.model, self.tokenizer, messages, write=write, **settings)
+        if self.style == CHAT and (reply.text or reply.end != "interrupted"):
+            # The next prompt is the one of a training row with this answer.
+            content = written(self.tokenizer, messages, reply.text)
+            self.turns = [*turns, {"role": "assistant", "content": content}]
         return reply
 
-    def _forget(self) -> int:
+    def fitting(self, turns: list[Message]) -> list[Message]:
         """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""
-        context, dropped = self.model.config.block_size, 0
-        room = min(self.sampling["max_new_tokens"], context // 4)
-        while len(self.turns) > 1 and len(encode(self.tokenizer, self.style, self.messages())) + room > context:
-            del self.turns[:2]
-            dropped += 1
-        return dropped
+        context, kept = self.model.config.block_size, list(turns)
+        longest = context - min(self.sampling["max_new_tokens"], context // 4)
+        while len(kept) > 1 and len(encode(self.tokenizer, self.style, with_system(self.system, kept))) > longest:
+            del kept[:2]
+        if dropped := (len(turns) - len(kept)) // 2:
+            print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
+        return kept
 
 
-def write_out(piece: str) -> None:
-    """Show a piece of an answer at once."""
-    print(piece, end="", flush=True)
+def show_answer(conversation: Conversation, text: str) -> None:
+    """Answer a prompt on stdout, piece by piece, and summarize on stderr."""
+    reply = conversation.ask(text, lambda piece: print(piece, end="", flush=True))
+    print(flush=True)
+    print(reply.summary(), file=sys.stderr)
 
 
 def chat_terminal(conversation: Conversation) -> None:
-    """Prompts from the terminal until Ctrl-C or Ctrl-D."""
+    """Answer prompts from the terminal until Ctrl-C or Ctrl-D."""
     with suppress(ImportError):  # Python may have been built without it
         import readline  # gives ``input`` its line editing and history
 
@@ -208,9 +191,7 @@ def chat_terminal(conversation: Conversation) -> None:
 
     for text in read_prompts():
         try:
-            reply = conversation.ask(_clean(text), write_out)
-            print()
-            print(reply.summary(), file=sys.stderr)
+            show_answer(conversation, text)
         except KeyboardInterrupt:  # before the answer began, or after it ended
             print()
         except UserError as error:
@@ -219,68 +200,41 @@ def chat_terminal(conversation: Conversation) -> None:
 
 def read_prompts() -> Iterator[str]:
     """Yield what is typed or pasted; lines that wait when the first one ends belong to it."""
-    text, ended = "", False
-    while not ended:
-        try:
+    text = ""
+    try:
+        while True:
             text = input(PROMPT)
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        try:
             while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
                 text += "\n" + input()
-        except EOFError:
-            ended = True
-        except KeyboardInterrupt:
-            print()
-            return
-        if text.strip():
+            if text.strip():
+                yield text
+            text = ""
+    except EOFError:
+        if text:  # it ended within a paste
             yield text
-
-
-def answer_pipe(conversation: Conversation, text: str) -> None:
-    """Answer the one prompt that came through a pipe."""
-    reply = conversation.ask(text, write_out)
-    print(flush=True)
-    print(reply.summary(), file=sys.stderr)
+    except KeyboardInterrupt:
+        pass
+    print()
 
 
 def read_pipe() -> str:
-    """All of stdin, without the newline that ``echo`` adds."""
-    text = _clean(sys.stdin.read()).rstrip("\n")
+    """Read all of stdin, without the newline that ``echo`` adds."""
+    text = sys.stdin.read().rstrip("\n")
     if not text.strip():
         raise UserError('stdin is empty, a prompt was expected: echo "..." | python chat/base.py --checkpoint_dir DIR')
     return text
 
 
-def _clean(text: str) -> str:
-    """Text that every tokenizer takes: bytes that are no UTF-8 (surrogates, to Python) become U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
-    """Check every flag before weights are loaded.
-
-    Raises:
-        ValueError: one line with all that is wrong.
-    """
-    problems = []
-    if system is not None and style != CHAT:
-        problems.append(f"--system needs --prompt_style chat, the prompt style is {style}")
-        system = None
-    checks = (
-        lambda: weights_dtype(precision),
-        lambda: check_sampling(**sampling),
-        lambda: check_style(style, tokenizer),
-        lambda: encode(tokenizer, style, with_system(system, [{"role": "user", "content": "?"}])),  # the template runs
-    )
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
+    """Raise one ValueError with all that is wrong before weights are loaded; say if the template hides ``system``."""
+    problems, asked = Problems(), with_system(system if style == CHAT else None, [{"role": "user", "content": "?"}])
+    problems.expect(system is None or style == CHAT, f"--system needs --prompt_style chat, the prompt style is {style}")
+    problems.attempt(weights_dtype, precision)
+    problems.attempt(check_sampling, **sampling)
+    problems.attempt(encode, tokenizer, style, asked)  # finds out if there is such a style, and runs the template
+    problems.check()
+    if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
+        print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)
 
 
 def setup(
@@ -318,24 +272,21 @@ def setup(
     folder, device = check_checkpoint_dir(checkpoint_dir), choose_device()
     tokenizer = Tokenizer(folder)
     precision = precision or ("bf16-true" if device.type == "cuda" else "32-true")
-    adapter = {"ether_path": ether_path, "lora_path": lora_path}
-    style = prompt_style or adapted_prompt_style(folder, **adapter)
+    adapter = open_adapter(ether_path, lora_path)
+    style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
-    asked = with_system(system, [{"role": "user", "content": "?"}])
-    if system is not None and hidden_roles(asked, tokenizer.render_chat(asked, add_generation_prompt=True)):
-        print(f"[--system: {LEFT_OUT.format('system')}]", file=sys.stderr)
-    sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdin.reconfigure(errors="replace")  # every tokenizer takes U+FFFD
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers
-        model = load_adapted_model(folder, precision, quantize=quantize, device=device, **adapter)
+        model = load_adapted_model(folder, precision, quantize=quantize, device=device, adapter=adapter)
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     conversation = Conversation(model, tokenizer, style, system=system, sampling=sampling)
     kept = "the conversation is kept" if style == CHAT else "every prompt stands alone"
     how = f"temperature {temperature}" if temperature else "greedy"
     print(f"[{folder.resolve().name}, {precision} on {device}, {how}; prompt style {style}: {kept}]", file=sys.stderr)
     if text is not None:
-        answer_pipe(conversation, text)
+        show_answer(conversation, text)
     else:
         print("[Ctrl-C stops an answer; at the prompt it quits, as Ctrl-D does]", file=sys.stderr)
         chat_terminal(conversation)

@@ -1,4 +1,4 @@
-"""What a training step costs with an adapter: counted on tensors without data, or timed side by side.
+"""Count what a training step costs with an adapter, on tensors without data, or time it side by side.
 
 A step is the forward and backward pass of one sequence in which every position has a target. It is compared with the
 *floor*: the frozen model with one trained scalar, added to the embedding's output, so that gradients flow through every
@@ -28,18 +28,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lit_gpt.adapter import (
-    TARGETS,
-    AdapterLayer,
-    adapter_layers,
-    adapter_parameters,
-    mark_only_adapter_as_trainable,
-)
+from lit_gpt.adapter import TARGETS, adapter_layers, adapter_parameters
+from lit_gpt.adapter_files import make_trainable
+from lit_gpt.checkpoint import meta_model
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.ether import METHODS, EtherConfig, add_ether, check_blocks
-from lit_gpt.lora import LoraConfig, add_lora
-from lit_gpt.memory import meta_model, share_weights, spread_evenly
+from lit_gpt.ether import METHODS, EtherConfig, check_blocks
+from lit_gpt.lora import LoraConfig
+from lit_gpt.memory import share_weights, spread_evenly
 from lit_gpt.model import GPT
 from lit_gpt.quantize import quantize_model
 from lit_gpt.train import compile_blocks
@@ -59,11 +55,10 @@ class Variant:
 def choose_variants(
     config: Config, *, targets: Sequence[str], blocks: Sequence[int], oft_blocks: Sequence[int]
 ) -> tuple[list[Variant], list[str]]:
-    """Floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
+    """Return floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
     chosen = {target: target in targets for target in TARGETS}
     variants, left_out = [Variant(FLOOR, None), Variant(LORA, LoraConfig(r=8, **chosen))], []
-    with torch.device("meta"):
-        model = GPT(replace(config, n_layer=1))
+    model = meta_model(replace(config, n_layer=1))
     for method, name in METHOD_NAMES.items():
         for n in oft_blocks if METHODS[method].matrices else blocks:
             adapter = EtherConfig(Htype=method, nb=n, **chosen)
@@ -77,21 +72,18 @@ def choose_variants(
 
 
 def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
-    """Give the model its adapter, or the floor's scalar, and freeze the rest."""
+    """Give the model its adapter, or the floor's scalar, freeze the rest, and return it."""
     if adapter is None:
-        model.requires_grad_(False)
-        weight = model.transformer.wte.weight
+        weight = model.requires_grad_(False).transformer.wte.weight
         model.shift = nn.Parameter(torch.zeros((), device=weight.device, dtype=weight.dtype))
         model.transformer.wte.register_forward_hook(lambda module, inputs, output: output + model.shift)
-        return model
-    add = add_lora if isinstance(adapter, LoraConfig) else add_ether
-    add(model, adapter)
-    mark_only_adapter_as_trainable(model)
+    else:
+        make_trainable(model, "lora" if isinstance(adapter, LoraConfig) else "ether", adapter)
     return model
 
 
 def step_loss(model: GPT, idx: Tensor) -> Tensor:
-    """The loss of a step, ``model(idx, targets=idx)``, in one piece.
+    """Return the loss of a step, ``model(idx, targets=idx)``, in one piece.
 
     Picking the positions with a target, as the model does, needs their number, which the meta device does not have.
     """
@@ -99,7 +91,7 @@ def step_loss(model: GPT, idx: Tensor) -> Tensor:
 
 
 def count(config: Config, variant: Variant, *, seq_length: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """What a step of one sequence costs, as ``count_model``.
+    """Return what a step of one sequence costs, as ``count_model``.
 
     Every layer after the first costs the same, so models of one and of two layers tell it for any depth, exactly.
     """
@@ -108,7 +100,7 @@ def count(config: Config, variant: Variant, *, seq_length: int, dtype: torch.dty
 
 
 def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.dtype) -> dict[str, int]:
-    """Trained parameters, adapter bytes, FLOPs of products and of the rest, bytes saved for the backward pass."""
+    """Count trained parameters, adapter bytes, FLOPs of products and of the rest, bytes saved for the backward pass."""
     base = meta_model(config, dtype)
     model = attach(share_weights(base), variant.adapter)
     return {
@@ -121,7 +113,7 @@ def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.
 
 
 def product_flops(model: GPT, seq_length: int) -> int:
-    """FLOPs of the matrix products of a step, for a model on the meta device."""
+    """Count the FLOPs of the matrix products of a step, for a model on the meta device."""
     spread_evenly(model)
     with FlopCounterMode(display=False) as counter:
         step_loss(model, torch.empty(1, seq_length, dtype=torch.long, device="meta")).backward()
@@ -129,44 +121,16 @@ def product_flops(model: GPT, seq_length: int) -> int:
 
 
 def elementwise_flops(model: GPT, seq_length: int) -> int:
-    """FLOPs that a model's adapters add to a step outside of matrix products; ``layer_flops`` is the formula."""
+    """Return the FLOPs that a model's adapters add to a step outside of matrix products."""
     total = 0.0
     for name, layer in adapter_layers(model):
         share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
-        total += layer_flops(layer, seq_length * share)
+        total += layer.elementwise_flops(seq_length * share)
     return round(total)
 
 
-def layer_flops(layer: AdapterLayer, positions: float) -> float:
-    """FLOPs of one adapter outside of matrix products, forward and backward; multiplying and adding are two.
-
-    - ETHER, ETHER+: for each position and entry of a side, x + update and the same with the gradient (2); beside a
-      bias, for each projection its bias's and that one's derivative (2). Once a step, for each entry of a vector,
-      u / |u|, sum and difference, and their derivatives (13). All else are matrix products.
-    - OFT: for each b x b block, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
-      triangular solves for b right-hand sides (2 b^3). Beside a bias, x - bias, the sum with x and its derivative (3 a
-      position). Products with R, and those in R's derivative, are matrix products.
-    - LoRA: for each output and position, the branch is scaled and added, its gradient scaled (3); its gradient is added
-      to the input's (1 an input).
-    """
-    total = 0.0
-    for name, parameter in layer.own_parameters().items():
-        size = parameter.numel()
-        if name == "lora_A":
-            total += positions * layer.in_features
-        elif name == "lora_B":
-            total += 3 * positions * parameter.size(0)
-        elif layer.method.matrices:
-            block = parameter.size(-1)
-            total += (8 + 8 / 3 * block) * size + (0 if layer.bias is None else 3 * positions * size / block)
-        else:
-            biased = 0 if layer.bias is None else 2 / parameter.size(-1)
-            total += (positions * (2 / layer.method.tensors + biased) + 13) * size
-    return total
-
-
 def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
-    """Bytes that the forward pass keeps for the backward pass."""
+    """Count the bytes that the forward pass keeps for the backward pass."""
     storages: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -192,15 +156,24 @@ def random_models(
     compiled: bool = False,
     scheme: str | None = None,
 ) -> list[GPT]:
-    """A model for each variant, all on one set of random weights, which ``scheme`` quantizes."""
+    """Return a model for each variant, all on one set of random weights, which ``scheme`` quantizes."""
     base = meta_model(config, dtype).requires_grad_(False)
+
+    def draw(parameter: Tensor) -> Tensor:
+        return torch.empty_like(parameter, device=device).normal_(std=0.02)
+
+    class RandomState(dict):
+        """A model's weights by name, drawn when they are asked for: never all of them unquantized."""
+
+        def __getitem__(self, name: str) -> Tensor:
+            return draw(super().__getitem__(name))
+
     if scheme is not None:
-        quantize_model(base, scheme, RandomWeights(base, device), dtype=dtype, device=device)
+        quantize_model(base, scheme, RandomState(base.state_dict()), dtype=dtype, device=device)
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                weight = torch.empty_like(parameter, device=device).normal_(std=0.02)
-                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+                setattr(module, name, nn.Parameter(draw(parameter), requires_grad=False))
     base.tie_weights()
     models = [attach(share_weights(base), variant.adapter) for variant in variants]
     for model in models if compiled else ():
@@ -208,19 +181,8 @@ def random_models(
     return models
 
 
-class RandomWeights(dict[str, Tensor]):
-    """A model's weights by name, drawn when they are asked for."""
-
-    def __init__(self, model: GPT, device: torch.device) -> None:
-        super().__init__(model.state_dict())
-        self.device = device
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.empty_like(super().__getitem__(name), device=self.device).normal_(std=0.02)
-
-
 def measure(models: Sequence[GPT], *, seq_length: int, rounds: int) -> list[dict[str, Any]]:
-    """For each of ``random_models`` ``seconds``, of a step in each round; on a GPU also ``peak_bytes``.
+    """Return for each of ``random_models`` the ``seconds`` of a step in each round; on a GPU also ``peak_bytes``.
 
     A round before the first is discarded. A peak is what the weights, this one adapter and a step took together.
     """
@@ -234,13 +196,12 @@ def measure(models: Sequence[GPT], *, seq_length: int, rounds: int) -> list[dict
             seconds, peak = timed_step(models[index], idx)
             if turn > 0:
                 found[index]["seconds"].append(seconds)
-            if turn > 0 and peak is not None:
-                found[index]["peak_bytes"] = held + trained[index] + peak
+                found[index] |= {} if peak is None else {"peak_bytes": held + trained[index] + peak}
     return found
 
 
 def timed_step(model: GPT, idx: Tensor) -> tuple[float, int | None]:
-    """Seconds of a forward and backward pass, and on a GPU the bytes that it took beyond those held before."""
+    """Return the seconds of a forward and backward pass, and on a GPU the bytes beyond those held before."""
     on_gpu = idx.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -251,13 +212,12 @@ def timed_step(model: GPT, idx: Tensor) -> tuple[float, int | None]:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
     model.zero_grad()
-    return seconds, peak
+    return seconds, torch.cuda.max_memory_allocated() - held if on_gpu else None
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
+    """Add each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
     for row in rows:
         for name, other in zip(("time_x_floor", "time_x_lora"), rows[:2], strict=True):
             each = [own / its for own, its in zip(row["seconds"], other["seconds"], strict=True)]
@@ -265,7 +225,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table, its first column flush left."""
+    """Return an aligned Markdown table, its first column flush left."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in (header, rule, *lines))

@@ -6,6 +6,7 @@
 Counting takes seconds and needs neither weights nor memory; ``costs.py`` says how it is done.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ import torch
 
 from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
 from lit_gpt.adapter import TARGETS
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, load_config, warn_of_slow_products, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config, meta_model
 from lit_gpt.cli import main
 from lit_gpt.config import Config
-from lit_gpt.errors import UserError
-from lit_gpt.files import atomic_write, prepare_out_dir, write_json
-from lit_gpt.memory import meta_model
+from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
+from lit_gpt.errors import Problems, UserError
+from lit_gpt.files import prepare_out_dir, write_json
+from lit_gpt.plots import picture
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
 # It says "longest sample" for Phi-1.5; 1045 tokens is the one length at which our count of LoRA gives its 6.04, too.
@@ -40,7 +42,7 @@ RESULTS, PICTURE = "efficiency.json", "flops.png"
 
 
 def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict[str, float]]:
-    """The paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
+    """Return the paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
     for name, (length, figures) in PUBLISHED_TFLOPS.items():
         if model_sizes(config) == model_sizes(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
             return length, dict(zip(PUBLISHED_LABELS, figures, strict=True))
@@ -48,29 +50,36 @@ def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict
 
 
 def model_sizes(config: Config) -> tuple[int | str, ...]:
-    """What the FLOPs of a model follow from; its name may differ."""
+    """Return what the FLOPs of a model follow from; its name may differ."""
     widths = (config.n_embd, config.q_size, config.kv_size, config.intermediate_size, config.padded_vocab_size)
     return (config.mlp_class, config.n_layer, *widths)
 
 
 def cost_table(rows: Sequence[dict[str, Any]], published_length: int) -> str:
-    """What was counted, for people; the paper's figures where there is a length that they belong to."""
+    """Return what was counted, for people; the paper's figures where there is a length that they belong to."""
     floor, lora = rows[:2]
-    header = ["", "trained", "adapter bytes", "TFLOPs", "of floor", "element-wise", "saved, MB", "x floor", f"x {LORA}"]
-    header += [f"published, T = {published_length}"] * (published_length > 0)
     lines = []
     for row in rows:
         products, saved = row["product_flops"], row["saved_bytes"]
-        line = [row["label"], f"{row['trained_parameters']:,}", f"{row['adapter_bytes']:,}", tflops(products)]
-        line += [f"{products / floor['product_flops']:.2%}"]
-        line += [f"{row['elementwise_flops'] / floor['product_flops']:.3%}", f"{saved / 1e6:,.0f}"]
-        line += [f"{saved / other['saved_bytes']:.3f}" for other in (floor, lora)]
-        lines.append(line + [f"{row['published_tflops'] or ''}"] * (published_length > 0))
-    return table(header, lines)
+        line = {
+            "": row["label"],
+            "trained": f"{row['trained_parameters']:,}",
+            "adapter bytes": f"{row['adapter_bytes']:,}",
+            "TFLOPs": f"{products / 1e12:#.4g}",
+            "of floor": f"{products / floor['product_flops']:.2%}",
+            "element-wise": f"{row['elementwise_flops'] / floor['product_flops']:.3%}",
+            "saved, MB": f"{saved / 1e6:,.0f}",
+            "x floor": f"{saved / floor['saved_bytes']:.3f}",
+            f"x {LORA}": f"{saved / lora['saved_bytes']:.3f}",
+        }
+        if published_length:
+            line[f"published, T = {published_length}"] = f"{row['published_tflops'] or ''}"
+        lines.append(line)
+    return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
-def time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What was measured, for people."""
+def print_times(rows: Sequence[dict[str, Any]], *, where: str, compiled: bool) -> None:
+    """Print a table of the times, and how they were taken."""
     peaks = "peak_bytes" in rows[0]
     header = ["", "step, s", "x floor", "range", f"x {LORA}", "range"]
     header += ["peak, GB", "x floor", f"x {LORA}"] * peaks
@@ -83,49 +92,33 @@ def time_table(rows: Sequence[dict[str, Any]]) -> str:
             line += [f"{row['peak_bytes'] / 1e9:.2f}"]
             line += [f"{row['peak_bytes'] / other['peak_bytes']:.3f}" for other in rows[:2]]
         lines.append(line)
-    return table(header, lines)
-
-
-def tflops(flops: float) -> str:
-    """To four figures."""
-    return f"{flops / 1e12:#.4g}"
+    how = f"{'compiled' if compiled else 'eager'}, medians of {len(rows[0]['seconds'])} rounds in turns"
+    print(f"\nForward and backward on {where}, {how}:\n\n{table(header, lines)}")
+    if not peaks:
+        print("\nPeak memory is measured on GPUs alone; on a CPU compare what is saved for the backward pass.")
 
 
 def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, published: bool) -> None:
-    """Bars of a step's FLOPs: ours, and the published code's where they are of the same length."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # here: importing it takes as long as counting
-
+    """Draw bars of a step's FLOPs: ours, and the published code's where they are of the same length."""
     floor, methods = rows[0]["product_flops"] / 1e12, rows[1:]
-    digits = 2 if floor >= 1 else 4
-    figure = Figure(figsize=(7.5, 1.1 + len(methods) * (0.4 if published else 0.3)), layout="constrained")
-    axes = figure.subplots()
-
-    def bars(name: str, color: str, points: dict[float, float], thickness: float) -> None:
-        drawn = axes.barh(list(points), list(points.values()), thickness, label=name, color=color)
-        axes.bar_label(drawn, fmt=f"%.{digits}f", padding=3, fontsize=8)
-
-    ours = [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in methods]
-    theirs = {index: row["published_tflops"] for index, row in enumerate(methods) if row["published_tflops"]}
-    shift = 0.2 if published else 0  # where there are two bars, one above and one below the middle
-    points = {index - shift * (index in theirs): flops for index, flops in enumerate(ours)}
-    bars("this repository", "#0072B2", points, 0.4 if published else 0.7)
+    series = {"this repository": [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in methods]}
     if published:
-        bars("the paper's code (its Table 1)", "#E69F00", {index + shift: v for index, v in theirs.items()}, 0.4)
-    axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
-    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
-    axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
-    axes.invert_yaxis()
-    axes.margins(x=0.1, y=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        series["the paper's code (its Table 1)"] = [row["published_tflops"] or math.nan for row in methods]
+    digits, thickness = 2 if floor >= 1 else 4, 0.8 / len(series)
+    with picture(path, size=(7.5, 1.1 + 0.4 * len(methods))) as axes:
+        for index, (name, values) in enumerate(series.items()):
+            middles = [row - 0.4 + thickness * (index + 0.5) for row in range(len(methods))]
+            bars = axes.barh(middles, values, thickness, label=name)
+            axes.bar_label(bars, fmt=f"%.{digits}f", padding=3, fontsize=8)
+        axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
+        axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+        axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
+        axes.invert_yaxis()
+        axes.margins(x=0.1, y=0.01)
 
 
 def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None) -> Config:
-    """The sizes of the model that is asked for."""
+    """Return the sizes of the model that is asked for."""
     if (model_name is None) == (checkpoint_dir is None):
         raise UserError("give --model_name NAME (`python scripts/download.py` lists them) or --checkpoint_dir DIR")
     config = Config.from_name(model_name) if model_name else load_config(check_checkpoint_dir(checkpoint_dir))
@@ -134,15 +127,13 @@ def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: in
 
 def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int) -> None:
     """Raise, with everything that is wrong, where the settings make no step of this model."""
-    problems = [
-        f"--{name} {n}: expected 1 or more" for name, n in (("n_layer", config.n_layer), ("rounds", rounds)) if n < 1
-    ]
-    if not 1 <= seq_length <= config.block_size:
-        problems.append(f"--seq_length {seq_length}: {config.name} takes 1 to {config.block_size} tokens")
-    if not targets or not {*targets} <= {*TARGETS}:
-        problems.append(f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
-    if problems:
-        raise UserError("; ".join(problems))
+    problems, longest = Problems(), config.block_size
+    problems.expect(config.n_layer >= 1, f"--n_layer {config.n_layer}: expected 1 or more")
+    problems.expect(rounds >= 1, f"--rounds {rounds}: expected 1 or more")
+    problems.expect(1 <= seq_length <= longest, f"--seq_length {seq_length}: {config.name} takes 1 to {longest} tokens")
+    known = targets and {*targets} <= {*TARGETS}
+    problems.expect(known, f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
+    problems.check()
 
 
 def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> None:
@@ -157,20 +148,10 @@ def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> No
         )
 
 
-def print_times(rows: Sequence[dict[str, Any]], *, where: str, compiled: bool) -> None:
-    """The times, and how they were taken."""
-    how = f"{'compiled' if compiled else 'eager'}, medians of {len(rows[0]['seconds'])} rounds in turns"
-    print(f"\nForward and backward on {where}, {how}:\n")
-    print(time_table(rows))
-    if "peak_bytes" not in rows[0]:
-        print("\nPeak memory is measured on GPUs alone; on a CPU compare what is saved for the backward pass.")
-
-
 def describe(device: torch.device) -> str:
-    """A device's name; of a CPU the threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"a CPU with {torch.get_num_threads()} threads"
+    """Return a device's name; of a CPU the number of threads."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"a CPU with {torch.get_num_threads()} threads"
 
 
 def setup(
@@ -222,14 +203,14 @@ def setup(
     for row, variant in zip(rows, variants, strict=True):
         row |= count(config, variant, seq_length=seq_length, dtype=dtype)
     print(cost_table(rows, length))
+    settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
+    settings |= {"timed_on": describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
     if time:
         models = random_models(config, variants, dtype=dtype, device=device, compiled=compile)
         for row, times in zip(rows, measure(models, seq_length=seq_length, rounds=rounds), strict=True):
             row |= times
         add_ratios(rows)
-        print_times(rows, where=describe(device), compiled=compile)
-    settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
-    settings |= {"timed_on": describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
+        print_times(rows, where=settings["timed_on"], compiled=compile)
     write_json(folder / RESULTS, {**settings, "published_length": length, "left_out": left_out, "rows": rows})
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")

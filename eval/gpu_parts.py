@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.costs import LORA, attach
-from lit_gpt import reflections
 from lit_gpt.batches import Batching
-from lit_gpt.checkpoint import choose_device
 from lit_gpt.config import Config
 from lit_gpt.data import Sample
+from lit_gpt.devices import choose_device
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
+from lit_gpt.reflections import FORMS, reflect, reflect_plus, rotate, unit, use_form
 from lit_gpt.train import compile_blocks
 
 TINY = Config(
@@ -51,17 +51,7 @@ class Row:
     values: dict[str, float | str]
 
 
-@dataclass(frozen=True)
-class Due:
-    """What a part has yet to finish: named where the part ends early."""
-
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f", not finished or not reached: {', '.join(self.names)}" if self.names else ""
-
-
-Found = Iterator[Row | Due | str]
+Found = Iterator[Row | str]
 
 
 @dataclass(frozen=True)
@@ -99,8 +89,8 @@ class Card:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Those that run here, without falling back to the first one."""
-        return reflections.FORMS if self.on_gpu and self.kernel_fault is None else reflections.FORMS[:1]
+        """Return the forms of reflections that run here."""
+        return FORMS if self.on_gpu and self.kernel_fault is None else FORMS[1:]
 
     @property
     def kernel_fault(self) -> str | None:
@@ -123,27 +113,18 @@ class Card:
             torch.cuda.synchronize()
 
 
-def attempt(label: str, measure_it: Callable[[], Found], *needs: str) -> Found:
-    """Yield what is measured; one line in its place where that fails or lacks a package, so that the rest goes on."""
-    try:
-        for name in needs:
-            if installed(name) == "missing":
-                raise ModuleNotFoundError(name=name)
-        yield from measure_it()
-    except Exception as error:
-        yield f"{label}: {explain(error)}"
-
-
-def in_turn(card: Card, tasks: Mapping[str, Callable[[], Found]], *, seconds: float) -> Found:
-    """Attempt each; those that find fewer ``seconds`` left are named and left out, but for the first one."""
-    names = tuple(tasks)
+def in_turn(card: Card, tasks: Mapping[str, Callable[[], Found]], *, seconds: float = 0.0) -> Found:
+    """Yield what each finds; a line in place of one that fails, lacks a package, or, but the first, finds no time."""
     for index, (name, task) in enumerate(tasks.items()):
-        if index and card.left < seconds:
-            yield f"{LATE}: {', '.join(names[index:])}"
-            break
-        yield Due(names[index:])
-        yield from attempt(name, task, *["bitsandbytes"] * name.endswith("nf4"))
-    yield Due(())
+        try:
+            if index and card.left < seconds:
+                yield f"{LATE}: {', '.join(list(tasks)[index:])}"
+                return
+            if name.endswith("nf4"):
+                import bitsandbytes  # noqa: F401  only to see that it is here
+            yield from task()
+        except Exception as error:
+            yield f"{name}: {explain(error)}"
 
 
 def explain(error: BaseException) -> str:
@@ -255,26 +236,13 @@ def exactness(card: Card) -> Found:
     """Compare the device with the CPU in fp64: a tiny model's logits and gradients; and packed with padded."""
     torch.backends.cuda.matmul.allow_tf32 = False
     dtypes = [torch.float32, card.dtype] + [torch.float16] * (card.on_gpu and card.dtype != torch.float16)
-    chosen = adapters()
-    cases = [(label, dtype, "eager") for dtype in dtypes for label in chosen]
+    cases = [(label, dtype, "eager") for dtype in dtypes for label in adapters()]
     cases += [(label, card.dtype, form) for form in card.forms[1:] for label in ("ether", "etherplus", "etherplusHH")]
-    yield from compare_all(card, cases)
-    yield from attempt("packing", partial(packing, card))
-    simple_first = sorted(chosen, key=lambda label: "," in label)
-    compiled = [(label, dtype, "compiled") for dtype in dict.fromkeys((card.dtype, *dtypes)) for label in simple_first]
-    yield from compare_all(card, compiled[1:2] if card.short else compiled)
-
-
-def compare_all(card: Card, cases: Sequence[tuple[str, torch.dtype, str]]) -> Found:
-    """Cases of ``compare``, each by itself; the last ones are left out for want of time."""
-    took = 0.0
-    for index, (label, dtype, how) in enumerate(cases):
-        if card.left < max(took, 20.0 if how == "compiled" else 5.0):  # the first one is slower than all others
-            yield f"{LATE}: {len(cases) - index} of {len(cases)} cases, {how}"
-            return
-        start = monotonic()
-        yield from attempt(f"{label}, {name_of(dtype)}, {how}", partial(compare, card, label, dtype, how))
-        took = monotonic() - start
+    yield from in_turn(card, {" ".join(map(str, case)): partial(compare, card, *case) for case in cases}, seconds=2)
+    yield from in_turn(card, {"packing": partial(packing, card)})
+    compiled = ("etherplusHH",) if card.short else ("etherplusHH", "oft", "LoRA", "ether")
+    tasks = {f"{label} compiled": partial(compare, card, label, card.dtype, "compiled") for label in compiled}
+    yield from in_turn(card, tasks, seconds=15)  # the first one takes longest
 
 
 def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
@@ -286,7 +254,7 @@ def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
     idx = torch.randint(TINY.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
     results = []
     for one in (exact, model):
-        with reflections.use_form(how) if how in reflections.FORMS and one is model else nullcontext():
+        with use_form(how) if how in FORMS and one is model else nullcontext():
             logits = one(idx.to(one.lm_head.weight.device))
             logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits))
         results.append([logits, *(p.grad for p in one.parameters() if p.requires_grad)])
@@ -360,7 +328,7 @@ def kernels(card: Card) -> Found:
             y = function(x, *parameters)
             return (y.detach(), *torch.autograd.grad(y, (x, *parameters), g))
 
-        with reflections.use_form(form):
+        with use_form(form):
             forward = seconds_of(card, [partial(torch.no_grad()(function), x, *parameters) for x in xs])
             both = seconds_of(card, [partial(step, x, g) for x, g in zip(xs, gs, strict=True)])
         passes, backward = 1.5 if label.startswith(LORA) else 1, max(1e-9, both - forward)
@@ -372,7 +340,7 @@ def kernels(card: Card) -> Found:
     for label, function, shapes, form in kernel_cases(card, d, n):
         parameters = [torch.randn(shape, device=card.device, requires_grad=True) for shape in shapes]
         tasks[label] = partial(timed, label, function, parameters, form)
-    yield from in_turn(card, tasks, seconds=5)
+    yield from in_turn(card, tasks, seconds=3)
 
 
 def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Tensor], list[tuple[int, ...]], str]]:
@@ -386,15 +354,13 @@ def kernel_cases(card: Card, d: int, n: int) -> list[tuple[str, Callable[..., Te
         return x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2
 
     def plain(x: Tensor, *vectors: Tensor) -> Tensor:  # as the formula is written, with autograd's own backward pass
-        units = [reflections.unit(vector) for vector in vectors]
+        units = [unit(vector) for vector in vectors]
         terms = [w * (w * x.float()).sum(-1, keepdim=True) for w in units]
         return (x.float() - 2 * terms[0] if len(terms) == 1 else x.float() + terms[1] - terms[0]).to(x.dtype)
 
     found = [(f"{LORA} branch", branch, [(8, d), (d, 8)], first)]
-    found += [
-        (f"OFT n={8 * n}, R x", partial(in_blocks, reflections.rotate), [(8 * n, d // n // 8, d // n // 8)], first)
-    ]
-    for name, reflect, shapes in (("ETHER", reflections.reflect, [u]), ("ETHER+", reflections.reflect_plus, [u, u])):
-        found += [(f"{name}, {form}", partial(in_blocks, reflect), shapes, form) for form in card.forms]
+    found += [(f"OFT n={8 * n}, R x", partial(in_blocks, rotate), [(8 * n, d // n // 8, d // n // 8)], first)]
+    for name, function, shapes in (("ETHER", reflect, [u]), ("ETHER+", reflect_plus, [u, u])):
+        found += [(f"{name}, {form}", partial(in_blocks, function), shapes, form) for form in card.forms]
         found += [(f"{name}, as written", partial(in_blocks, plain), shapes, first)]
     return [*found, ("ETHER+, as written, compiled", torch.compile(found[-1][1]), *found[-1][2:])]

@@ -1,12 +1,11 @@
 """Check and measure on this machine's GPU all that the README claims of one: bash scripts/gpu.sh [--short]
 
-Writes report.json, report.png and log.txt (what libraries print), and prints tables in Markdown.
+Prints tables in Markdown and writes report.json, report.png and log.txt (what libraries print).
 
-- Each part is a process of its own: one that fails, hangs, or leaves the GPU in a bad state costs no other part. What
-  it measured before that is kept: rows come one by one, and the JSON is written anew after each part.
-- The time that is left is shared among the parts that are left and can run, by weight; one that needs less leaves more.
-- The command line is plain argparse, as every flag of our others needs jsonargparse, which a machine with no more than
-  torch and lightning does not have.
+- Each part is a process of its own: one that fails, hangs, or leaves the GPU in a bad state costs no other part. Rows
+  come one by one and the JSON is written anew after each part, so what was measured is kept.
+- The time that is left is shared by weight among the parts that are left; one that needs less leaves more.
+- The command line is plain argparse: a machine may have torch and lightning, and no jsonargparse.
 """
 
 import argparse
@@ -20,16 +19,15 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from time import monotonic
+from time import monotonic, strftime
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from eval import gpu_parts, gpu_runs
 from eval.costs import LORA, table
-from eval.gpu_parts import LATE, Card, Due, Found, Row, explain
+from eval.gpu_parts import LATE, Card, Found, Row, explain
 from lit_gpt.files import atomic_write, write_json
-from lit_gpt.plan import timestamp
 
 RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85
@@ -38,41 +36,30 @@ FAULTS = ("failed: ", "WRONG", "ended early")
 """What the notes on faults hold: with one of them the command ends with exit code 1, after all parts."""
 UNFINISHED = (LATE, "stopped after", "left out: no time")
 """What the notes hold on what merely took too long."""
-SMALLEST_GIB = 0.1
-"""What the picture shows of memory is above this: a tiny model's says nothing."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the report.
-
-    Attributes:
-        title: for people.
-        measure: yields its rows and notes.
-        weight: its share of the time.
-        needs: packages without which it is left out.
-        below: a line below its tables.
-    """
+    """One part of the report: its title, what yields its rows and notes, its share of the time, packages it needs."""
 
     title: str
     measure: Callable[[Card], Found]
     weight: float
     needs: tuple[str, ...] = ()
-    below: str = ""
 
     @property
     def missing(self) -> list[str]:
-        """Those of ``needs`` that are not here."""
+        """Return those of ``needs`` that are not here."""
         return [name for name in self.needs if find_spec(name) is None]
 
 
 PARTS = {
-    "a": Part("What the machine does", gpu_parts.machine, 3),
-    "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 20),
-    "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 12),
-    "d": Part("Training steps", gpu_runs.steps, 30, below="ratios are medians of the rounds' own ratios"),
-    "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 12, ("peft", "transformers")),
-    "f": Part("Training with finetune/ether.py", gpu_runs.training, 30, ("jsonargparse", "tokenizers")),
+    "a": Part("What the machine does", gpu_parts.machine, 2),
+    "b": Part("Exactness: error against fp64 on the CPU, logits / gradients", gpu_parts.exactness, 12),
+    "c": Part("Reflections: time, and bandwidth as a share of a copy's", gpu_parts.kernels, 6),
+    "d": Part("Training steps; ratios are medians of the rounds' own", gpu_runs.steps, 42),
+    "e": Part("Beside PEFT on transformers", gpu_runs.beside_peft, 6, ("peft", "transformers")),
+    "f": Part("Training with finetune/ether.py", gpu_runs.training, 42, ("jsonargparse", "tokenizers")),
     "g": Part("Generation", gpu_runs.generation, 6),
     "h": Part("Evaluation", gpu_runs.evaluation, 6, ("lm_eval", "tokenizers")),
 }
@@ -92,19 +79,14 @@ def receive(part: Part, *, seconds: float, short: bool, log: Path) -> Found:
     process = fork.Process(target=work, args=(part, sender, log), kwargs=dict(seconds=SOFT * seconds, short=short))
     process.start()
     sender.close()
-    due = Due(())
     try:
         while receiver.poll(max(0.0, end - monotonic())):
-            found = receiver.recv()
-            if isinstance(found, Due):
-                due = found
-            else:
-                yield found
-        yield f"stopped after {seconds:.0f} s{due}; what was measured until then is kept"
+            yield receiver.recv()
+        yield f"stopped after {seconds:.0f} s; what was measured until then is kept"
     except EOFError:  # the process is through
         process.join()
         if process.exitcode:
-            yield f"ended early, exit code {process.exitcode}{due}; what was measured until then is kept, see {log}"
+            yield f"ended early, exit code {process.exitcode}; what was measured until then is kept, see {log}"
     finally:
         with suppress(ProcessLookupError):  # with all that it has started
             os.killpg(process.pid, signal.SIGKILL)
@@ -129,7 +111,7 @@ def work(part: Part, sender: Connection, log: Path, *, seconds: float, short: bo
 
 # ----------------------------------------------------------------------------------------------------------- showing
 def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By table and label the values of rows; those of the same label are joined."""
+    """Return by table and label the values of rows; those of one label are joined."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["table"], {}).setdefault(row["label"], {}).update(row["values"])
@@ -137,7 +119,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, A
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The tables of a part, in Markdown."""
+    """Return the tables of a part in Markdown."""
     texts = []
     for title, lines in tables(rows).items():
         columns = list(dict.fromkeys(name for values in lines.values() for name in values))
@@ -147,61 +129,38 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(value: float | str) -> str:
-    """A value for people: three figures."""
+    """Return a value for people: three figures."""
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-BARS = {
-    "c": ("Bandwidth, % of a copy's", ("forward, of copy", "backward, of copy")),
-    "d": (f"Step time x {LORA}", (f"x {LORA}",)),
-    "e": ("Tokens/s beside PEFT", ("tokens/s",)),
-    "f": ("Memory, GiB", ("peak, GiB", "estimated, GiB")),
-}
-"""What the picture shows of a part: its title, and the columns."""
+PICTURED = {"c": "forward, µs", "d": f"x {LORA}", "e": "tokens/s", "f": "peak, GiB"}
+"""The column of each of these parts that the picture shows."""
 
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:
-    """Bars of the parts that have a figure worth one, in one picture."""
+    """Draw bars of one column for each of four parts; of several tables the last that has it."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    for axes, (name, (title, columns)) in zip(figure.subplots(2, 2).flat, BARS.items(), strict=True):
-        found = tables(report["parts"].get(name, {}).get("rows", []))
-        subtitle = next(reversed(found), "")
-        if name == "d" and found:
-            # A table for each length; of those that keep weights and run alike, the last one stays: the longest.
-            last = {tuple(key.split(", ")[1::3]): key for key in found}
-            found = {key.split(", ", 1)[1]: found[key] for key in last.values()}
-            subtitle = subtitle.split(", ")[0]
-        series = {
-            key if name == "d" else column: {
-                label: float(str(values[column]).rstrip("%"))
-                for label, values in lines.items()
-                if column in values and not ("GiB" in column and values[column] < SMALLEST_GIB)
-            }
-            for key, lines in found.items()
-            for column in columns
-        }
-        labels = list(dict.fromkeys(label for values in series.values() for label in values))
-        for index, (label, values) in enumerate(series.items()):
-            heights = [labels.index(key) + 0.8 * (index + 0.5) / len(series) - 0.4 for key in values]
-            drawn = axes.barh(heights, list(values.values()), 0.8 / len(series), label=label)
-            axes.bar_label(drawn, list(map(cell, values.values())), padding=3, fontsize=7)
-        axes.set_yticks(range(len(labels)), labels, fontsize=8)
-        axes.set_title(f"{title}\n{subtitle}" if labels else f"{title}: nothing to show", fontsize=10)
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        if labels and len(series) > 1:
-            axes.legend(fontsize=7)
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    for axes, (name, column) in zip(figure.subplots(2, 2).flat, PICTURED.items(), strict=True):
+        axes.set_title(f"{column}: nothing to show")
+        for title, lines in tables(report["parts"].get(name, {}).get("rows", [])).items():
+            values = {label: row[column] for label, row in lines.items() if column in row}
+            if values:
+                axes.clear()
+                axes.bar_label(axes.barh(list(values), list(values.values())), list(map(cell, values.values())))
+                axes.set_title(f"{column}\n{title}", fontsize=9)
+                axes.invert_yaxis()
+                axes.margins(x=0.12)
     figure.suptitle(report["machine"], fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-# ------------------------------------------------------------------------------------------------------------- all
+# --------------------------------------------------------------------------------------------------------------- all
 def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short: bool) -> dict[str, Any]:
     """Run the parts, print and save what they find as it comes, and return it."""
     end = monotonic() + 60 * minutes
@@ -219,12 +178,10 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
             else:
                 notes.append(found)
                 print(f"   {found}", flush=True)
-        done = {"title": part.title, "seconds": monotonic() - start, "rows": rows, "notes": notes}
-        report["parts"][name] = done
+        report["parts"][name] = {"title": part.title, "seconds": monotonic() - start, "rows": rows, "notes": notes}
         if name == "a":
             report["machine"] = "\n".join(notes[:2])
-        below = f"\n\n   {part.below}" * bool(rows and part.below)
-        print(f"\n{show(rows)}{below}\n\n   {done['seconds']:.0f} s", flush=True)
+        print(f"\n{show(rows)}\n\n   {monotonic() - start:.0f} s", flush=True)
         write_json(out_dir / RESULTS, report)
     try:
         draw(out_dir / PICTURE, report)
@@ -235,7 +192,7 @@ def report_on(parts: Mapping[str, Part], out_dir: Path, *, minutes: float, short
 
 
 def notes_on(kinds: Sequence[str], report: Mapping[str, Any]) -> list[str]:
-    """The notes that hold one of ``FAULTS``, or of ``UNFINISHED``, with the parts' names."""
+    """Return the notes that hold one of ``FAULTS``, or of ``UNFINISHED``, with the parts' names."""
     notes = [f"{name}. {note}" for name, part in report["parts"].items() for note in part["notes"]]
     return [note for note in notes if any(kind in note for kind in kinds)]
 
@@ -250,15 +207,14 @@ def setup(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts {given.parts}: {', '.join(sorted(unknown))} unknown, expected some of {''.join(PARTS)}")
-    out_dir = given.out_dir or Path("logs/gpu", timestamp())
+    out_dir = given.out_dir or Path("logs/gpu", strftime("%Y%m%d-%H%M%S"))
     if (out_dir / RESULTS).exists():
         parser.error(f"{out_dir} holds a report, perhaps of another card: choose another --out_dir")
     print(f"results go to {out_dir}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part that runs, in a session of its own, ends too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    chosen = {name: part for name, part in PARTS.items() if name in given.parts}
-    report = report_on(chosen, out_dir, minutes=given.minutes, short=given.short)
+    report = report_on({name: PARTS[name] for name in given.parts}, out_dir, minutes=given.minutes, short=given.short)
     if late := notes_on(UNFINISHED, report):
         print("\nNot finished (give more --minutes):", *late, sep="\n   ", file=sys.stderr)
     if wrong := notes_on(FAULTS, report):

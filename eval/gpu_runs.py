@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,19 +18,18 @@ import torch
 from torch import nn
 
 from eval.costs import FLOOR, LORA, METHOD_NAMES, Variant, add_ratios, choose_variants, measure, random_models
-from eval.gpu_parts import LATE, Card, Found, Row, attempt, copy_bandwidth, in_turn, name_of, random_samples
-from lit_gpt import reflections
-from lit_gpt.checkpoint import load_state, save_state
+from eval.gpu_parts import LATE, Card, Found, Row, copy_bandwidth, in_turn, name_of, random_samples
+from lit_gpt.checkpoint import load_state, meta_model, save_state
 from lit_gpt.config import Config
 from lit_gpt.data import DATA_CONFIG, TEST_FILE, TRAIN_FILE, save_split
 from lit_gpt.ether import EtherConfig
 from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
 from lit_gpt.lora import LoraConfig
-from lit_gpt.memory import meta_model
 from lit_gpt.model import GPT
 from lit_gpt.report import read_metrics
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.run_folder import checkpoint_folders
+from lit_gpt.train import compile_blocks
 
 REPO = Path(__file__).resolve().parents[1]
 QUESTIONS = REPO / "scripts/demo/eval/allenai/ai2_arc/ARC-Challenge/test.jsonl"
@@ -75,74 +74,51 @@ def on_llama(measure_it: Callable[[Card, Config], Found]) -> Callable[[Card], Fo
 
 # -------------------------------------------------------------------------------------------------------------- steps
 def steps(card: Card) -> Found:
-    """Time forward and backward passes of every method in turns: eager, in nf4, and compiled, which takes longest."""
-    llama, bf16, nf4 = card.sizes("Llama-2-7b-hf"), (20, 50) if card.short else (256, 2048), 50 if card.short else 512
-    quantized = partial(steps_of, card, lengths=(nf4,), scheme="bnb.nf4")
-    tasks = {"eager steps": partial(at_fitting_size, card, llama, partial(steps_of, card, lengths=bf16))}
-    tasks["steps in nf4"] = partial(at_fitting_size, card, llama, quantized, itemsize=0.8)
-    compiled = partial(steps_of, card, lengths=bf16, compiled=True)
-    tasks["compiled steps"] = partial(at_fitting_size, card, llama, compiled)
-    yield from in_turn(card, tasks, seconds=0)
+    """Time forward and backward passes of every method in turns: in nf4, eager, and compiled, which takes longest."""
+    lengths, nf4_lengths = ((20, 50), (50,)) if card.short else ((256, 2048), (512,))
+    fitting = partial(at_fitting_size, card, card.sizes("Llama-2-7b-hf"))
+    quantized = partial(step_tables, card, lengths=nf4_lengths, scheme="bnb.nf4")
+    tasks = {"steps in nf4": partial(fitting, quantized, itemsize=0.8)}
+    tasks["steps"] = partial(fitting, partial(step_tables, card, lengths=lengths))
+    yield from in_turn(card, tasks)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Models that are timed in turns, on one set of weights: the floor, LoRA, and the other methods."""
-
-    card: Card
-    title: str
-    variants: list[Variant]
-    models: list[GPT]
-    lengths: Sequence[int]
-
-    def timed(self, how: str, form: str, n_models: int | None = None) -> Found:
-        """A table for each length, with reflections in this form."""
-        for T in self.lengths:
-            with reflections.use_form(form):
-                rows = measure(self.models[:n_models], seq_length=T, rounds=2 if self.card.short else 8)
-            add_ratios(rows)
-            for variant, row in zip(self.variants, rows, strict=False):
-                values = {"step, ms": 1e3 * median(row["seconds"])}
-                values |= {f"x {FLOOR}": row["time_x_floor"]["median"], f"x {LORA}": row["time_x_lora"]["median"]}
-                if "peak_bytes" in row:
-                    values |= {"peak, GB": row["peak_bytes"] / 1e9}
-                    values |= {f"peak x {LORA}": row["peak_bytes"] / rows[1]["peak_bytes"]}
-                yield Row(f"{self.title}, q and v, T = {T}, {how}", variant.label, values)
-
-    def compiled(self, how: str, form: str) -> Found:
-        """The same of as many models as there is time to compile: one step of each at each length, not timed."""
-        torch._dynamo.reset()  # the graphs of another form
-        n_models, took, most = 0, 0.0, len(self.variants)
-        while n_models < most and self.card.left > 20 + took:
-            start = perf_counter()
-            for T in self.lengths:
-                with reflections.use_form(form):
-                    measure(self.models[n_models : n_models + 1], seq_length=T, rounds=0)
-            n_models, took = n_models + 1, perf_counter() - start
-        if late := [variant.label for variant in self.variants[n_models:most]]:
-            yield f"{how}: {LATE}: {', '.join(late)}"
-        if n_models >= 2:
-            yield from self.timed(how, form, n_models)
-
-
-def steps_of(
-    card: Card, config: Config, *, lengths: Sequence[int], scheme: str | None = None, compiled: bool = False
-) -> Found:
-    """One model and way of keeping its weights; where these are not quantized, in each form of reflections."""
+def step_tables(card: Card, config: Config, *, lengths: Sequence[int], scheme: str | None = None) -> Found:
+    """Yield rows for each length, of models on one set of weights; compiled too, where these are not quantized."""
     n, oft = (4, 8) if card.short else (32, 256)
     variants, left_out = choose_variants(config, targets=("query", "value"), blocks=(n,), oft_blocks=(oft,))
-    if compiled:  # takes long: the paper's method comes right after LoRA, and of tiny models is the last
-        late = [v for v in variants[2:] if not v.label.startswith(METHOD_NAMES["etherplusHH"])]
-        variants = [v for v in variants if v not in late] + late * (not card.short)
-    models = random_models(config, variants, dtype=card.dtype, device=card.device, compiled=compiled, scheme=scheme)
-    steps = Steps(card, f"{config.name}, {'nf4' if scheme else name_of(card.dtype)}", variants, models, lengths)
-    yield from () if compiled else left_out
-    for form in card.forms[: 1 if scheme else None]:
-        how = "compiled" if compiled else "eager"
-        how = how if form == card.forms[0] else f"{how} with {form}"
-        timed = partial(steps.compiled if compiled else steps.timed, how, form)
-        # The first form's lack of memory is the caller's to see.
-        yield from timed() if form == card.forms[0] else attempt(how, timed)
+    yield from left_out
+    # The paper's method comes right after LoRA: there may be no time to compile all.
+    variants.sort(key=lambda v: v.label not in (FLOOR, LORA) and 1 + (METHOD_NAMES["etherplusHH"] not in v.label))
+    models = random_models(config, variants, dtype=card.dtype, device=card.device, scheme=scheme)
+    title = f"{config.name}, {scheme or name_of(card.dtype)}, q and v"
+    for T in lengths:
+        yield from timed_steps(card, f"{title}, T = {T}, eager", variants, models, T)
+    if scheme is not None:
+        return
+    n_compiled, most = 0, 3 if card.short else len(models)
+    while n_compiled < most and card.left > 20:
+        compile_blocks(models[n_compiled])
+        for T in lengths:
+            measure(models[n_compiled : n_compiled + 1], seq_length=T, rounds=0)  # a step compiles it
+        n_compiled += 1
+    if n_compiled < most:
+        yield f"compiled: {LATE}: {', '.join(variant.label for variant in variants[n_compiled:most])}"
+    for T in lengths if n_compiled >= 2 else ():
+        yield from timed_steps(card, f"{title}, T = {T}, compiled", variants, models[:n_compiled], T)
+
+
+def timed_steps(card: Card, title: str, variants: list[Variant], models: list[GPT], T: int) -> Found:
+    """Yield a row for each model: its step's time and peak memory, also as ratios to the floor's and LoRA's."""
+    rows = measure(models, seq_length=T, rounds=2 if card.short else 8)
+    add_ratios(rows)
+    for variant, row in zip(variants, rows, strict=False):
+        values = {"step, ms": 1e3 * median(row["seconds"])}
+        values |= {f"x {FLOOR}": row["time_x_floor"]["median"], f"x {LORA}": row["time_x_lora"]["median"]}
+        if "peak_bytes" in row:
+            values |= {"peak, GB": row["peak_bytes"] / 1e9}
+            values |= {f"peak x {LORA}": row["peak_bytes"] / rows[1]["peak_bytes"]}
+        yield Row(title, variant.label, values)
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
@@ -160,7 +136,7 @@ def beside_peft(card: Card, config: Config) -> Found:
         f"ours, OFT n={oft}": partial(ours, EtherConfig("oft", nb=oft)),
     }
     tasks = {label: partial(optimizer_steps, card, title, label, make, T) for label, make in makers.items()}
-    yield from in_turn(card, tasks, seconds=0)
+    yield from in_turn(card, tasks)
 
 
 def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> tuple[nn.Module, Loss]:
@@ -216,13 +192,11 @@ def training(card: Card) -> Found:
         make_work(card, work, config)
         train = partial(run_training, card, work, f"{config.name}, {card.precision}, ETHER+ two-sided")
         packed = ("--train.packing", "true")
-        first = "packed, checkpointing"
-        tasks = {first: partial(train, first, *packed, *CHECKPOINTING)}
-        tasks["kill and resume"] = partial(kill_and_resume, card, work)
-        cases = {"padded": (), "packed": packed, "packed, nf4": (*packed, "--quantize", "bnb.nf4")}
-        cases["packed, compiled"] = (*packed, "--compile", "true")
-        tasks |= {} if card.short else {label: partial(train, label, *flags) for label, flags in cases.items()}
-        yield from in_turn(card, tasks, seconds=20)
+        cases = {"packed": packed, "padded": (), "packed, checkpointing": (*packed, *CHECKPOINTING)}
+        cases |= {"packed, nf4": (*packed, "--quantize", "bnb.nf4"), "packed, compiled": (*packed, "--compile", "true")}
+        cases = {"packed, checkpointing": cases["packed, checkpointing"]} if card.short else cases
+        tasks = {label: partial(train, label, *flags) for label, flags in cases.items()}
+        yield from in_turn(card, {"kill and resume": partial(kill_and_resume, card, work)} | tasks, seconds=20)
 
 
 def make_work(card: Card, work: Path, config: Config) -> None:

@@ -1,6 +1,6 @@
-"""A GPT as the lm-evaluation-harness wants to see it: log-likelihoods of texts, and text that goes on.
+"""Answer the lm-evaluation-harness's requests with a GPT: log-likelihoods of texts, and text that goes on.
 
-Notable choices:
+Knows nothing of tasks and their data (``tasks.py``). Notable choices:
 - Text is cut into tokens by the rules of the harness's Hugging Face backend (a context's trailing spaces belong to the
   answer, BOS where the tokenizer adds it, too long a text loses its beginning), so that the numbers are the same.
 - The head runs on the scored positions alone, and log-probabilities are fp32 whatever the model's precision.
@@ -15,19 +15,20 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS, DEFAULT_OTHER_SEED
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import chunks, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt.errors import UserError
-from lit_gpt.generate import generate
+from lit_gpt.generate import common_length, generate
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
 
@@ -38,8 +39,8 @@ CONTINUE_HERE = "CONTINUE_HERE "
 """Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""
 
 
-class Input(NamedTuple):
-    """One row for the model: ``head + tail``. The states of the tail's tokens are what gets scored."""
+class Row(NamedTuple):
+    """A row for the model, ``head + tail``. The states of the tail's tokens are what gets scored."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -55,6 +56,8 @@ class HarnessModel(TemplateLM):
         batch_size: rows in a batch.
     """
 
+    tokenizer_name = ""  # the harness names its cache of requests by it, which is not used here
+
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> None:
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -63,7 +66,7 @@ class HarnessModel(TemplateLM):
         self.prefix_text = tokenizer.decode([self.prefix_token_id], skip_special=False)
         self.generator = torch.Generator(self._device).manual_seed(DEFAULT_OTHER_SEED)
         # Every answer to a question is encoded with the question, and behind it
-        self._encode = lru_cache(maxsize=64)(self._encode)
+        self._encode = lru_cache(maxsize=64)(tokenizer.encode)
         self.n_requests = 0
         self.left_out_system = False
 
@@ -71,35 +74,27 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """Return the id that ends a text."""
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or EOS where there is no BOS."""
+        """Return what stands before a text that has no context: BOS, or EOS where there is no BOS."""
         return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Only names the harness's request cache, which is not used here."""
-        return ""
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; None adds what the tokenizer adds by itself, unless the text begins with BOS already."""
+        """Encode a text; None adds what the tokenizer adds by itself, unless the text begins with BOS already."""
         if add_special_tokens is None and string.startswith(self.prefix_text):
             add_special_tokens = False
-        return list(self._encode(string, add_special_tokens))
-
-    def _encode(self, string: str, bos: bool | None) -> list[int]:
-        return self.tokenizer.encode(string, bos=bos)
+        return list(self._encode(string, bos=add_special_tokens))
 
     def checked(self, ids: list[int]) -> list[int]:
-        """The ids, which the model has rows for."""
+        """Return the ids; raise ValueError where the model has no rows for some of them."""
         self.tokenizer.check_ids(ids, self.model.config.padded_vocab_size)
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without the generation prompt, it ends within the last message, to go on.
+        """Return the text of a conversation; without the generation prompt it ends within the last message, to go on.
 
         A template that refuses the conversation is asked again without its system message (a task's description), as
         the Hugging Face backend does.
@@ -128,77 +123,65 @@ class HarnessModel(TemplateLM):
     # Log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-probability, and whether greedy would give it."""
+        """Return for each (context, continuation) its log-probability, and True where greedy decoding would give it."""
         return super().loglikelihood(requests, disable_tqdm=True)  # its bar counts tokenizing
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """For each (text,): its log-probability, in windows as long as the context that share one token."""
-        windows, owners = [], []
-        for number, request in enumerate(requests):
-            pairs = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
-            owners += [number] * (len(windows) - len(owners))
-        totals = [0.0] * len(requests)
-        for number, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[number] += log_prob
-        return totals
+        """Return each (text,)'s log-probability, in windows as long as the context that share one token."""
+        sizes = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
+        texts = [
+            [make_disjoint_window(window) for window in get_rolling_token_windows(self.tok_encode(text), **sizes)]
+            for (text,) in (request.args for request in requests)
+        ]
+        scores = iter(self._loglikelihood_tokens([(None, *window) for windows in texts for window in windows]))
+        return [sum((log_prob for log_prob, _ in islice(scores, len(windows))), start=0.0) for windows in texts]
 
     @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (_, context ids, continuation ids) its log-probability and whether it is greedy."""
+        """Return for each (_, context ids, continuation ids) its log-probability, and True where it is greedy."""
         self.n_requests += len(requests)
-        continuations = [continuation for _, _, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        shared, separate = split_by_gain(self.make_inputs(requests))
+        shared, separate = split_by_gain(self.make_rows(requests))
         with progress_bar(len(requests)) as bar:
-            for rows in (self.run_shared(shared), self.run_separate(separate)):
-                for inputs, states in rows:
-                    numbers = [number for row in inputs for number in row.requests]
-                    for number, result in zip(numbers, self.score(inputs, states, continuations), strict=True):
-                        results[number] = result
-                    bar.update(len(numbers))
+            for row_states in chain(self.run_shared(shared), self.run_separate(separate)):
+                # The last states of a row predict a request's continuation.
+                wanted = [(states, number) for row, states in row_states for number in row.requests]
+                continuations = [requests[number][2] for _, number in wanted]
+                states = [states[len(states) - len(c) :] for (states, _), c in zip(wanted, continuations, strict=True)]
+                for (_, number), result in zip(wanted, self.score(torch.cat(states), continuations), strict=True):
+                    results[number] = result
+                bar.update(len(wanted))
         return results
 
-    def make_inputs(self, requests: list[tuple[Any, list[int], list[int]]]) -> list[Input]:
-        """The distinct rows that the requests need, cut on the left to the model's context."""
-        requests_of, tail_length = defaultdict(list), defaultdict(int)
+    def make_rows(self, requests: list[tuple[Any, list[int], list[int]]]) -> list[Row]:
+        """Return the distinct rows that the requests need, cut on the left to the model's context."""
+        requests_of, tail_length, longest = defaultdict(list), defaultdict(int), self.max_length
         for number, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a continuation of {len(continuation)} tokens can't be scored by a model whose context holds "
-                    f"{self.max_length}"
-                )
+            if len(continuation) > longest:
+                raise UserError(f"a continuation of {len(continuation)} tokens does not fit the context of {longest}")
             # The last token is only predicted; one more than the context holds can be scored
-            tokens = tuple((self.checked(context) + self.checked(continuation))[-(self.max_length + 1) : -1])
+            tokens = tuple(self.checked(context + continuation)[-(longest + 1) : -1])
             requests_of[tokens].append(number)
             tail_length[tokens] = max(tail_length[tokens], len(continuation))
-        cuts = {tokens: len(tokens) - tail_length[tokens] for tokens in requests_of}
-        return [Input(tokens[: cuts[tokens]], tokens[cuts[tokens] :], requests_of[tokens]) for tokens in requests_of]
+        cuts = {tokens: len(tokens) - length for tokens, length in tail_length.items()}
+        return [Row(tokens[:cut], tokens[cut:], requests_of[tokens]) for tokens, cut in cuts.items()]
 
-    def run_separate(self, inputs: list[Input]) -> Iterator[tuple[list[Input], list[Tensor]]]:
-        """Batches of rows of like length, longest first, with the states of their tails, (len(tail), d) each."""
-        inputs = sorted(inputs, key=lambda row: -len(row.head) - len(row.tail))
-        for batch in batches(inputs, self.batch_size):
-            hidden = self.model.hidden(self.pad([row.head + row.tail for row in batch]))  # (B, T, d)
-            ends = [len(row.head) + len(row.tail) for row in batch]
-            yield batch, [hidden[i, end - len(batch[i].tail) : end] for i, end in enumerate(ends)]
+    def run_separate(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Run rows of like length together, longest first; the rest as ``run``, with all of a row as its tail."""
+        rows = sorted(rows, key=lambda row: -len(row.head) - len(row.tail))
+        return self.run([Row((), row.head + row.tail, row.requests) for row in rows])
 
-    def run_shared(self, families: dict[tuple[int, ...], list[Input]]) -> Iterator[tuple[list[Input], list[Tensor]]]:
-        """The same for rows grouped by their head, which the cache holds once for all of them.
+    def run_shared(self, families: dict[tuple[int, ...], list[Row]]) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Run rows grouped by their head, which the cache holds once for all of them; the rest as ``run``.
 
         Heads come in lexicographic order: neighbours have most in common, and only where one leaves its predecessor
         does it need new keys and values.
         """
         if not families:
             return
-        longest = max(len(head) + max(len(row.tail) for row in rows) for head, rows in families.items())
+        longest = max(len(row.head) + len(row.tail) for rows in families.values() for row in rows)
         self.model.set_kv_cache(min(self.batch_size, max(map(len, families.values()))), longest)
         try:
             cached: tuple[int, ...] = ()
@@ -207,44 +190,38 @@ class HarnessModel(TemplateLM):
                 if start < len(head):  # one sequence, stored in every row of the cache
                     self.model.hidden(self.pad([head[start:]]), input_pos=start)
                 cached = head
-                for batch in batches(families[head], self.batch_size):
-                    hidden = self.model.hidden(self.pad([row.tail for row in batch]), input_pos=len(head))  # (B, T, d)
-                    yield batch, [hidden[i, : len(row.tail)] for i, row in enumerate(batch)]
+                yield from self.run(families[head])
         finally:
             self.model.clear_kv_cache()
 
+    def run(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Yield batches of (row, its tail's states (len(tail), d)) of rows with one head, in the cache or empty."""
+        for batch in chunks(rows, self.batch_size):
+            tails = self.pad([row.tail for row in batch])  # (B, T)
+            hidden = self.model.hidden(tails, input_pos=len(batch[0].head) or None)  # (B, T, d)
+            yield [(row, states[: len(row.tail)]) for row, states in zip(batch, hidden, strict=True)]
+
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """(B, T) ids, padded on the right, where a causal model's other positions don't see it."""
+        """Return (B, T) ids, padded on the right, where a causal model's other positions don't see it."""
         T = max(map(len, rows))
         return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=self._device)
 
-    def score(
-        self, inputs: list[Input], states: list[Tensor], continuations: list[list[int]]
-    ) -> Iterator[tuple[float, bool]]:
-        """Log-probability and greediness of each request of the inputs, in their order."""
-        wanted = [continuations[number] for row in inputs for number in row.requests]
-        # A request's continuation is predicted by the last states of its row
-        hidden = torch.cat(
-            [
-                state[len(state) - len(continuations[number]) :]
-                for row, state in zip(inputs, states, strict=True)
-                for number in row.requests
-            ]
-        )  # (N, d), N tokens in all
-        targets = torch.tensor([token for tokens in wanted for token in tokens], device=self._device)  # (N,)
+    def score(self, hidden: Tensor, continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        """Return log-probability and greediness of each continuation, whose tokens (N, d) states predict in turn."""
+        targets = torch.tensor([token for tokens in continuations for token in tokens], device=self._device)  # (N,)
         log_probs, greedy = [], []
         for part, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
             logits = self.model.lm_head(part).float()  # (n, V)
             log_probs.append(logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0])
             greedy.append(logits.argmax(dim=-1) == target)
-        lengths = [len(tokens) for tokens in wanted]
-        for values, hits in zip(torch.cat(log_probs).split(lengths), torch.cat(greedy).split(lengths), strict=True):
-            yield values.sum().item(), bool(hits.all())
+        lengths = [len(tokens) for tokens in continuations]
+        found = zip(torch.cat(log_probs).split(lengths), torch.cat(greedy).split(lengths), strict=True)
+        return [(values.sum().item(), bool(hits.all())) for values, hits in found]
 
     # Generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, options): the text that follows, up to the first of the options' stop strings."""
+        """Return for each (context, options) the text that follows, up to the first of the options' stop strings."""
         self.n_requests += len(requests)
         answers: dict[str, str] = {}
         results = []
@@ -259,47 +236,38 @@ class HarnessModel(TemplateLM):
         return results
 
     def answer(self, context: str, settings: dict[str, Any]) -> str:
-        """One generated text; the context is cut on the left so that the longest answer fits behind it."""
-        stops = handle_stop_sequences(settings["until"], self.tokenizer.decode([self.eot_token_id], skip_special=False))
-        stops = [stop for stop in stops if stop]
-        room = self.max_length - settings["max_gen_toks"]
+        """Return one generated text; the context is cut on the left so that the longest answer fits behind it."""
+        eos = self.tokenizer.decode([self.eot_token_id], skip_special=False)
+        stops = [stop for stop in handle_stop_sequences(settings["until"], eos) if stop]
+        length = settings["max_gen_toks"]
+        room = self.max_length - length
         if room < 1:
-            raise UserError(
-                f"the task generates up to {settings['max_gen_toks']} tokens, which leaves no room for its prompt in "
-                f"the model's context of {self.max_length}"
-            )
+            raise UserError(f"the task's answers of up to {length} tokens leave no room in the context for its prompt")
+        prompt = self.checked(self.tok_encode(context)[-room:])
+        sampling = {"temperature": settings.get("temperature", 0.0), "generator": self.generator}
+        sampling |= {"top_k": settings.get("top_k") or None, "top_p": settings.get("top_p")}
+        stop_ids = self.tokenizer.eos_ids  # where the Hugging Face backend stops: not at every end of a turn
         tokens: list[int] = []
-        for token in generate(
-            self.model,
-            self.checked(self.tok_encode(context)[-room:]),
-            max_new_tokens=settings["max_gen_toks"],
-            temperature=settings.get("temperature", 0.0),
-            top_k=settings.get("top_k") or None,
-            top_p=settings.get("top_p"),
-            stop_ids=self.tokenizer.eos_ids,  # where the Hugging Face backend stops: not at every end of a turn
-            generator=self.generator,
-        ):
+        for token in generate(self.model, prompt, max_new_tokens=length, stop_ids=stop_ids, **sampling):
             tokens.append(token)
             text = self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token
             if any(stop in text for stop in stops):
                 break
-        text = self.tokenizer.decode(tokens)
-        return postprocess_generated_text(text, stop=stops, think_end_token=None)
+        return postprocess_generated_text(self.tokenizer.decode(tokens), stop=stops, think_end_token=None)
 
 
-def split_by_gain(inputs: list[Input]) -> tuple[dict[tuple[int, ...], list[Input]], list[Input]]:
+def split_by_gain(rows: list[Row]) -> tuple[dict[tuple[int, ...], list[Row]], list[Row]]:
     """Part rows into families with one head, where sharing it at least halves the tokens to compute, and the rest.
 
     Sharing pays less where it saves less than that: a family is a batch of its own, which may be small.
     """
     families = defaultdict(list)
-    for row in inputs:
+    for row in rows:
         families[row.head].append(row)
-    heads = sorted(families)
     shared, separate = {}, []
-    for i, head in enumerate(heads):
-        neighbours = heads[max(0, i - 1) : i] + heads[i + 1 : i + 2]
-        known = max((common_length(head, other) for other in neighbours), default=0)
+    heads = sorted(families)
+    for head, before, behind in zip(heads, [(), *heads], [*heads[1:], ()], strict=False):
+        known = max(common_length(head, before), common_length(head, behind))
         tails = sum(len(row.tail) for row in families[head])
         if 2 * (len(head) - known + tails) <= len(families[head]) * len(head) + tails:
             shared[head] = families[head]
@@ -308,21 +276,7 @@ def split_by_gain(inputs: list[Input]) -> tuple[dict[tuple[int, ...], list[Input
     return shared, separate
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginnings."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-def batches(rows: list[Input], size: int) -> Iterator[list[Input]]:
-    """The rows in order, ``size`` at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def progress_bar(total: int) -> tqdm:
-    """One line on a terminal, and in a log file one line a minute."""
+    """Return a bar that is one line on a terminal, and in a log file one line a minute."""
     live = sys.stderr.isatty()
     return tqdm(total=total, unit="request", leave=False, mininterval=0.5 if live else 60, delay=1 if live else 60)

@@ -24,12 +24,14 @@ from lm_eval import evaluator
 from lm_eval.utils import make_table
 
 from eval.harness_model import HarnessModel
-from eval.tasks import harness_seeds, load_tasks, quiet_harness
+from eval.tasks import isolated_harness, load_tasks
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
-from lit_gpt.checkpoint import check_checkpoint_dir, choose_device, weights_dtype
+from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.cli import main
-from lit_gpt.errors import UserError
+from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import settled, write_json
+from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
 from lit_gpt.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ def evaluate(
     model: GPT,
     tokenizer: Tokenizer,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | dict[str, Any],
     data_dir: Path | str | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -47,72 +49,48 @@ def evaluate(
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a model in memory; ``setup`` documents the arguments, ``run_tasks`` the result."""
-    loaded = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
-    return run_tasks(
-        model, tokenizer, loaded=loaded, limit=limit, batch_size=batch_size, apply_chat_template=apply_chat_template
-    )
-
-
-def run_tasks(
-    model: GPT,
-    tokenizer: Tokenizer,
-    *,
-    loaded: dict,
-    limit: float | None = None,
-    batch_size: int = 8,
-    apply_chat_template: bool = False,
-) -> dict[str, Any]:
-    """Evaluate a model on what ``load_tasks`` returned.
+    """Evaluate a model in memory; ``setup`` documents the arguments.
 
     The model is in evaluation mode meanwhile, and as it was afterwards; global random states are left alone.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: the model's.
+        tasks: names, or what ``load_tasks`` returned for them.
 
     Returns:
         The harness's ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``), ``groups``, ``versions``,
         ``n-shot``, ``n-samples`` and so on, with ``requests`` and ``seconds`` added; plain types alone.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    harness = HarnessModel(model, tokenizer, batch_size=batch_size)
+    if not isinstance(tasks, dict):
+        tasks = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
-    try:
-        with quiet_harness(), harness_seeds():
-            results = evaluator.evaluate(
-                harness,
-                loaded,
-                limit=limit,
-                log_samples=False,
-                apply_chat_template=apply_chat_template,
-                fewshot_as_multiturn=apply_chat_template,
-                confirm_run_unsafe_code=True,  # load_tasks has asked
-            )
-    finally:
-        for module in training:
-            module.training = True
+    harness = HarnessModel(model, tokenizer, batch_size=batch_size)
+    with evaluation_mode(model), isolated_harness():
+        results = evaluator.evaluate(
+            harness,
+            tasks,
+            limit=limit,
+            log_samples=False,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            confirm_run_unsafe_code=True,  # load_tasks has asked
+        )
     results.pop("configs")  # holds functions; name and version say the same
     results |= {"requests": harness.n_requests, "seconds": round(time.perf_counter() - start, 3)}
     return json.loads(json.dumps(results, default=lambda value: value.item()))  # NumPy's numbers to Python's
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The harness's own tables: tasks, and groups where there are any; no standard errors of few documents."""
-    shown = dict(results)
+    """Print the harness's tables of tasks, and of groups where there are any; no standard errors of few documents."""
     for column in ("results", "groups"):
-        shown[column] = {
-            task: {key: v for key, v in values.items() if documents(results, task) >= 30 or "_stderr" not in key}
+        shown = {
+            task: {key: value for key, value in values.items() if "_stderr" not in key or values["sample_len"] >= 30}
             for task, values in results.get(column, {}).items()
         }
-    print(make_table(shown))
-    if shown["groups"]:
-        print(make_table(shown, "groups"))
+        if shown:
+            print(make_table({**results, column: shown}, column))
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
-
-
-def documents(results: dict[str, Any], task: str) -> int:
-    """Documents that a task was, or a group's tasks were, evaluated on."""
-    if task in results["n-samples"]:
-        return results["n-samples"][task]["effective"]
-    return sum(documents(results, name) for name in results["group_subtasks"].get(task, ()))
 
 
 def setup(
@@ -150,69 +128,49 @@ def setup(
         apply_chat_template: ask in the model's chat format, examples as turns.
         confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
     """
-    problems = value_problems(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    problems += file_problems(save_filepath, overwrite)
-    for check, *values in (
-        (weights_dtype, precision),
-        (check_quantize, quantize, precision),
-        (check_checkpoint_dir, checkpoint_dir),
-        (open_adapter, ether_path, lora_path),
-    ):
-        try:
-            check(*values)
-        except (UserError, OSError) as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
+    problems = Problems()
+    problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
+    problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
+    problems.expect(batch_size >= 1, f"--batch_size {batch_size}: expected 1 or more")
+    problems.attempt(check_results_path, save_filepath, overwrite)
+    problems.attempt(weights_dtype, precision)
+    problems.attempt(check_quantize, quantize, precision)
+    problems.attempt(check_checkpoint_dir, checkpoint_dir)
+    adapter = problems.attempt(open_adapter, ether_path, lora_path)
+    problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    loaded = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
+    tasks = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
-    adapter = {"ether_path": ether_path, "lora_path": lora_path}
-    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, **adapter)
+    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
-    results = run_tasks(model, tokenizer, loaded=loaded, **options)
-    adapted = f"with {ether_path or lora_path}" if ether_path or lora_path else "no adapter"
+    results = evaluate(model, tokenizer, tasks=tasks, **options)
+    adapted = f"with {adapter.path}" if adapter else "no adapter"
     print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)
     if save_filepath is not None:
-        paths = {"checkpoint_dir": checkpoint_dir, "adapter": ether_path or lora_path, "data_dir": data_dir}
-        results["config"] = {
-            **{name: str(path.resolve()) if path else None for name, path in paths.items()},
-            **{
-                "precision": precision,
-                "quantize": quantize,
-                "eval_tasks": eval_tasks,
-                "num_fewshot": num_fewshot,
-                **options,
-            },
-            **{"device": str(device), "lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__},
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        write_json(save_filepath, results)
-        print(f"Saved to {save_filepath}")
+        settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, "data_dir": data_dir}
+        settings |= {"precision": precision, "quantize": quantize, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot}
+        save_results(save_filepath, results, {**settings, **options, "device": str(device)})
 
 
-def value_problems(*, limit: float | None, num_fewshot: int | None, batch_size: int) -> list[str]:
-    """What is wrong with numbers on the command line."""
-    problems = []
-    if limit is not None and limit <= 0:
-        problems.append(f"--limit {limit}: expected a number of documents, or a share of them below 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        problems.append(f"--num_fewshot {num_fewshot}: expected 0 or more")
-    if batch_size < 1:
-        problems.append(f"--batch_size {batch_size}: expected 1 or more")
-    return problems
+def save_results(file: Path, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write the results as JSON, with the settings that they come from (paths absolute), versions and date."""
+    config = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in settings.items()}
+    config |= {"lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__}
+    config |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_json(file, {**results, "config": config})
+    print(f"Saved to {file}")
 
 
-def file_problems(save_filepath: Path | None, overwrite: bool) -> list[str]:
-    """Why the results can't be saved there."""
-    if save_filepath is None or not (save_filepath := settled(save_filepath)).exists():
-        return []
-    if save_filepath.is_dir():
-        return [f"--save_filepath {save_filepath} is a folder: expected a file name"]
-    return [] if overwrite else [f"{save_filepath} exists; choose another --save_filepath or give --overwrite true"]
+def check_results_path(save_filepath: Path | None, overwrite: bool) -> None:
+    """Raise ValueError where the results can't be saved there."""
+    path = save_filepath and settled(save_filepath)
+    if path and path.is_dir():
+        raise UserError(f"--save_filepath {path} is a folder: expected a file name")
+    if path and path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --save_filepath or give --overwrite true")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The harness's tasks: their names, old and new, and where their data sets come from.
+"""Find and load the harness's tasks: by their names, old and new, with data sets from the Hub or a folder.
 
-Notable choices:
+Knows nothing of models. Notable choices:
 - Names of the harness's first versions, which papers still print, stand for their successors.
 - A data folder is laid out like the Hub (``DIR/allenai/ai2_arc``), so `hf download` makes one; tasks and groups are
   loaded by the harness itself, and only the place that it reads a data set from changes.
@@ -15,7 +15,7 @@ import os
 import random
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,13 @@ from lit_gpt.errors import UserError
 
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 """Folders of the harness that hold the tasks of the paper."""
-OLD_NAMES = {
-    "truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"],
-    **{name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "hendrycksTest-*")},
-}
+OLD_NAMES = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}
+OLD_NAMES |= {name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "hendrycksTest-*")}
 OLD_MMLU = "hendrycksTest-"
 
 
 def load_tasks(
-    names: Sequence[str],
-    *,
-    data_dir: Path | str | None = None,
-    num_fewshot: int | None = None,
-    run_code: bool = False,
+    names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None, run_code: bool = False
 ) -> dict:
     """Load tasks and their data.
 
@@ -70,11 +64,12 @@ def load_tasks(
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
-    with quiet_harness(), harness_seeds():
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of tasks that run code asks for
+    with isolated_harness(), data_sets_from(data_dir):
         manager, resolved = resolve_names(names)
         manager._factory = Factory(run_code)
-        with data_sets_from(data_dir):
-            loaded = manager.load(resolved)
+        loaded = manager.load(resolved)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (own != 0 and num_fewshot is not None):
@@ -84,17 +79,11 @@ def load_tasks(
 
 
 class Factory(TaskFactory):
-    """The harness's, with errors that name the task, and that come before a task's own code is imported.
-
-    Args:
-        run_code: allow tasks that run what the model writes.
-    """
+    """The harness's, with errors that name the task, and that come before a task's own code is imported."""
 
     def __init__(self, run_code: bool) -> None:
         super().__init__()
         self.run_code = run_code
-        if run_code:
-            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of these tasks asks for
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         described = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
@@ -112,7 +101,7 @@ class Factory(TaskFactory):
 
 @lru_cache
 def task_manager(*, every_task: bool) -> TaskManager:
-    """The harness's index of its tasks, or of the common ones alone."""
+    """Return the harness's index of its tasks, or of the common ones alone."""
     if every_task:
         return TaskManager()
     root = Path(lm_eval.tasks.__file__).parent
@@ -128,8 +117,7 @@ def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
     resolved, problems = [], []
     for name in wanted:
         # A pattern means tasks; groups and tags, which hold the same tasks again, only where no task matches.
-        found = [name] if name in manager.task_index else fnmatch.filter(manager.all_subtasks, name)
-        found = found or fnmatch.filter(manager.all_tasks, name)
+        found = fnmatch.filter(manager.all_subtasks, name) or fnmatch.filter(manager.all_tasks, name)
         if not found:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             problems.append(f"no task matches {name!r}" + (f"; the nearest: {', '.join(near)}" if near else ""))
@@ -142,30 +130,20 @@ def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
 
 
 def modern_names(name: str) -> list[str]:
-    """What a name of the harness's first versions is called today; other names stay."""
-    if name in OLD_NAMES:
-        return OLD_NAMES[name]
-    if not name.startswith(OLD_MMLU):
-        return [name]
+    """Return what a name of the harness's first versions is called today; other names stay."""
+    if name in OLD_NAMES or not name.startswith(OLD_MMLU):
+        return OLD_NAMES.get(name, [name])
     subject = "mmlu_" + name.removeprefix(OLD_MMLU)
     return fnmatch.filter(task_manager(every_task=False).all_subtasks, subject) or [subject]
 
 
 class Splits(datasets.DatasetDict):
-    """The splits of a data set, which name their source where one is missing."""
+    """The splits of a data set, with an error that names the source where one is missing."""
 
-    source: str = ""
+    source: str
 
     def __missing__(self, split: str) -> Any:
         raise UserError(f"{self.source} has no split {split!r}, which the task needs; it has {', '.join(self)}")
-
-
-def cache_of(folder: Path) -> str:
-    """A cache for what a folder holds now. `datasets` tells local folders apart by the text of their README alone, and
-    would serve the rows of another copy, or of an older state of this one."""
-    files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
-    key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
 
 
 @contextmanager
@@ -178,22 +156,22 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
             return original(path, name, **options)
         folder = Path("DIR" if data_dir is None else data_dir) / path
         command = f"hf download {path} --repo-type dataset --local-dir {shlex.quote(str(folder))}"
-        if data_dir is not None and not folder.is_dir():
-            raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
-        source = path if data_dir is None else str(folder)
+        source, configuration = path, name
         if data_dir is not None:
-            options["cache_dir"] = cache_of(folder)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"data set folder {folder} is missing; where there is internet: `{command}`")
+            source, options["cache_dir"] = str(folder), cache_of(folder)
             copy = folder / (name or "default")
             if copy.is_dir() and not (folder / "README.md").is_file():  # the Hub's own parquet copy names nothing
-                source, name = str(copy), None
+                source, configuration = str(copy), None
         try:
-            found = original(source, name, **options)
+            found = original(source, configuration, **options)
         except (OSError, ValueError, RuntimeError) as error:
-            what = f"{source}{f' (configuration {name})' if name else ''}"
+            what = f"{source}{f' (configuration {configuration})' if configuration else ''}"
             raise explain(error, what, command, local=data_dir is not None) from error
         if isinstance(found, datasets.DatasetDict):
             found = Splits(found)
-            found.source = f"data set {path if data_dir is None else folder}{f' ({name})' if name else ''}"
+            found.source = f"data set {source}{f' ({configuration})' if configuration else ''}"
         return found
 
     datasets.load_dataset = load_dataset
@@ -201,6 +179,17 @@ def data_sets_from(data_dir: Path | str | None) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+def cache_of(folder: Path) -> str:
+    """Return a cache for what a folder holds now.
+
+    `datasets` tells local folders apart by the text of their README alone, and would serve the rows of another copy,
+    or of an older state of this one.
+    """
+    files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
+    key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
 
 
 def explain(error: Exception, what: str, command: str, *, local: bool) -> Exception:
@@ -220,35 +209,22 @@ def explain(error: Exception, what: str, command: str, *, local: bool) -> Except
 
 
 @contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Errors alone, and no progress bar for each task, from the harness and the libraries under it."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = tqdm
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
+def isolated_harness() -> Iterator[None]:
+    """Let the harness and the libraries under it print errors alone, and leave no trace in global random states.
 
-
-@contextmanager
-def harness_seeds() -> Iterator[None]:
-    """Seed the global generators as the harness does, since some tasks shuffle; put the caller's state back after."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    They are seeded as the harness does it, since some tasks shuffle.
+    """
+    with ExitStack() as undo, torch.random.fork_rng():
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())
+        undo.callback(logging.disable, logging.root.manager.disable)
+        undo.callback(setattr, lm_eval.api.task, "tqdm", tqdm)
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+        logging.disable(logging.WARNING)
+        lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for each task
+        datasets.disable_progress_bars()
+        yield

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import main
-from lit_gpt.plan import Job, TrainArgs, default_weight_decay
+from lit_gpt.settings import Settings, TrainArgs
 from lit_gpt.train import finetune
 
 
@@ -20,7 +20,7 @@ def setup(*, train: TrainArgs = TrainArgs(learning_rate=2e-5), precision: str = 
         train: How to train; all weights ask for a lower rate than an adapter.
         precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; small updates are lost in bf16-true.
     """
-    finetune(Job("full", "full", None, default_weight_decay("full")), train=train, precision=precision, **options)
+    finetune(Settings(adapter=None, init_from=None, train=train, precision=precision, **options))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.adapter import adapter_parameters, adapter_state, mark_only_adapter_as_trainable
-from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_model, load_prompt_style, load_state, save_state
+from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_state, save_state
 from lit_gpt.errors import UserError, reading
-from lit_gpt.ether import METHODS, EtherConfig, add_ether
+from lit_gpt.ether import METHODS, EtherConfig, add_ether, ether_filter
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
-from lit_gpt.quantize import load_quantized_model
+from lit_gpt.quantize import load_base
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ KINDS = {
 
 @dataclass
 class AdapterFile:
-    """What an adapter file says.
+    """An adapter file's content; it is opened once in a command, and handed on.
 
     Attributes:
+        path: the file, for messages.
         kind: a key of ``KINDS``.
         config: an ``EtherConfig`` or a ``LoraConfig``.
         state: the adapter's tensors.
@@ -50,6 +51,7 @@ class AdapterFile:
         prompt_style: it was trained with; None where the file does not say.
     """
 
+    path: Path
     kind: str
     config: Any
     state: dict[str, Tensor]
@@ -65,73 +67,59 @@ def save_adapter(
     save_state({"model": adapter_state(model), "config": meta}, path)
 
 
-def load_adapter(path: Path | str, kind: str) -> AdapterFile:
-    """Read an adapter file.
+def open_adapter(ether_path: Path | str | None = None, lora_path: Path | str | None = None) -> AdapterFile | None:
+    """Read the adapter file that one of ``--ether_path`` and ``--lora_path`` names; return None where neither does."""
+    if ether_path and lora_path:
+        raise UserError("give --ether_path or --lora_path, not both")
+    path, kind = (ether_path, "ether") if ether_path else (lora_path, "lora")
+    return load_adapter(path, kind) if path else None
 
-    Args:
-        path: the file, ours or the original code's.
-        kind: ``ether`` or ``lora``, what the caller expects.
+
+def load_adapter(path: Path | str, kind: str) -> AdapterFile:
+    """Read an adapter file, ours or the original code's.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not an adapter, or one of the other kind.
+        FileNotFoundError, ValueError: no such file, not an adapter, or one of another kind than ``kind``.
     """
+    names = {"ether": "an ETHER", "lora": "a LoRA"}
     with reading(path):
-        return _parse_adapter(load_state(path), path, kind)
-
-
-def _parse_adapter(content: dict[str, Any], path: Path | str, kind: str) -> AdapterFile:
-    state, meta = content.get("model"), content.get("config")
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not an adapter file: it holds no adapter under 'model'")
-    if meta is None:
-        if kind != "ether" or not all(".ether_R" in name for name in state):
-            raise UserError(f"{path} is not {_article(kind)} adapter: no 'config', and its keys are not ETHER's")
-        return AdapterFile("ether", infer_ether_config(state), state, {}, None)
-    if meta.get("kind") != kind:
-        raise UserError(f"{path} holds {_article(meta.get('kind'))} adapter; {_article(kind)} one was expected")
-    config_class = KINDS[kind].config_class
-    known = {field.name for field in fields(config_class)}
-    config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
-    base = {**meta["base"]}  # refuses what is no mapping
-    if base and not {"name", "fingerprint"} <= base.keys():
-        raise UserError(f"{path} does not say which base model it belongs to; train it again")
-    return AdapterFile(kind, config, state, base, meta["prompt_style"])
-
-
-def _article(kind: str | None) -> str:
-    return {"ether": "an ETHER", "lora": "a LoRA"}.get(kind or "", "an unknown")
+        content = load_state(path)
+        state, meta = content.get("model"), content.get("config")
+        if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{path} is not an adapter file: it holds no adapter under 'model'")
+        if meta is None:
+            if kind != "ether" or not all(map(ether_filter, state)):
+                raise UserError(f"{path} is not {names[kind]} adapter: no 'config', and its keys are not ETHER's")
+            return AdapterFile(Path(path), "ether", infer_ether_config(state), state, {}, None)
+        if meta.get("kind") != kind:
+            found = names.get(meta.get("kind"), "an unknown")
+            raise UserError(f"{path} holds {found} adapter; {names[kind]} one was expected")
+        config_class = KINDS[kind].config_class
+        known = {field.name for field in fields(config_class)}  # an older version may have had others
+        config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
+        base = {**meta["base"]}  # refuses what is no mapping
+        if base and not {"name", "fingerprint"} <= base.keys():
+            raise UserError(f"{path} does not say which base model it belongs to; train it again")
+        return AdapterFile(Path(path), kind, config, state, base, meta["prompt_style"])
 
 
 def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
-    """Method, n, targets and side of an original file, from its keys and shapes; its layout is ``published``."""
-    names = set(state)
-    name, first = next(iter(state.items()))
-    qkv = ".attn.attn." in name  # these have a leading 1
-    if (first.dim() - qkv) == 3 and first.size(-1) == first.size(-2):
-        method, blocks = "oft", first.size(-3)
-    else:
-        two_sided, plus = (any(f".ether_R{k}" in name for name in names) for k in (3, 2))
-        method, blocks = ("etherplusHH" if two_sided else "etherplus" if plus else "ether"), first.size(-2)
-    ends = {"query": "ether_Rq", "key": "ether_Rk", "value": "ether_Rv", "projection": "attn.proj.ether_R"}
-    targets = {target: any(name.endswith(end) for name in names) for target, end in ends.items()}
-    targets["mlp"] = any(".mlp." in name for name in names)
-    targets["head"] = any(name.startswith("lm_head") for name in names)
-    return EtherConfig(
-        Htype=method, nb=blocks, **targets, flip_side=_is_flipped(state, method), block_layout="published"
-    )
-
-
-def _is_flipped(state: Mapping[str, Tensor], method: str) -> bool:
-    """Unflipped, an MLP's last Linear is transformed on its wide input; flipped, on its narrow output.
-
-    Nothing else tells: of the other Linears, the smaller side is the input already.
-    """
-    if method == "etherplusHH":
-        return False
-    sizes = {name: t.size(-1) * t.size(-2 if t.dim() == 2 else -3) for name, t in state.items() if ".mlp." in name}
+    """Return method, n, targets and side of an original file, from its keys and shapes; its layout is published."""
+    # Shapes without the 1 that those of q, k and v begin with; (n, b, b) where the parameters are matrices.
+    shapes = {name: t.shape[1:] if ".attn.attn." in name else t.shape for name, t in state.items()}
+    shape = next(iter(shapes.values()))
+    numbers = {int(name.rpartition("_R")[2].rstrip("qkv") or 1) for name in state}
+    method = "oft" if len(shape) == 3 else {1: "ether", 2: "etherplus"}.get(max(numbers), "etherplusHH")
+    ends = {"query": "_Rq", "key": "_Rk", "value": "_Rv", "projection": "attn.proj.ether_R", "head": "lm_head.ether_R"}
+    targets = {target: any(name.endswith(end) for name in state) for target, end in ends.items()}
+    targets["mlp"] = any(".mlp." in name for name in state)
+    # Unflipped, an MLP's last Linear is transformed on its wide input; flipped, on its narrow output, whose size its
+    # first Linears' input has. Nothing else tells: of the other Linears, the smaller side is the input already.
+    sizes = {name: shape[0] * shape[1] for name, shape in shapes.items() if ".mlp." in name}
     down = {size for name, size in sizes.items() if name.endswith("proj.ether_R")}
     up = {size for name, size in sizes.items() if ".fc" in name and name.endswith(".ether_R")}
-    return bool(down) and down == up
+    flipped = method != "etherplusHH" and bool(down) and down == up
+    return EtherConfig(Htype=method, nb=shape[0], **targets, flip_side=flipped, block_layout="published")
 
 
 def make_trainable(model: GPT, kind: str, config: Any) -> None:
@@ -143,83 +131,64 @@ def make_trainable(model: GPT, kind: str, config: Any) -> None:
     mark_only_adapter_as_trainable(model)
 
 
-def attach_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
-    """Put an adapter on its base model and load its tensors; ``source`` is named where they do not fit.
+def attach_adapter(model: GPT, adapter: AdapterFile) -> None:
+    """Put an adapter on its base model and load its tensors.
 
     On a model on the meta device the adapter's tensors alone are real, on the CPU.
     """
     KINDS[adapter.kind].add(model, adapter.config)
-    fill_adapter(model, adapter, source=source)
+    fill_adapter(model, adapter)
 
 
-def fill_adapter(model: GPT, adapter: AdapterFile, *, source: Path | str) -> None:
+@torch.no_grad()
+def fill_adapter(model: GPT, adapter: AdapterFile) -> None:
     """Load an adapter's tensors into a model that has such an adapter; the rest as ``attach_adapter``."""
-    expected = adapter_parameters(model)
-    problems = list(expected.keys() ^ adapter.state.keys())
-    problems += [n for n in expected.keys() & adapter.state.keys() if expected[n].shape != adapter.state[n].shape]
+    expected, state = adapter_parameters(model), adapter.state
+    problems = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
+    problems |= expected.keys() ^ state.keys()
     if problems:
-        raise UserError(f"{source} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first")
-    has_vectors = isinstance(adapter.config, EtherConfig) and not METHODS[adapter.config.Htype].matrices
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            tensor = adapter.state[name]
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{source}: {name} is not finite; the run that wrote it diverged")
-            if has_vectors and not tensor.any(dim=-1).all():
-                raise UserError(f"{source}: {name} holds a zero vector, which has no direction; the file is damaged")
-            if parameter.is_meta:
-                layer, _, own = name.rpartition(".")
-                parameter = nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                setattr(model.get_submodule(layer), own, parameter)
-            parameter.copy_(tensor)
+        raise UserError(
+            f"{adapter.path} does not fit this base model: {len(problems)} tensors differ, {min(problems)} first"
+        )
+    has_vectors = adapter.kind == "ether" and not METHODS[adapter.config.Htype].matrices
+    for name, parameter in expected.items():
+        if not torch.isfinite(state[name]).all():
+            raise UserError(f"{adapter.path}: {name} is not finite; the run that wrote it diverged")
+        if has_vectors and not state[name].any(dim=-1).all():
+            raise UserError(f"{adapter.path}: {name} holds a zero vector, which has no direction; the file is damaged")
+        if parameter.is_meta:
+            layer, _, own = name.rpartition(".")
+            parameter = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+            setattr(model.get_submodule(layer), own, parameter)
+        parameter.copy_(state[name])
 
 
-def check_base(adapter: AdapterFile, checkpoint_dir: Path | str, *, source: Path | str) -> None:
+def check_base(adapter: AdapterFile, checkpoint_dir: Path | str) -> None:
     """Raise where the adapter was trained on another base; the original code's files do not say."""
     if not adapter.base:
-        print(f"{source} has no config: read as an original {adapter.config.Htype} adapter, n = {adapter.config.nb}")
+        config = adapter.config
+        print(f"{adapter.path} has no config: read as an original {config.Htype} adapter, n = {config.nb}")
         return
     found = fingerprint(load_state(Path(checkpoint_dir) / WEIGHTS))
     if found != adapter.base["fingerprint"]:
         raise UserError(
-            f"{source} belongs to another base model: {adapter.base['name']} ({adapter.base['fingerprint']}), "
+            f"{adapter.path} belongs to another base model: {adapter.base['name']} ({adapter.base['fingerprint']}), "
             f"while {checkpoint_dir} holds {found}; give --checkpoint_dir the folder that it was trained on"
         )
-
-
-def open_adapter(ether_path: Path | str | None, lora_path: Path | str | None) -> tuple[AdapterFile, Path] | None:
-    """The adapter that one of ``--ether_path`` and ``--lora_path`` names, with its path; None where neither does."""
-    if ether_path and lora_path:
-        raise UserError("give --ether_path or --lora_path, not both")
-    path, kind = (ether_path, "ether") if ether_path else (lora_path, "lora")
-    return (load_adapter(path, kind), Path(path)) if path else None
 
 
 def load_adapted_model(
     checkpoint_dir: Path | str,
     precision: str = "32-true",
     *,
-    ether_path: Path | str | None = None,
-    lora_path: Path | str | None = None,
+    adapter: AdapterFile | None = None,
     quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> GPT:
-    """A base-shaped folder's model, with an unmerged adapter where a path is given; in evaluation mode."""
-    found = open_adapter(ether_path, lora_path)
-    if found:
-        check_base(found[0], checkpoint_dir, source=found[1])
-    if quantize:
-        model = load_quantized_model(checkpoint_dir, precision, quantize, device=device)
-    else:
-        model = load_model(checkpoint_dir, precision, device=device)
-    if found:
-        attach_adapter(model, found[0], source=found[1])
+    """Load a base-shaped folder's model, with an unmerged adapter where one is given; in evaluation mode."""
+    if adapter:
+        check_base(adapter, checkpoint_dir)
+    model = load_base(checkpoint_dir, precision, quantize, device=device)
+    if adapter:
+        attach_adapter(model, adapter)
     return model.eval()
-
-
-def adapted_prompt_style(
-    checkpoint_dir: Path | str, *, ether_path: Path | str | None = None, lora_path: Path | str | None = None
-) -> str:
-    """The prompt style of an adapter, or of the folder where there is no adapter or it does not say."""
-    found = open_adapter(ether_path, lora_path)
-    return (found and found[0].prompt_style) or load_prompt_style(checkpoint_dir)

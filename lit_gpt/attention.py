@@ -20,6 +20,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 from lit_gpt.config import Config
 
+# PyTorch prefers cuDNN's attention on an H100 and newer cards. cuDNN builds a plan for every new shape and set of
+# strides, forward and backward, in 50 to 500 ms each; lengths that vary, packed ones above all, are always new.
+# Flash attention takes any length at once.
+torch.backends.cuda.enable_cudnn_sdp(False)
+HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.12 on
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
     """Return the attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask replaces causality."""
@@ -51,9 +57,13 @@ class Packing:
         """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
+            options: dict[str, Any] = {"window_size": self.window, "enable_gqa": True}
+            if not HAS_GQA:  # every query head gets a copy of its group's keys and values
+                del options["enable_gqa"]
+                k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
             rows = (tensor.transpose(1, 2).squeeze(0) for tensor in (q, k, v))  # (T, H or G, S)
             sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
-            return varlen_attn(*rows, *sizes, window_size=self.window, enable_gqa=True).transpose(0, 1).unsqueeze(0)
+            return varlen_attn(*rows, *sizes, **options).transpose(0, 1).unsqueeze(0)
         if torch.compiler.is_compiling():
             return attend_packed(q, k, v, mask, self.bounds)
         return attend_each(q, k, v, mask, lengths=self.lengths)
@@ -65,7 +75,6 @@ def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
         device.type == "cuda"
         and torch.version.hip is None  # sliding windows are missing there
         and torch.backends.cuda.is_flash_attention_available()
-        and "enable_gqa" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.12 on
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and dtype in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0

@@ -1,4 +1,4 @@
-"""How samples become forward passes: their order, the cut into micro-batches, and tensors, padded or packed.
+"""Turn samples into forward passes: their order, the cut into micro-batches, and tensors, padded or packed.
 
 - The order depends on the seed alone: successive seeded permutations of the data.
 - Micro-batches hold samples of similar length, or, packed, as many as fit a number of tokens: neither changes a
@@ -6,6 +6,7 @@
 """
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,6 @@ from torch import Tensor
 from lit_gpt.data import Sample, length
 from lit_gpt.loss import IGNORE_INDEX
 
-WINDOW = 50
-"""Optimizer steps among which ``group_by_length`` sorts."""
 EMPTY_MICRO_BATCH = [
     {"input_ids": torch.zeros(2), "labels": torch.full((2,), IGNORE_INDEX), "response": torch.zeros(2).bool()}
 ]
@@ -25,7 +24,7 @@ EMPTY_MICRO_BATCH = [
 
 
 def sample_order(n_data: int, n_samples: int, *, seed: int) -> list[int]:
-    """Indices of the samples in training order: permutations of the data, one after another, cut at ``n_samples``."""
+    """Return the samples' indices in training order: permutations of the data, one after another, to ``n_samples``."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < n_samples:
@@ -33,36 +32,13 @@ def sample_order(n_data: int, n_samples: int, *, seed: int) -> list[int]:
     return order[:n_samples]
 
 
-def group_by_length(order: Sequence[int], lengths: Sequence[int], *, size: int, seed: int) -> list[int]:
-    """Make the samples of an optimizer step alike in length: less padding, at the price of less mixed steps.
-
-    Args:
-        order: indices in training order.
-        lengths: of the samples, by index.
-        size: samples of an optimizer step.
-        seed: of the order of the steps.
-
-    Returns:
-        The same indices, sorted by length among ``WINDOW`` steps at a time, whose steps then come in random order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    grouped: list[int] = []
-    for start in range(0, len(order), WINDOW * size):
-        window = sorted(order[start : start + WINDOW * size], key=lambda index: lengths[index])
-        steps = [window[i : i + size] for i in range(0, len(window), size)]
-        *whole, last = range(len(steps))  # the last step of all may be short: it stays the last
-        for i in [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()] + [last]:
-            grouped += steps[i]
-    return grouped
-
-
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``n``."""
+    """Return the smallest multiple that is not below ``n``."""
     return -(-n // multiple) * multiple
 
 
 def n_targets(samples: Sequence[Sample]) -> int:
-    """Tokens with a loss; a sample's first token is never predicted."""
+    """Count the tokens with a loss; a sample's first token is never predicted."""
     return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
 
 
@@ -75,62 +51,41 @@ def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 def packs(samples: Sequence[Sample], n_tokens: int, *, size: Callable[[Sample], int] = length) -> list[list[Sample]]:
     """Cut samples into packs of at most ``n_tokens`` together: the longest first, each where it leaves least room."""
     found: list[list[Sample]] = []
-    by_room: dict[int, list[list[Sample]]] = {}  # packs by the tokens that still fit into them
+    by_room: dict[int, list[list[Sample]]] = defaultdict(list)  # packs by the tokens that still fit into them
     rooms: list[int] = []  # the sorted keys that have a pack: never more than n_tokens, however many samples
     for sample in sorted(samples, key=length, reverse=True):
         needed = size(sample)
-        at = bisect_left(rooms, needed)
-        if at < len(rooms):
-            room = rooms[at]
-            pack = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at]
-        else:
+        index = bisect_left(rooms, needed)
+        if index == len(rooms):
             room, pack = n_tokens, []
             found.append(pack)
+        else:
+            room = rooms[index]
+            pack = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[index]
         pack.append(sample)
-        alike = by_room.setdefault(room - needed, [])
-        if not alike:
+        if not by_room[room - needed]:
             insort(rooms, room - needed)
-        alike.append(pack)
+        by_room[room - needed].append(pack)
     return found
 
 
-def collate(
-    samples: Sequence[Sample],
-    device: torch.device | str | None = None,
-    *,
-    packed: bool = False,
-    response_only: bool = False,
-    pad_to_multiple_of: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Make a batch, a row for each sample, padded on the right to the longest, or one row of all, one after another.
-
-    Args:
-        samples: B of them.
-        device: where the batch is to be.
-        packed: put them into one row; the model needs their ``lengths`` then.
-        response_only: target the response's tokens, whatever the labels say.
-        pad_to_multiple_of: round the length of each sample up to it.
+def add_response_targets(samples: Sequence[Sample]) -> tuple[list[Sample], Tensor]:
+    """Make targets of the responses' tokens, whatever the labels say.
 
     Returns:
-        The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
-        `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths.
+        The samples, and for their N targets in order, (2, N) bool: which have labels, and which are a response's.
     """
-    ids = [sample["input_ids"].long() for sample in samples]
-    labels = (
-        torch.where(sample["response"], own, IGNORE_INDEX) if response_only else sample["labels"].long()
-        for sample, own in zip(samples, ids, strict=True)
-    )
-    sizes = [round_up(len(own), pad_to_multiple_of) for own in ids]
-    if not packed:
-        sizes = [max(sizes)] * len(sizes)
+    groups = [torch.stack([sample["labels"] != IGNORE_INDEX, sample["response"]])[:, 1:] for sample in samples]
+    either = torch.cat(groups, dim=1)  # (2, positions that follow another)
+    wider = [s | {"labels": torch.where(s["response"], s["input_ids"], s["labels"])} for s in samples]
+    return wider, either[:, either.any(dim=0)]
 
-    def join(rows: Iterable[Tensor], value: int) -> Tensor:
-        filled = [F.pad(row, (0, size - len(row)), value=value) for row, size in zip(rows, sizes, strict=True)]
-        return (torch.cat(filled)[None] if packed else torch.stack(filled)).to(device)
 
-    return join(ids, 0), join((own[1:] for own in labels), IGNORE_INDEX)
+def collate(samples: Sequence[Sample], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Return ids and targets of a batch that is padded to its longest sample, as ``Batching.collate`` gives them."""
+    return Batching(len(samples)).collate(samples, device)[:2]
 
 
 @dataclass(frozen=True)
@@ -152,11 +107,11 @@ class Batching:
     pad_to_multiple_of: int = 1
 
     def rounded(self, sample: Sample) -> int:
-        """How many tokens a sample takes."""
+        """Return the number of tokens that a sample takes."""
         return round_up(length(sample), self.pad_to_multiple_of)
 
     def cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """The passes of all these samples."""
+        """Cut samples into passes."""
         if self.n_tokens is None:
             return micro_batches(samples, self.size)
         return packs(samples, self.n_tokens, size=self.rounded)
@@ -171,7 +126,7 @@ class Batching:
         return mine + [EMPTY_MICRO_BATCH] * (max(map(len, cuts)) - len(mine)), sum(map(len, cuts))
 
     def largest(self, samples: Sequence[Sample], n_samples: int) -> list[Sample]:
-        """A pass that is as large as any can be, of at most ``n_samples``."""
+        """Choose samples of a pass that is as large as any can be, at most ``n_samples``."""
         ordered = sorted(samples, key=length, reverse=True)
         if self.n_tokens is None:
             return ordered[: self.size]
@@ -183,9 +138,23 @@ class Batching:
         return chosen
 
     def collate(
-        self, samples: Sequence[Sample], device: torch.device | str | None = None, *, response_only: bool = False
+        self, samples: Sequence[Sample], device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, list[int] | None]:
-        """Ids, targets and, packed, the lengths that the model is to be told."""
+        """Make a batch of B samples: a row for each, padded on the right, or, packed, one row of all behind each other.
+
+        Returns:
+            The ids, 0 where padded, and the targets, -100 where there is none: `targets[:, t]` is what follows
+            `idx[:, t]`. Both (B, T) int64, T the longest sample's length, or (1, T), T the sum of the lengths; and,
+            packed, the lengths, which the model is to be told.
+        """
         packed = self.n_tokens is not None
-        how = dict(packed=packed, response_only=response_only, pad_to_multiple_of=self.pad_to_multiple_of)
-        return *collate(samples, device, **how), list(map(self.rounded, samples)) if packed else None
+        sizes = [self.rounded(sample) for sample in samples]
+        filled_to = sizes if packed else [max(sizes)] * len(sizes)
+
+        def join(rows: Iterable[Tensor], value: int) -> Tensor:
+            filled = [F.pad(row.long(), (0, n - len(row)), value=value) for row, n in zip(rows, filled_to, strict=True)]
+            return (torch.cat(filled)[None] if packed else torch.stack(filled)).to(device)
+
+        idx = join((sample["input_ids"] for sample in samples), 0)
+        targets = join((sample["labels"][1:] for sample in samples), IGNORE_INDEX)
+        return idx, targets, sizes if packed else None

@@ -1,4 +1,4 @@
-"""Checkpoints: check, load, save.
+"""Checkpoint folders: check, load, save.
 
 Notable choices:
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import warnings
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.devices import warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
@@ -32,31 +32,11 @@ CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
-PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""What ``--precision`` may say, and the dtype of the weights."""
-MIXED_PRECISIONS = ("bf16-mixed", "16-mixed")
-"""For training also: fp32 weights, products in half precision."""
-
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
     "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
 )  # fmt: skip
-
-
-def weights_dtype(precision: str, *, mixed: bool = False) -> torch.dtype:
-    """The dtype of the weights under ``precision``; ``mixed`` allows the mixed ones, whose weights are fp32."""
-    if mixed and precision in MIXED_PRECISIONS:
-        return torch.float32
-    if precision not in PRECISIONS:
-        choices = (*PRECISIONS, *MIXED_PRECISIONS) if mixed else PRECISIONS
-        raise UserError(f"--precision {precision} is unknown here; choices: {', '.join(choices)}")
-    return PRECISIONS[precision]
-
-
-def choose_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
@@ -84,8 +64,14 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
 
 
 def load_config(checkpoint_dir: Path | str) -> Config:
-    """The ``Config`` of a base-shaped folder."""
+    """Read the ``Config`` of a base-shaped folder."""
     return Config.from_json(Path(checkpoint_dir) / CONFIG)
+
+
+def meta_model(config: Config, dtype: torch.dtype = torch.float32) -> GPT:
+    """Return a model on the meta device, which has shapes and no data."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype)
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
@@ -112,50 +98,39 @@ def load_state(path: Path | str) -> dict[str, Any]:
     return state
 
 
-def load_model(
-    checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu", mixed: bool = False
-) -> GPT:
-    """The model of a base-shaped folder, in evaluation mode.
-
-    Args:
-        checkpoint_dir: the folder.
-        precision: of the weights, a key of ``PRECISIONS``.
-        device: where they go.
-        mixed: allow the mixed precisions, whose weights are fp32.
-    """
-    dtype = weights_dtype(precision, mixed=mixed)
-    folder = check_checkpoint_dir(checkpoint_dir)
+def load_model(checkpoint_dir: Path | str, precision: str = "32-true", *, device: torch.device | str = "cpu") -> GPT:
+    """Load the model of a base-shaped folder, in evaluation mode; under a mixed precision its weights are fp32."""
+    dtype = weights_dtype(precision, mixed=True)
     warn_of_slow_products(precision, torch.device(device))
-    with torch.device("meta"):
-        model = GPT(load_config(folder))
-    fill_model(model, load_state(folder / WEIGHTS), source=folder / WEIGHTS)
+    model, _ = open_model(checkpoint_dir)
     return model.to(device=device, dtype=dtype).eval()
 
 
-def warn_of_slow_products(precision: str, device: torch.device) -> None:
-    """Say so where this CPU has no instructions for the precision: its products then take 10 times as long and more."""
-    kind = precision.split("-")[0]
-    # Private names, absent from builds without oneDNN: nothing is said there.
-    probes = {"bf16": "_is_mkldnn_bf16_supported", "16": "_is_mkldnn_fp16_supported"}
-    supported = getattr(torch.ops.mkldnn, probes[kind], None) if kind in probes else None
-    if device.type == "cpu" and supported is not None and not supported():
-        print(
-            f"this CPU has no {precision} products and is slow at them; --precision 32-true is faster", file=sys.stderr
-        )
+def open_model(
+    checkpoint_dir: Path | str, place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> tuple[GPT, dict[str, Tensor]]:
+    """Return the model of a base-shaped folder, and the memory-mapped weights of its file.
 
+    Args:
+        checkpoint_dir: the folder.
+        place: gives what the model gets of a weight, from its name and the file's tensor.
 
-def fill_model(model: GPT, state: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Give a model on the meta device its weights; ``source`` is named where keys or shapes do not fit exactly."""
+    Raises:
+        FileNotFoundError, ValueError: it is no such folder, or keys or shapes do not fit exactly.
+    """
+    folder = check_checkpoint_dir(checkpoint_dir)
+    model, state = meta_model(load_config(folder)), load_state(folder / WEIGHTS)
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict({name: place(name, t) for name, t in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{source} does not hold the weights that {CONFIG} describes: {reason}") from error
+        raise UserError(f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: {reason}") from error
     model.tie_weights()
+    return model, state
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a model's weights, which tells base models apart.
+    """Return a short hash of a model's weights, which tells base models apart.
 
     Names, shapes and three runs of 256 values of each tensor: a memory-mapped file of any size takes a moment.
     """
@@ -200,9 +175,7 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     Raises:
         OSError: there is no room for it.
     """
-    names: dict[int, str] = {}
-    for name, tensor in template.items():
-        names.setdefault(id(tensor), name)
+    first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
     # Never touched, so there is no memory behind them.
     blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
     with atomic_write(path) as temporary:
@@ -211,9 +184,9 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for index, name in enumerate(names.values()):  # as torch numbers storages: by their first appearance
-                tensor = make(name)
-                assert (tensor.shape, tensor.dtype) == (template[name].shape, template[name].dtype), name
+            for index, (key, blank) in enumerate(blanks.items()):  # as torch numbers storages: as they first appear
+                tensor = make(first[key])
+                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
                 _fill_record(file, records[f"data/{index}"], tensor)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 
@@ -248,7 +221,7 @@ def save_prompt_style(checkpoint_dir: Path | str, style: str) -> None:
 
 
 def load_prompt_style(checkpoint_dir: Path | str) -> str:
-    """The prompt style recorded with a model; else its chat template where it has one; else the bare text."""
+    """Return the prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
         with reading(folder / PROMPT_STYLE):

@@ -11,16 +11,16 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from difflib import get_close_matches
-from itertools import islice
-from pathlib import Path
 from typing import get_args
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import SecretStr as Secret
 
-from lit_gpt.errors import UserError, out_of_memory
+from lit_gpt.errors import Problems, UserError, out_of_memory
 
 __all__ = ["Secret", "build_parser", "main"]
 
@@ -28,13 +28,15 @@ GIVEN = "given"
 """The argument of a ``setup`` that no flag sets: the names of the flags on the command line, defaults or not.
 
 Those of a --config file are not among them: --print_config writes all flags, whether they are meant or not."""
+ADAPTER = "adapter"
+"""The argument of a ``setup`` that is an adapter's config, whose fields become flags without a group."""
 CONFIG_HELP = "A YAML file with any of the flags below; a flag on the command line wins, wherever it stands."
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def build_parser(setup: Callable) -> ArgumentParser:
-    """The parser of a script.
+    """Return the parser of a script.
 
     Args:
         setup: the script's function; its keyword arguments become flags, dataclass arguments become groups.
@@ -44,8 +46,28 @@ def build_parser(setup: Callable) -> ArgumentParser:
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    parser.add_function_arguments(setup, as_group=False, skip={GIVEN})
+    for flag, (field, explained) in adapter_flags(setup).items():
+        parser.add_argument(f"--{flag}", type=field.type, default=field.default, help=explained)
+    parser.add_function_arguments(setup, as_group=False, skip={GIVEN, ADAPTER})
     return parser
+
+
+def adapter_flags(setup: Callable) -> dict[str, tuple[Field, str]]:
+    """Return the fields of a setup's adapter config, with their docstrings, by the names of their flags."""
+    config_class = inspect.get_annotations(setup).get(ADAPTER)
+    if config_class is None:
+        return {}
+    named = {field.name: field for field in fields(config_class)}
+    documented = map(docstring_parser.parse_from_object, config_class.__mro__[:-1])  # the last one is object
+    helps = {param.arg_name: param.description for docstring in documented for param in docstring.params}
+    return {config_class.flag(name): (named[name], explained) for name, explained in helps.items()}
+
+
+def gather_adapter(setup: Callable, values: dict) -> dict:
+    """Return the arguments of a setup, those of its adapter's flags as the config that it takes."""
+    flags = adapter_flags(setup)
+    chosen = {field.name: values.pop(flag) for flag, (field, _) in flags.items()}
+    return values | {ADAPTER: inspect.get_annotations(setup)[ADAPTER](**chosen)} if flags else values
 
 
 def main(setup: Callable, args: Sequence[str] | None = None) -> None:
@@ -64,30 +86,29 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
-    check_encoding(args)
     try:
+        check_encoding(args)
         parsed = parser.parse_args(args)
         values = parser.instantiate_classes(parsed).as_dict()
-        if empty := nulls(parser, parsed):
-            raise ArgumentError(None, f"null is no value of --{', --'.join(empty)}")
-        check_paths(vars(parsed.as_flat()))
+        check_values(parser, parsed)
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
         fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
-    for name in ("config", "debug"):
-        values.pop(name)
+    debug, _ = values.pop("debug"), values.pop("config")
     if GIVEN in inspect.signature(setup).parameters:
         values[GIVEN] = frozenset(arg[2:].split("=")[0] for arg in args if arg.startswith("--"))
     try:
-        setup(**values)
+        setup(**gather_adapter(setup, values))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): nothing is wrong, and there is no one left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if parsed.debug:
+        if debug:
             raise
-        if is_curable(error):
+        # A person can cure a wrong setting or file, a fault of the system, and a missing package, unless it is ours.
+        ours = isinstance(error, ImportError) and (error.name or "").startswith("lit_gpt")
+        if isinstance(error, UserError | OSError | ImportError) and not ours:
             fail(one_line(error), code=1)
         if out_of_memory(error):
             fail(f"out of memory: something smaller may fit ({one_line(error)[:200]})", code=1)
@@ -97,13 +118,12 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
 
 def config_first(args: Sequence[str]) -> list[str]:
     """Return the arguments with each --config moved to the front: what comes later wins, and flags must."""
-    first, rest, words = [], [], iter(args)
-    for word in words:
-        if word == "--config":
-            first += [word, *islice(words, 1)]
-        else:
-            (first if word.startswith("--config=") else rest).append(word)
-    return first + rest
+
+    def is_other(pair: tuple[str, str]) -> bool:
+        return "--config" not in pair and not pair[1].startswith("--config=")
+
+    pairs = zip(["", *args], args, strict=False)  # each word with the one before it, which may be --config
+    return [word for _, word in sorted(pairs, key=is_other)]
 
 
 def meant_flags(parser: ArgumentParser, args: Sequence[str]) -> str:
@@ -116,39 +136,24 @@ def meant_flags(parser: ArgumentParser, args: Sequence[str]) -> str:
     return f"did you mean {', '.join(found)}? " if found else ""
 
 
-def is_curable(error: Exception) -> bool:
-    """Return True for what a person can cause and cure: a wrong setting or file, the system, a missing package."""
-    if isinstance(error, ImportError):
-        return not (error.name or "").startswith("lit_gpt")
-    return isinstance(error, UserError | OSError)
-
-
-def nulls(parser: ArgumentParser, parsed: Namespace) -> list[str]:
-    """Return the flags that are null though their types do not allow it: jsonargparse lets a --config do that."""
-    return [
-        action.dest
-        for action in parser._actions
-        if action.default is not None
-        and parsed.get(action.dest, action) is None
-        and type(None) not in get_args(getattr(action, "_typehint", None))
-    ]
-
-
 def check_encoding(args: Sequence[str]) -> None:
-    """End with one line where an argument holds bytes that are no text: neither tokenizers nor JSON can take them."""
+    """Raise ArgumentError where an argument holds bytes that are no text: neither tokenizers nor JSON take them."""
     for arg in args:
-        try:
-            arg.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            fail(f"argument {shown} is not valid {sys.getfilesystemencoding()}: give a name in that encoding", code=2)
+        shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if shown != arg:
+            encoding = sys.getfilesystemencoding()
+            raise ArgumentError(None, f"argument {shown} is not valid {encoding}: give a name in that encoding")
 
 
-def check_paths(values: Mapping) -> None:
-    """Raise ValueError where a path holds a NUL, which no system takes; a --config can say one."""
-    for name, value in values.items():
-        if isinstance(value, str | Path) and "\0" in str(value):
-            raise ArgumentError(None, f"--{name} {str(value)!r} holds a NUL, expected a name without")
+def check_values(parser: ArgumentParser, parsed: Namespace) -> None:
+    """Raise ValueError for what jsonargparse lets a --config say: null where the type has none, a path with a NUL."""
+    problems = Problems()
+    for action in parser._actions:
+        name, value = action.dest, parsed.get(action.dest, action)
+        nullable = action.default is None or type(None) in get_args(getattr(action, "_typehint", None))
+        problems.expect(nullable or value is not None, f"null is no value of --{name}")
+        problems.expect("\0" not in str(value), f"--{name} {str(value)!r} holds a NUL, expected a name without")
+    problems.check()
 
 
 def fail(message: str, *, code: int) -> None:
@@ -158,7 +163,7 @@ def fail(message: str, *, code: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line; its type where it has no text."""
+    """Return the text of an error on one line; its type where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,6 +1,9 @@
-"""Conversations as samples: what stands before each answer of the assistant, and what is learned of it.
+"""Rows as prompts and answers: what stands before each answer, and what is learned of it.
 
-- An answer is learned behind exactly the ids that chat sends when it asks for it, and with the token that ends it.
+It knows a row's texts, prompt styles and the tokenizer, and nothing of files or masks.
+
+- An answer is learned behind exactly the ids that the model gets when it is asked, and with the token that ends it. No
+  token reaches across its start (in one string, `Response:` and a response's first quotation mark are one token).
 - Templates rewrite the past: they drop reasoning, move the system message, open `<think>` in the prompt alone. So the
   answers of a conversation share a sample only where each next prompt goes on from the last answer, id for id.
 - Not learned: an answer that its row marks so, and what the assistant says before the user does, since chat never asks
@@ -8,13 +11,14 @@
 """
 
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from lit_gpt.errors import UserError
+from lit_gpt.prompts import CHAT, plain, render_prompt
 from lit_gpt.rows import LEARN_KEYS
-from lit_gpt.tokenizer import PROBE, Tokenizer
+from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 
 Piece = tuple[list[int], bool]  # ids, and whether they are a response's
 
@@ -29,23 +33,29 @@ LEFT_OUT = "the chat template leaves out what the {} says, in training as in cha
 
 
 class Answer(NamedTuple):
-    """A turn of the assistant that is learned."""
+    """An answer that is learned."""
 
     prompt: str
-    """What chat sends to ask for it."""
+    """What the model gets when it is asked for it."""
     text: str
     """What the model is to write, the token that ends the turn included."""
     eos: bool
     """EOS comes behind the text, since the template ends the turn with no token."""
 
 
-def find_answers(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[Answer], set[str]]:
-    """Return the answers of a conversation that are learned, and notes on what the template does to it.
+def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> tuple[list[Answer], set[str]]:
+    """Return the answers of a row that are learned, and notes on what the chat template does to it.
 
     Raises:
         ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content;
             an answer to be learned stands right behind another.
     """
+    if style != CHAT:
+        return [Answer(render_prompt(style, row["instruction"], row["input"]), row["output"], eos=True)], set()
+    messages = row.get("messages") or [
+        {"role": "user", "content": plain(row["instruction"], row["input"])},
+        {"role": "assistant", "content": row["output"]},
+    ]
     answers, notes, asked = [], set(), False
     for i, message in enumerate(messages):
         asked |= message["role"] == "user"
@@ -76,7 +86,7 @@ def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
     probe = {"role": "assistant", "content": PROBE}
     prompt = tokenizer.render_chat(before, add_generation_prompt=True)
     answer, _ = _make_answer(tokenizer, before, probe, prompt=prompt)
-    ((_, (ids, _)),) = encode_answers(tokenizer, [[answer]])[0]
+    ((_, (ids, _)),) = encode_answers(tokenizer, [[answer]], CHAT)[0]
     # Decoded, since that drops special tokens, and SentencePiece's first space
     head, _, tail = tokenizer.decode(ids).partition(PROBE)
     return text.removeprefix(head).removesuffix(tail)
@@ -85,7 +95,7 @@ def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
 def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *, prompt: str) -> tuple[Answer, bool]:
     """Return the answer behind its prompt, and whether its text is the row's because the template's can't be used."""
     shown = tokenizer.render_chat([*before, message])
-    tail = _render_tail(tokenizer, tuple(turn["role"] for turn in before))
+    tail = render_tail(tokenizer, tuple(turn["role"] for turn in before))
     ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
     text = message["content"]
     if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
@@ -108,33 +118,26 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict, *,
     return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends), as_written
 
 
-@lru_cache(maxsize=1000)
-def _render_tail(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
-    """Return what the template writes behind an answer to turns of these roles."""
-    answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
-    turns = [*({"role": role, "content": "?"} for role in roles), answer]
-    _, shown, tail = tokenizer.render_chat(turns).rpartition(PROBE)
-    if shown:
-        return tail
-    # A template that leaves the last answer out: what stands between an earlier one and the user's next text
-    return [*tokenizer.render_chat([*turns, user]).split(PROBE), ""][1]
-
-
-def encode_answers(tokenizer: Tokenizer, conversations: Sequence[Sequence[Answer]]) -> list[list[list[Piece]]]:
+def encode_answers(
+    tokenizer: Tokenizer, conversations: Collection[Sequence[Answer]], style: str
+) -> list[list[list[Piece]]]:
     """Return the samples of each conversation, as pieces that alternate between what stands before and an answer."""
     answers = [answer for conversation in conversations for answer in conversation]
     prompts = tokenizer.encode_batch([answer.prompt for answer in answers])
-    joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
-    encoded = zip(answers, prompts, joined, strict=True)
+    texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
+    if style == CHAT:
+        joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
+        for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
+            if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
+                texts[i] = both[len(prompt) :]
+    elif tokenizer.adds_bos:
+        prompts = [[tokenizer.bos_id, *prompt] for prompt in prompts]
+    encoded = zip(answers, prompts, texts, strict=True)
     results = []
     for conversation in conversations:
         samples: list[list[Piece]] = []
         so_far: list[int] = []
-        for _ in conversation:
-            answer, prompt, both = next(encoded)
-            ids = both[len(prompt) :]
-            if both[: len(prompt)] != prompt:  # the answer's beginning merges with the prompt's end
-                ids = tokenizer.encode_batch([answer.text], continues=True)[0]
+        for answer, prompt, ids in islice(encoded, len(conversation)):
             ids += [tokenizer.eos_id] * answer.eos
             if not samples or prompt[: len(so_far)] != so_far:
                 samples, so_far = [*samples, []], []

@@ -6,8 +6,8 @@
 """
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -34,7 +34,7 @@ HOW_TO_PREPARE = "make it with `python scripts/prepare_json.py --destination_pat
 
 
 def length(sample: Sample) -> int:
-    """Its tokens."""
+    """Return how many tokens a sample has."""
     return len(sample["input_ids"])
 
 
@@ -74,111 +74,42 @@ def prepare(
         seed: draws the held-out rows.
         overwrite: write into a folder that holds prepared data.
         fields: what the file calls instruction, input and output.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ConnectionError, ValueError: one line that says what to do.
     """
     destination_path = prepare_out_dir(destination_path, overwrite, names=(TRAIN_FILE, TEST_FILE, DATA_CONFIG))
     tokenizer = Tokenizer(checkpoint_dir)
-    _check_arguments(
-        tokenizer,
-        prompt_style,
-        max_seq_length=max_seq_length,
-        fraction=test_split_fraction,
-        test_file=test_data_file_path,
-    )
-    encoded, options = _encode_files(
-        [path for path in (data_file_path, test_data_file_path) if path is not None],
-        tokenizer,
-        fields=fields,
-        style=prompt_style,
-        mask_inputs=mask_inputs,
-        max_seq_length=max_seq_length or load_config(checkpoint_dir).block_size,
-    )
-    if (tokenizer.dir / CONFIG).is_file():
-        ids = (torch.frombuffer(samples.ids, dtype=torch.int32) for samples in encoded if samples.ids)
-        check_ids(ids, tokenizer, load_config(checkpoint_dir))
-    facts = {
-        **{"checkpoint_dir": str(tokenizer.dir.resolve()), "base_name": tokenizer.dir.resolve().name},
-        **{**options, "seed": seed, "tokenizer_sha256": tokenizer.sha256},
-        **{"source": str(data_file_path), "test_source": str(test_data_file_path) if test_data_file_path else None},
-        "test_split_fraction": None if test_data_file_path else test_split_fraction or TEST_FRACTION,
+    folder = tokenizer.dir.resolve()
+    config = load_config(checkpoint_dir) if (folder / CONFIG).is_file() else None
+    settings = {
+        **{"checkpoint_dir": str(folder), "base_name": folder.name, "prompt_style": prompt_style},
+        **{"mask_inputs": mask_inputs, "max_seq_length": max_seq_length, "seed": seed},
+        **{"tokenizer_sha256": tokenizer.sha256, "source": str(data_file_path)},
+        "test_source": None if test_data_file_path is None else str(test_data_file_path),
+        "test_split_fraction": test_split_fraction,
     }
-    train, test = _select(encoded, facts)
-    with staged_dir(destination_path, overwrite) as folder:
-        save_split(train, folder / TRAIN_FILE)
-        save_split(test, folder / TEST_FILE)
-        write_json(folder / DATA_CONFIG, facts)
-    _report(facts, encoded, tokenizer=tokenizer, sample=train[0], destination_path=destination_path)
+    _fill_in(settings, tokenizer, context=config and config.block_size)
+    samples, held_out = _encode_files(settings, tokenizer, fields)
+    if config is not None and samples:
+        check_ids([torch.frombuffer(samples.ids, dtype=torch.int32)], tokenizer, config)
+    train, test = _select(settings, samples, held_out)
+    with staged_dir(destination_path, overwrite) as staging:
+        save_split(train, staging / TRAIN_FILE)
+        save_split(test, staging / TEST_FILE)
+        write_json(staging / DATA_CONFIG, settings)
+    _report(settings, samples, mark_masked(tokenizer, train[0]))
+    print(f"wrote {destination_path}")
 
 
-def _encode_files(
-    sources: Sequence[Path | str],
-    tokenizer: Tokenizer,
-    *,
-    fields: Mapping[str, str],
-    style: str | None,
-    mask_inputs: bool,
-    max_seq_length: int,
-) -> tuple[list[Samples], dict[str, str | bool | int]]:
-    """Return the samples of each file, and the settings that all were made with.
-
-    Raises:
-        ValueError: rows that cannot be used, of all files.
-    """
-    problems = [Problems(source) for source in sources]
-    files = [read_rows(found.source, fields, found) for found in problems]
-    first = [next(rows, None) for rows in files]
-    if None not in first:
-        style = _choose_style([row for _, row in first], style, tokenizer)
-        options = {"mask_inputs": mask_inputs or "messages" in first[0][1], "max_seq_length": max_seq_length}
-        encoded = [
-            encode_rows(tokenizer, chain([one], rows), style=style, problems=found, **options)
-            for one, rows, found in zip(first, files, problems, strict=True)
-        ]
-    if told := [str(found) for found in problems if found.count]:
-        raise UserError("; ".join(told))
-    for samples, found in zip(encoded, problems, strict=True):
-        samples.notes.update({BLANK: found.blank} if found.blank else {})
-    return encoded, {"prompt_style": style, **options}
-
-
-def _select(encoded: Sequence[Samples], facts: dict) -> tuple[Samples, Samples]:
-    """Hold out the samples of some rows, or take the second file's for that; the counts are added to `facts`."""
-    lengths = sorted(size for samples in encoded for size in samples.full_sizes)
-    n_rows, n_cut, n_dropped = (sum(getattr(s, name) for s in encoded) for name in ("n_rows", "n_cut", "n_dropped"))
-    train, fraction = encoded[0], facts["test_split_fraction"]
-    test = train.take(draw(list(dict.fromkeys(train.rows)), fraction, seed=facts["seed"])) if fraction else encoded[1]
-    if not train or not test:
-        raise UserError(
-            f"{facts['source']}: of {n_rows} rows {len(train)} are left to train on and {len(test)} to test "
-            f"with at --max_seq_length {facts['max_seq_length']} ({n_dropped} have nothing to learn there), "
-            "expected one of each at least; give more rows or a larger length"
-        )
-    facts |= {"n_rows": n_rows, "n_train": len(train), "n_test": len(test)}
-    facts |= {"n_cut": n_cut, "n_dropped": n_dropped, "lengths": percentiles(lengths)}
-    return train, test
-
-
-def _check_arguments(
-    tokenizer: Tokenizer,
-    style: str | None,
-    *,
-    max_seq_length: int | None,
-    fraction: float | None,
-    test_file: Path | None,
-) -> None:
-    """Raise ValueError with all that is wrong with the arguments, before any data is read."""
+def _fill_in(settings: dict, tokenizer: Tokenizer, *, context: int | None) -> None:
+    """Put the defaults into the settings of a data folder, or raise ValueError with all that is wrong with them."""
     problems = []
-    has_config = (tokenizer.dir / CONFIG).is_file()
-    context = load_config(tokenizer.dir).block_size if has_config else None
-    if max_seq_length is None and context is None:
+    length, fraction, style = (settings[name] for name in ("max_seq_length", "test_split_fraction", "prompt_style"))
+    if length is None and context is None:
         problems.append(f"{tokenizer.dir} has no {CONFIG} that tells the model's context: give --max_seq_length")
-    if max_seq_length is not None and not 2 <= max_seq_length <= (context or max_seq_length):
-        problems.append(f"--max_seq_length {max_seq_length}: expected 2 to {context or 'the model context'}")
+    if length is not None and not 2 <= length <= (context or length):
+        problems.append(f"--max_seq_length {length}: expected 2 to {context or 'the model context'}")
     if fraction is not None and not 0 < fraction < 1:
         problems.append(f"--test_split_fraction {fraction}: expected a number between 0 and 1")
-    if fraction is not None and test_file is not None:
+    if fraction is not None and settings["test_source"]:
         problems.append("--test_split_fraction and --test_data_file_path exclude each other: give one")
     if tokenizer.eos_id is None:
         problems.append(f"the tokenizer of {tokenizer.dir} has no EOS token: name one in tokenizer_config.json")
@@ -189,16 +120,59 @@ def _check_arguments(
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
+    settings["max_seq_length"] = length or context
+    settings["test_split_fraction"] = None if settings["test_source"] else fraction or TEST_FRACTION
+
+
+def _encode_files(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str]) -> tuple[Samples, range]:
+    """Return the samples of all files, and which rows are the last one's.
+
+    The settings get the prompt style and the mask that the rows ask for.
+
+    Raises:
+        ValueError: rows that cannot be used, of all files.
+    """
+    problems = [Problems(settings[name]) for name in ("source", "test_source") if settings[name]]
+    files = [read_rows(found.source, fields, found) for found in problems]
+    first, samples, start = [next(rows, None) for rows in files], Samples(settings["max_seq_length"]), 0
+    if None not in first:
+        settings["prompt_style"] = _choose_style([row for _, row in first], settings["prompt_style"], tokenizer)
+        settings["mask_inputs"] |= "messages" in first[0][1]
+        options = {"style": settings["prompt_style"], "mask_inputs": settings["mask_inputs"], "samples": samples}
+        for one, rows, found in zip(first, files, problems, strict=True):
+            start = samples.n_rows
+            encode_rows(tokenizer, chain([one], rows), problems=found, **options)
+            samples.notes[BLANK] += found.blank
+    if told := [str(found) for found in problems if found.rows]:
+        raise UserError("; ".join(told))
+    return samples, range(start, samples.n_rows)
 
 
 def _choose_style(rows: Sequence[Mapping], style: str | None, tokenizer: Tokenizer) -> str:
-    """The prompt style to use: conversations take the chat template, other rows Alpaca's where none was chosen."""
+    """Return the prompt style to use: conversations take the chat template, other rows Alpaca's by default."""
     n_chat = sum("messages" in row for row in rows)
     if n_chat not in (0, len(rows)):
         raise UserError("one data file holds messages and the other instructions; give two of one kind")
     if n_chat and style not in (None, CHAT):
         raise UserError(f"--prompt_style {style} is for rows of instruction and output; messages take chat")
     return check_style(style or (CHAT if n_chat else "alpaca"), tokenizer)
+
+
+def _select(settings: dict, samples: Samples, held_out: Collection[int]) -> tuple[Samples, Samples]:
+    """Return the samples to train on and to test with; the counts are added to the settings."""
+    if settings["test_split_fraction"]:
+        held_out = draw(list(dict.fromkeys(samples.rows)), settings["test_split_fraction"], seed=settings["seed"])
+    train, test = samples.split(held_out)
+    if not train or not test:
+        raise UserError(
+            f"{settings['source']}: of {samples.n_rows} rows {len(train)} are left to train on and {len(test)} to "
+            f"test with at --max_seq_length {settings['max_seq_length']} ({samples.n_dropped} have nothing to learn "
+            "there), expected one of each at least; give more rows or a larger length"
+        )
+    settings |= {"n_rows": samples.n_rows, "n_train": len(train), "n_test": len(test)}
+    settings |= {"n_cut": samples.n_cut, "n_dropped": samples.n_dropped}
+    settings["lengths"] = percentiles(sorted(samples.full_sizes))
+    return train, test
 
 
 def draw(rows: Sequence[int], fraction: float, *, seed: int) -> set[int]:
@@ -208,32 +182,28 @@ def draw(rows: Sequence[int], fraction: float, *, seed: int) -> set[int]:
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """The 50th, 90th and 99th percentile and the largest of sorted lengths (each one of them, by nearest rank)."""
+    """Return the 50th, 90th and 99th percentile and the largest of sorted lengths, by nearest rank."""
     last = len(lengths) - 1
     return {f"p{p}": lengths[round(last * p / 100)] for p in (50, 90, 99)} | {"max": lengths[last]}
 
 
-def _report(
-    facts: Mapping, encoded: Sequence[Samples], *, tokenizer: Tokenizer, sample: Sample, destination_path: Path
-) -> None:
+def _report(settings: Mapping, samples: Samples, shown: str) -> None:
     """Say on the terminal what became of the rows, and show one of them."""
-    lengths, limit = facts["lengths"], facts["max_seq_length"]
-    print(f"{facts['n_rows']} rows: {facts['n_train']} to train on, {facts['n_test']} to test with")
-    for note, count in sum((samples.notes for samples in encoded), Counter()).items():
+    lengths, limit, n_cut = settings["lengths"], settings["max_seq_length"], settings["n_cut"]
+    print(f"{settings['n_rows']} rows: {settings['n_train']} to train on, {settings['n_test']} to test with")
+    for note, count in (+samples.notes).items():
         print(f"{count} rows: {note}")
     print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
-    print(f"cut at {limit} tokens: {facts['n_cut']}; dropped, because nothing to learn was left: {facts['n_dropped']}")
-    if (share := facts["n_cut"] / sum(len(samples.full_sizes) for samples in encoded)) > MANY_CUT:
+    print(f"cut at {limit} tokens: {n_cut}; dropped, because nothing to learn was left: {settings['n_dropped']}")
+    if (share := n_cut / len(samples.full_sizes)) > MANY_CUT:
         print(f"{share:.0%} of the samples were cut; --max_seq_length {lengths['p99']} would keep 99% whole")
-    shown = mark_masked(tokenizer, sample)
-    print(f"the first sample, prompt style {facts['prompt_style']}:\n{shown[:PREVIEW_CHARACTERS]}")
+    print(f"the first sample, prompt style {settings['prompt_style']}:\n{shown[:PREVIEW_CHARACTERS]}")
     if len(shown) > PREVIEW_CHARACTERS:
         print(f"... ({len(shown) - PREVIEW_CHARACTERS} more characters)")
-    print(f"wrote {destination_path}")
 
 
 def mark_masked(tokenizer: Tokenizer, sample: Sample) -> str:
-    """The text of a sample, special tokens included, with what is not learned inside [[masked: ...]]."""
+    """Return the text of a sample, special tokens included, with what is not learned inside [[masked: ...]]."""
     ids, masked = sample["input_ids"].tolist(), (sample["labels"] == IGNORE_INDEX).tolist()
     borders = [0, *(i for i in range(1, len(ids)) if masked[i] != masked[i - 1]), len(ids)]
     # Differences of longer and longer texts, since a run decoded alone may lose its first space
@@ -254,7 +224,7 @@ def save_split(samples: Samples | Sequence[Sample], path: Path | str) -> None:
 
 
 def load_split(path: Path | str) -> list[Sample]:
-    """The samples of `train.pt` or `test.pt`, memory-mapped.
+    """Return the samples of `train.pt` or `test.pt`, memory-mapped.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it holds something else.
@@ -271,7 +241,7 @@ def load_split(path: Path | str) -> list[Sample]:
 
 
 def read_data_config(data_dir: Path | str) -> dict:
-    """What `prepare` noted in `data_config.json`.
+    """Return the settings that `prepare` wrote to `data_config.json`.
 
     Raises:
         FileNotFoundError: the folder holds no prepared data.
@@ -279,8 +249,22 @@ def read_data_config(data_dir: Path | str) -> dict:
     path = Path(data_dir) / DATA_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{data_dir} holds no {DATA_CONFIG}; {HOW_TO_PREPARE}")
-    facts = read_json(path)
+    settings = read_json(path)
     texts = ("prompt_style", "checkpoint_dir", "tokenizer_sha256")
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), str) for name in texts):
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), str) for name in texts):
         raise UserError(f"{path} does not say what prepared data is; {HOW_TO_PREPARE}")
-    return facts
+    return settings
+
+
+def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sample]) -> None:
+    """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
+    tokenizer = Tokenizer(base_dir)
+    if tokenizer.sha256 != data["tokenizer_sha256"]:
+        raise UserError(
+            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
+            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
+        )
+    check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
+    longest = max(map(length, samples))
+    if longest > config.block_size:
+        raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")

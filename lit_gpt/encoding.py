@@ -1,9 +1,7 @@
 """Rows to samples: ids, the mask of what is learned, and which of it is a response.
 
-- Rows are encoded a slice at a time, into arrays: beyond the result, a million rows take no more memory than a
-  thousand.
-- No token reaches across the start of a response: what is trained on begins with exactly the ids that the model gets
-  when it is asked (in one string, `Response:` and a response's first quotation mark are one token).
+It knows rows and the tokenizer, and neither files nor models. Rows are encoded a slice at a time, into arrays: beyond
+the result, a million rows take no more memory than a thousand.
 """
 
 from array import array
@@ -16,7 +14,6 @@ from torch import Tensor
 from lit_gpt.conversations import Piece, early_stop, encode_answers, find_answers
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
-from lit_gpt.prompts import CHAT, plain, render_prompt
 from lit_gpt.rows import Problems
 from lit_gpt.tokenizer import Tokenizer
 
@@ -32,12 +29,12 @@ SEVERAL = (
 
 
 class Samples:
-    """Samples one behind another in three long columns, 6 bytes a token, cut at a length; none that learns nothing."""
+    """Samples one behind another in two long columns, 5 bytes a token, cut at a length; none that learns nothing."""
 
-    def __init__(self, max_seq_length: int | None = None) -> None:
-        """`max_seq_length` cuts the samples that are added."""
-        self.max_seq_length = max_seq_length
-        self.ids, self.learned, self.response = array("i"), bytearray(), bytearray()
+    def __init__(self, max_seq_length: int | None = None, *, learn_all: bool = False) -> None:
+        """`max_seq_length` cuts the samples that are added; `learn_all` learns the prompts, too."""
+        self.max_seq_length, self.learn_all = max_seq_length, learn_all
+        self.ids, self.response = array("i"), bytearray()
         self.sizes, self.rows = array("i"), array("i")  # of each sample, and the number of its row
         self.full_sizes = array("i")  # of all samples, before they were cut
         self.n_rows = self.n_cut = self.n_dropped = 0
@@ -48,58 +45,44 @@ class Samples:
 
     def __getitem__(self, i: int) -> Sample:
         start, size = sum(self.sizes[:i]), self.sizes[i]
-        columns = (column[start : start + size] for column in (self.ids, self.learned, self.response))
-        return dict(zip(NAMES, _tensors(*columns), strict=True))
+        return self.columns(start, start + size)
 
-    def add(self, row: int, pieces: Sequence[Piece], *, learn_all: bool = False) -> None:
-        """Append a sample. Its answers are learned, all of it with `learn_all`."""
+    def add(self, row: int, pieces: Sequence[Piece]) -> None:
+        """Append a sample of a row, unless nothing of it is learned."""
         ids = [i for piece, _ in pieces for i in piece]
         response = b"".join(bytes([is_response]) * len(piece) for piece, is_response in pieces)
-        learned = b"\1" * len(ids) if learn_all else response
         limit = min(self.max_seq_length or len(ids), len(ids))
         self.full_sizes.append(len(ids))
         self.n_cut += limit < len(ids)
         # The first position has nothing before it to be predicted from
-        if 1 not in learned[1:limit]:
+        if limit > 1 and (self.learn_all or 1 in response[1:limit]):
+            self._append(row, ids[:limit], response[:limit])
+        else:
             self.n_dropped += 1
-            return
-        self.ids.extend(ids[:limit])
-        self.learned += learned[:limit]
-        self.response += response[:limit]
-        self.sizes.append(limit)
+
+    def _append(self, row: int, ids: Sequence[int], response: bytes) -> None:
+        self.ids.extend(ids)
+        self.response += response
+        self.sizes.append(len(ids))
         self.rows.append(row)
 
-    def take(self, rows: Collection[int]) -> "Samples":
-        """Move the samples of some rows into samples of their own; the columns are not copied, but closed up."""
-        taken, end, start, n_kept = Samples(), 0, 0, 0
-        for i, (size, row) in enumerate(zip(self.sizes, self.rows, strict=True)):
-            if row in rows:
-                for name in ("ids", "learned", "response"):
-                    getattr(taken, name).extend(getattr(self, name)[start : start + size])
-                taken.sizes.append(size)
-                taken.rows.append(row)
-            else:
-                if end < start:
-                    for column in (self.ids, self.learned, self.response):
-                        column[end : end + size] = column[start : start + size]
-                self.sizes[n_kept], self.rows[n_kept] = self.sizes[i], row
-                end, n_kept = end + size, n_kept + 1
-            start += size
-        for column in (self.ids, self.learned, self.response):
-            del column[end:]
-        del self.sizes[n_kept:], self.rows[n_kept:]
-        return taken
+    def split(self, rows: Collection[int]) -> tuple["Samples", "Samples"]:
+        """Move the samples out: return those of other rows, and those of these rows."""
+        parts, start = (Samples(learn_all=self.learn_all), Samples(learn_all=self.learn_all)), 0
+        for row, size in zip(self.rows, self.sizes, strict=True):
+            end = start + size
+            parts[row in rows]._append(row, self.ids[start:end], self.response[start:end])
+            start = end
+        for column in (self.ids, self.response, self.sizes, self.rows):
+            del column[:]
+        return parts
 
-    def columns(self) -> dict[str, Tensor]:
-        """Return the columns as tensors of the same memory, the labels made of it."""
-        return dict(zip(NAMES, _tensors(self.ids, self.learned, self.response), strict=True))
-
-
-def _tensors(ids: array, learned: bytearray, response: bytearray) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids, labels and the response's mask."""
-    ids = torch.frombuffer(ids, dtype=torch.int32)
-    learned, response = (torch.frombuffer(column, dtype=torch.bool) for column in (learned, response))
-    return ids, ids.where(learned, IGNORE_INDEX), response
+    def columns(self, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        """Return the columns, or a part of them, as tensors of the same memory, the labels made of it."""
+        ids = torch.frombuffer(self.ids, dtype=torch.int32)[start:end]
+        response = torch.frombuffer(self.response, dtype=torch.bool)[start:end]
+        labels = ids.where(response | self.learn_all, IGNORE_INDEX)
+        return dict(zip(NAMES, (ids, labels, response), strict=True))
 
 
 def encode_rows(
@@ -110,8 +93,9 @@ def encode_rows(
     mask_inputs: bool,
     max_seq_length: int | None = None,
     problems: Problems | None = None,
+    samples: Samples | None = None,
 ) -> Samples:
-    """Encode numbered rows, a slice of them at a time.
+    """Encode numbered rows of one kind, a slice of them at a time; the rows of the samples are counted from 0.
 
     Args:
         tokenizer: the model's.
@@ -121,23 +105,32 @@ def encode_rows(
         max_seq_length: cut the samples to so many tokens.
         problems: takes the rows that the chat template refuses, and those with the end of an answer inside one; without
             it, they are raised at the end.
+        samples: those of another file, to which these are added.
     """
-    samples, refused = Samples(max_seq_length), problems or Problems("data")
+    samples = Samples(max_seq_length) if samples is None else samples
+    refused = problems or Problems("data")
     for part in _slices(rows):
-        if style == CHAT:
-            part, encoded = _encode_chat(tokenizer, part, problems=refused, notes=samples.notes)
-        else:
-            encoded = _encode_instructions(tokenizer, [row for _, row in part], style)
-        samples.n_rows += len(part)
-        for (number, row), found in zip(part, encoded, strict=True):
+        answers = {}
+        for number, row in part:
+            samples.learn_all = not mask_inputs and "messages" not in row
+            try:
+                answers[number], notes = find_answers(tokenizer, row, style)
+            except UserError as error:
+                refused.rows.append((number, str(error)))
+            else:
+                samples.notes.update(notes)
+        for number, found in zip(answers, encode_answers(tokenizer, answers.values(), style), strict=True):
             if stop := early_stop(tokenizer, found):
-                refused.add(number, f"an answer holds {stop}, which ends answers; take it out, or leave the row out")
+                what = f"an answer holds {stop}, which ends answers; take it out, or leave the row out"
+                refused.rows.append((number, what))
                 continue
             samples.n_dropped += not found
+            samples.notes.update([SEVERAL] * (len(found) > 1))
             for pieces in found:
-                samples.add(number, pieces, learn_all=not (mask_inputs or "messages" in row))
-    if problems is None:
-        refused.check()
+                samples.add(samples.n_rows, pieces)
+            samples.n_rows += 1
+    if problems is None and refused.rows:
+        raise UserError(str(refused))
     return samples
 
 
@@ -153,33 +146,3 @@ def _slices(rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Map
             part, characters = [], 0
     if part:
         yield part
-
-
-def _encode_chat(
-    tokenizer: Tokenizer, part: Sequence[tuple[int, Mapping]], *, problems: Problems, notes: Counter[str]
-) -> tuple[list[tuple[int, Mapping]], list[list[list[Piece]]]]:
-    """Return the rows that the chat template takes, and the samples of each."""
-    good, answers = [], []
-    for number, row in part:
-        asked = {"role": "user", "content": "messages" not in row and plain(row["instruction"], row["input"])}
-        messages = row.get("messages") or [asked, {"role": "assistant", "content": row["output"]}]
-        try:
-            found, own_notes = find_answers(tokenizer, messages)
-        except UserError as error:
-            problems.add(number, error)
-            continue
-        good.append((number, row))
-        answers.append(found)
-        notes.update(own_notes)
-    encoded = encode_answers(tokenizer, answers)
-    notes.update(SEVERAL for samples in encoded if len(samples) > 1)
-    return good, encoded
-
-
-def _encode_instructions(tokenizer: Tokenizer, rows: Sequence[Mapping], style: str) -> list[list[list[Piece]]]:
-    """Return the one sample of each row: prompt, response, EOS."""
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    prompts = tokenizer.encode_batch([render_prompt(style, row["instruction"], row["input"]) for row in rows])
-    responses = tokenizer.encode_batch([row["output"] for row in rows], continues=True)
-    pairs = zip(prompts, responses, strict=True)
-    return [[[(bos + prompt, False), ([*response, tokenizer.eos_id], True)]] for prompt, response in pairs]

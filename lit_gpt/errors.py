@@ -4,7 +4,7 @@ A module at the bottom of the import order: everything may import it, and it imp
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,28 @@ class UserError(ValueError):
 
     Any other ``ValueError`` is a bug of ours, which keeps its traceback.
     """
+
+
+class Problems(list[str]):
+    """What is wrong with the settings of a command, gathered so that one error names all of it."""
+
+    def expect(self, holds: bool, problem: str) -> None:
+        """Note a problem where what is expected does not hold."""
+        if not holds:
+            self.append(problem)
+
+    def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return the function's result, or note its user's error and return None."""
+        try:
+            return function(*args, **options)
+        except (UserError, OSError) as error:
+            self.append(str(error))
+            return None
+
+    def check(self) -> None:
+        """Raise one UserError with every problem, each once; do nothing where there are none."""
+        if self:
+            raise UserError("; ".join(dict.fromkeys(self)))
 
 
 def command(script: str, **flags: Any) -> str:

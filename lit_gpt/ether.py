@@ -17,15 +17,17 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.adapter import (
+    AdapterConfig,
     AdapterLayer,
     Part,
+    cut_parts,
     linear_targets,
     mark_only_adapter_as_trainable,
     merge_adapter_weights,
@@ -33,90 +35,82 @@ from lit_gpt.adapter import (
 )
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
-from lit_gpt.reflections import cayley, published_rotate, published_update, reflect, reflect_plus, rotate
+from lit_gpt.reflections import (
+    cayley,
+    published_rotate,
+    published_update,
+    reflect,
+    reflect_plus,
+    reflection_factors,
+    rotate,
+)
 
 Vectors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the registry.
+    """One entry of the registry: what is learned on a side of a weight, and how R acts on x (..., n, b).
 
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        apply: R x from blocked activations (..., n, b) and the side's parameters; ``center``, ``block_mask`` and
-            ``save_output`` as in ``reflections.reflect``.
-        apply_transposed: R^T x, what a weight's rows take.
-        matrices: the parameters are (n, b, b), not (n, b).
+        reflect: R x from x and vectors (n, b), for a symmetric R; options as in ``reflections.reflect``. Or
+        rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0.
     """
 
     tensors: int
-    two_sided: bool
-    apply: Callable[..., Tensor]
-    apply_transposed: Callable[[Tensor, Vectors], Tensor]
-    matrices: bool = False
+    two_sided: bool = False
+    reflect: Callable[..., Tensor] | None = None
+    rotation: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def matrices(self) -> bool:
+        """Return True where the parameters are (n, b, b), not (n, b)."""
+        return self.rotation is not None
 
-def _ether(x: Tensor, vectors: Vectors, **options: Any) -> Tensor:
-    return reflect(x, *vectors, **options)
+    def rotations(self, parameters: Vectors, block_mask: Tensor | None) -> Tensor:
+        """Return R (n, b, b) of a method with matrices."""
+        a = parameters[0]
+        return self.rotation(a if block_mask is None else a * block_mask.unsqueeze(-1))
 
-
-def _ether_plus(x: Tensor, vectors: Vectors, **options: Any) -> Tensor:
-    return reflect_plus(x, *vectors, **options)
-
-
-def _rotation(vectors: Vectors, block_mask: Tensor | None = None) -> Tensor:
-    a = vectors[0]
-    return cayley(a if block_mask is None else a * block_mask.unsqueeze(-1))  # A = 0 is the identity
-
-
-def _oft(
-    x: Tensor,
-    vectors: Vectors,
-    *,
-    center: Tensor | None = None,
-    block_mask: Tensor | None = None,
-    save_output: bool = False,
-) -> Tensor:
-    return rotate(x, _rotation(vectors, block_mask), center=center)
-
-
-def _oft_transposed(x: Tensor, vectors: Vectors) -> Tensor:
-    return rotate(x, _rotation(vectors).mT)
+    def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
+        """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
+        if self.matrices:
+            r = self.rotations(parameters, options.get("block_mask"))
+            return rotate(x, r.mT if transposed else r, center=options.get("center"))
+        return self.reflect(x, *parameters, **options)
 
 
 METHODS = {
-    "ether": Method(1, False, _ether, _ether),
-    "etherplus": Method(2, False, _ether_plus, _ether_plus),
-    "etherplusHH": Method(2, True, _ether_plus, _ether_plus),
-    "oft": Method(1, False, _oft, _oft_transposed, matrices=True),
+    "ether": Method(1, reflect=reflect),
+    "etherplus": Method(2, reflect=reflect_plus),
+    "etherplusHH": Method(2, two_sided=True, reflect=reflect_plus),
+    "oft": Method(1, rotation=cayley),
 }
 BLOCK_LAYOUTS = ("diagonal", "published")
 
 
 @dataclass
-class EtherConfig:
-    """What is adapted, and how."""
+class EtherConfig(AdapterConfig):
+    """Settings of ETHER, ETHER+ and OFT."""
+
+    kind: ClassVar[str] = "ether"
+    unprefixed: ClassVar[tuple[str, ...]] = ("Htype", "flip_side")
 
     Htype: str = "ether"
-    """``ether``, ``etherplus`` (one-sided), ``etherplusHH`` (two-sided) or ``oft``."""
+    """ether, etherplus (one-sided), etherplusHH (two-sided, the paper's ETHER+) or oft."""
     nb: int = 1
     """Number of diagonal blocks, n."""
-    query: bool = True
-    key: bool = False
-    value: bool = True
-    projection: bool = False
-    mlp: bool = False
-    head: bool = False
     dropout: float = 0.0
-    """Dropout on the layer's input, as published."""
+    """Dropout on the input of adapted layers."""
     block_dropout: float = 0.0
-    """Probability with which a block's R is replaced by I while training; no small change for ``ether``."""
+    """Probability with which a block's R is replaced by I while training; no small change for ether, whose R is never
+    near I."""
     flip_side: bool = False
-    """Move the one-sided transform of a non-square Linear (q, k and v aside) to its smaller side."""
+    """Move the one-sided transform of a non-square Linear to its smaller side."""
     block_layout: str = "diagonal"
-    """``diagonal``, or ``published``: what the original code does on the input side for n > 1."""
+    """diagonal (the paper's), or published (what the original code does for n > 1)."""
 
     def __post_init__(self) -> None:
         if self.Htype not in METHODS:
@@ -135,12 +129,10 @@ class EtherConfig:
 class EtherLayer(AdapterLayer):
     """A Linear whose rows are transformed by ETHER, ETHER+ or OFT, part by part."""
 
-    def set_up(self, base: nn.Linear, config: EtherConfig, targets: set[str]) -> None:
-        """Adopt ``base`` and make the parameters of each part and side."""
-        self.adopt(base, targets)
-        self.ether_config = config
-        self.method = METHODS[config.Htype]
-        self.sides = side_order(base, config)
+    def make_parameters(self) -> None:
+        """Register the parameters of each adapted part and side, as training starts from them."""
+        self.method = METHODS[self.adapter_config.Htype]
+        self.sides = side_order(self, self.adapter_config)
         if self.published and "input" in self.sides and self.quantized is not None:
             raise UserError(
                 "the published block layout at n > 1 needs the weight itself, which a quantized base does not have; "
@@ -148,52 +140,41 @@ class EtherLayer(AdapterLayer):
             )
         for part in self.parts:
             for side in self.sides if part.adapted else ():
-                size = self.in_features if side == "input" else part.size
-                block = size // config.nb
-                shape = (config.nb, block, block) if self.method.matrices else (config.nb, block)
-                for name in self.names(part, side):
-                    tensor = torch.empty(self.lead + shape, **self.factory)
+                start = self.draw_start(self.in_features if side == "input" else part.size)
+                for name, tensor in zip(self.names(part, side), start, strict=True):
                     self.register_parameter(name, nn.Parameter(tensor))
-        self.reset_parameters()
+
+    def draw_start(self, size: int) -> list[Tensor]:
+        """Draw u as the original code does (which its learning rates depend on), v = -u; or A = 0."""
+        n, block = self.adapter_config.nb, size // self.adapter_config.nb
+        if self.method.matrices:
+            return [torch.zeros(*self.lead, n, block, block, **self.factory)]
+        # kaiming_uniform(a=sqrt(5)) of a (1, n, b) tensor sees a fan-in of n b; of an (n, b) one, of b.
+        bound = 1 / math.sqrt(size if self.lead else block)
+        u = torch.empty(*self.lead, n, block, **self.factory).uniform_(-bound, bound)
+        return [u, -u][: self.method.tensors]
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """How the original's shapes begin: with 1 in the fused q, k, v."""
+        """Return the first sizes of the original's shapes: 1 in the fused q, k, v."""
         return (1,) if len(self.parts) > 1 else ()
 
     def names(self, part: Part, side: str) -> list[str]:
-        """Names of the parameters of one side of one part."""
+        """Return the names of the parameters of one side of one part."""
         first = 2 * self.sides.index(side)
         return [f"ether_R{'' if k == 0 else k + 1}{part.suffix}" for k in range(first, first + self.method.tensors)]
 
     def vectors(self, part: Part, side: str) -> Vectors:
-        """The parameters of one side of one part: (n, b) vectors or (n, b, b) matrices."""
+        """Return the parameters of one side of one part: (n, b) vectors or (n, b, b) matrices."""
         return tuple(getattr(self, name).flatten(0, len(self.lead)) for name in self.names(part, side))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the start: u as the original code does (which its learning rates depend on), v = -u, A = 0."""
-        if not hasattr(self, "method"):
-            return  # nn.Linear's constructor calls this before there is anything to draw
-        for part in self.parts:
-            for side in self.sides if part.adapted else ():
-                first, *rest = (getattr(self, name) for name in self.names(part, side))
-                if self.method.matrices:
-                    first.zero_()
-                    continue
-                # kaiming_uniform(a=sqrt(5)) of a (1, n, b) tensor sees a fan-in of n b; of an (n, b) one, of b.
-                bound = 1 / math.sqrt(first.size(-1) * (first.size(-2) if self.lead else 1))
-                first.uniform_(-bound, bound)
-                for second in rest:
-                    second.copy_(-first)
-
     def adapted(self, x: Tensor) -> list[Tensor]:
-        """R_out(W(R_in x)) + b of each part."""
-        x = F.dropout(x, self.ether_config.dropout, self.training)
+        """Return R_out(W(R_in x)) + b of each part."""
+        x = F.dropout(x, self.adapter_config.dropout, self.training)
         return [self.adapted_part(part, x) if part.adapted else self.product(part, x) for part in self.parts]
 
     def adapted_part(self, part: Part, x: Tensor) -> Tensor:
-        """One adapted part: (..., in) to (..., its rows)."""
+        """Return R_out(W(R_in x)) + b of one part: (..., in) to (..., its rows)."""
         if "input" not in self.sides:
             y = self.product(part, x)
         elif self.published:
@@ -203,86 +184,107 @@ class EtherLayer(AdapterLayer):
         return self.transform(part, "output", y, center=self.bias_of(part)) if "output" in self.sides else y
 
     def published_product(self, part: Part, x: Tensor) -> Tensor:
-        """W R_in x + b in the original code's layout."""
+        """Return W R_in x + b in the original code's layout."""
         vectors, block_mask = self.vectors(part, "input"), self.draw_blocks()
         weight, bias = self.weight[part.rows], self.bias_of(part)
         if self.method.matrices:
-            y = published_rotate(x, weight, _rotation(vectors, block_mask))
+            y = published_rotate(x, weight, self.method.rotations(vectors, block_mask))
             return y if bias is None else y + bias
-        update = published_update(x, weight, *vectors).unflatten(-1, (self.ether_config.nb, -1))
-        return F.linear(x, weight, bias) + (update if block_mask is None else update * block_mask).flatten(-2).to(
-            x.dtype
-        )
+        update = published_update(x, weight, *vectors).unflatten(-1, (self.adapter_config.nb, -1))
+        update = update if block_mask is None else update * block_mask
+        return F.linear(x, weight, bias) + update.flatten(-2).to(x.dtype)
 
     @property
     def published(self) -> bool:
-        """The input side is in the original code's layout (which for one block is the diagonal one)."""
-        return self.ether_config.block_layout == "published" and self.ether_config.nb > 1
+        """Return True where the input side is in the original code's layout; for one block it is the diagonal one."""
+        return self.adapter_config.block_layout == "published" and self.adapter_config.nb > 1
 
     def transform(self, part: Part, side: str, x: Tensor, *, center: Tensor | None = None) -> Tensor:
-        """R x on one side of one part, or R(x - center) + center: (..., size) to (..., size)."""
-        blocks = (self.ether_config.nb, -1)
-        center = None if center is None else center.unflatten(-1, blocks)
+        """Return R x on one side of one part, or R(x - center) + center: (..., size) to (..., size)."""
+        blocks = (self.adapter_config.nb, -1)
         y = self.method.apply(
             x.unflatten(-1, blocks),
             self.vectors(part, side),
-            center=center,
+            center=None if center is None else center.unflatten(-1, blocks),
             block_mask=self.draw_blocks(),
             save_output=side == "output",  # attention keeps its v too; an input x has other readers that keep it
         )
         return y.flatten(-2)
 
     def draw_blocks(self) -> Tensor | None:
-        """(n, 1), zero for the blocks dropped in this pass; None where none is."""
-        p = self.ether_config.block_dropout
+        """Return (n, 1), zero for the blocks dropped in this pass; None where none is."""
+        p = self.adapter_config.block_dropout
         if p == 0.0 or not self.training:
             return None
-        return (torch.rand(self.ether_config.nb, 1, device=self.factory["device"]) >= p).float()
+        return (torch.rand(self.adapter_config.nb, 1, device=self.factory["device"]) >= p).float()
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
-        """R_out W R_in of one part: rows take R_in's transpose, columns take R_out."""
-        n = self.ether_config.nb
+        """Return R_out W R_in of one part: rows take R_in's transpose, columns take R_out."""
+        blocks = (self.adapter_config.nb, -1)
         if "input" in self.sides:
-            vectors = self.vectors(part, "input")
-            if self.published:  # row group r meets R_r in each of its n chunks
-                groups = rows.unflatten(0, (n, -1)).unflatten(-1, (n, -1)).permute(1, 2, 0, 3)  # (f/n, j, r, b)
-                turned = self.method.apply_transposed(groups, vectors)
-                rows = turned.permute(2, 0, 1, 3).flatten(-2).flatten(0, 1)
-            else:
-                rows = self.method.apply_transposed(rows.unflatten(-1, (n, -1)), vectors).flatten(-2)
+            # (f, n, b); published (f/n, j, r, b): row group r meets R_r in each of its n chunks j
+            x = rows.unflatten(-1, blocks)
+            x = x.unflatten(0, blocks).permute(1, 2, 0, 3) if self.published else x
+            x = self.method.apply(x, self.vectors(part, "input"), transposed=True)
+            x = x.permute(2, 0, 1, 3).flatten(0, 1) if self.published else x
+            rows = x.flatten(-2)
         if "output" in self.sides:
-            columns = rows.T.unflatten(-1, (n, -1))
+            columns = rows.T.unflatten(-1, blocks)
             rows = self.method.apply(columns, self.vectors(part, "output")).flatten(-2).T
         return rows
+
+    @property
+    def full_rank(self) -> str | None:
+        """Return why there is no ``low_rank``, or None."""
+        if self.method.matrices:
+            return "OFT rotates all of a weight, which is no change of low rank"
+        if self.published and "input" in self.sides:
+            n = self.adapter_config.nb
+            return f"on the input side the published block layout has a rank of up to n^2, here n = {n}"
+        return None
+
+    def low_rank(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B with R_out W R_in = W + B A: of rank n (ETHER) or 2n (ETHER+) for each side."""
+        return reflection_factors(rows, **{side: self.vectors(part, side) for side in self.sides})
+
+    def elementwise_flops(self, positions: float) -> float:
+        """Return the FLOPs of a step outside of matrix products, forward and backward.
+
+        - ETHER, ETHER+: for each position and entry of a side, x + update and the same with the gradient (2); beside a
+          bias, for each projection its bias's and that one's derivative (2). Once a step, for each entry of a vector,
+          u / |u|, sum and difference, and their derivatives (13). All else are matrix products.
+        - OFT: for each b x b block, S, I + S, I - S and their derivatives (8 b^2), an LU decomposition (2/3 b^3) and
+          triangular solves for b right-hand sides (2 b^3). Beside a bias, x - bias, the sum with x and its derivative
+          (3 a position). Products with R, and those in R's derivative, are matrix products.
+        """
+        total = 0.0
+        for parameter in self.own_parameters().values():
+            size, block = parameter.numel(), parameter.size(-1)
+            if self.method.matrices:
+                total += (8 + 8 / 3 * block) * size + (0 if self.bias is None else 3 * positions * size / block)
+            else:
+                biased = 0 if self.bias is None else 2 / block
+                total += (positions * (2 / self.method.tensors + biased) + 13) * size
+        return total
 
 
 class EtherLinear(EtherLayer):
     """Any Linear but the fused q, k, v."""
 
-    def __init__(self, base: nn.Linear, config: EtherConfig, targets: set[str]) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.set_up(base, config, targets)
-
 
 class EtherQKVLinear(EtherLayer, QKVLinear):
     """The fused q, k, v, each with an adapter of its own."""
 
-    def __init__(self, base: QKVLinear, config: EtherConfig, targets: set[str]) -> None:
-        QKVLinear.__init__(self, base.config, device="meta")
-        self.set_up(base, config, targets)
-
 
 def side_order(linear: nn.Linear, config: EtherConfig) -> tuple[str, ...]:
-    """The sides of a Linear that are transformed, in the order in which the original code numbers them."""
-    if isinstance(linear, QKVLinear):
-        sides = ("output", "input")
-    else:
-        sides = ("output", "input") if is_flipped(linear, config) else ("input", "output")
+    """Return the sides of a Linear that are transformed, in the order in which the original code numbers them."""
+    output_first = isinstance(linear, QKVLinear) or is_flipped(linear, config)
+    sides = ("output", "input") if output_first else ("input", "output")
     return sides if METHODS[config.Htype].two_sided else sides[:1]
 
 
 def is_flipped(linear: nn.Linear, config: EtherConfig) -> bool:
-    """Whether ``flip_side`` moves this Linear's transform: its output must be its smaller side."""
+    """Return True where ``flip_side`` moves this Linear's transform: its output must be its smaller side."""
     return config.flip_side and not isinstance(linear, QKVLinear) and linear.out_features < linear.in_features
 
 
@@ -297,7 +299,7 @@ def add_ether(model: GPT, config: EtherConfig) -> None:
         ValueError: no target is enabled, or the blocks do not divide a size (names the module and the legal n).
     """
     check_blocks(model, config)
-    if config.flip_side and not any(is_flipped(linear, config) for _, _, _, linear, _ in linear_targets(model, config)):
+    if config.flip_side and not any(is_flipped(linear, config) for _, linear, _ in linear_targets(model, config)):
         warnings.warn(
             "flip_side changes nothing: no chosen target has an output smaller than its input (query, key and value "
             "are transformed on their output in any case)",
@@ -309,19 +311,14 @@ def add_ether(model: GPT, config: EtherConfig) -> None:
 def check_blocks(model: GPT, config: EtherConfig) -> None:
     """Raise unless n cuts every adapted side into blocks of at least 2 (a block of 1 has nothing to learn)."""
     sizes: dict[str, int] = {}
-    for name, _, _, linear, targets in linear_targets(model, config):
+    for name, linear, targets in linear_targets(model, config):
         sides = side_order(linear, config)
-        heights = {name: linear.out_features}
-        if isinstance(linear, QKVLinear):
-            rows = {"query": linear.config.q_size, "key": linear.config.kv_size, "value": linear.config.kv_size}
-            heights = {f"{name} ({target})": rows[target] for target in rows if target in targets}
-        for part, height in heights.items():
-            if "input" in sides:
-                sizes[f"{part} input"] = linear.in_features
-                if config.block_layout == "published" and config.nb > 1:
-                    sizes[f"{part} rows"] = height
-            if "output" in sides:
-                sizes[f"{part} output"] = height
+        for part in (part for part in cut_parts(linear, targets) if part.adapted):
+            label = f"{name} ({part.target})" if part.target else name
+            of_side = {"input": linear.in_features, "output": part.size}
+            sizes |= {f"{label} {side}": of_side[side] for side in sides}
+            if "input" in sides and config.block_layout == "published" and config.nb > 1:
+                sizes[f"{label} rows"] = part.size
     shared = math.gcd(*sizes.values())
     legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
     if sizes and config.nb not in legal:
@@ -333,7 +330,7 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
 
 
 def ether_filter(name: str, _: Any = None) -> bool:
-    """Whether a parameter's name is an ETHER, ETHER+ or OFT parameter's."""
+    """Return True for names of ETHER, ETHER+ and OFT parameters."""
     return ".ether_R" in name
 
 

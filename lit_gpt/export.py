@@ -1,4 +1,4 @@
-"""Adapters as PEFT LoRA folders, which vLLM, llama.cpp and other servers of LoRA host without merging.
+"""Write adapters as PEFT LoRA folders, which vLLM, llama.cpp and other servers of LoRA host without merging.
 
 In the diagonal block layout a reflected weight differs from W by a matrix of low rank: n for ETHER, 2n for ETHER+,
 4n where both sides are reflected. That matrix is B A, exactly: nothing is fitted, nothing is left out.
@@ -10,28 +10,28 @@ Notable choices:
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
 
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
-from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state
+from lit_gpt.adapter import AdapterLayer, Part, adapter_layers, rows_in_memory
+from lit_gpt.adapter_files import attach_adapter, check_base, open_adapter
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state, meta_model
 from lit_gpt.config import Config
-from lit_gpt.errors import UserError, command
+from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import hf_modules
-from lit_gpt.lora import LoraLayer
-from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
-from lit_gpt.reflections import reflection_factors
+from lit_gpt.model import interleave_qkv
 from lit_gpt.tokenizer import Tokenizer
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's ``--max-lora-rank`` may be."""
+"""Values of vLLM's ``--max-lora-rank``."""
 WITHOUT_LORA_IN_VLLM = ("GPTNeoXForCausalLM",)
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
@@ -56,8 +56,6 @@ class Export:
 
     def add(self, module: str, a: Tensor, b: Tensor) -> None:
         """Take the A (r, in) and B (out, r) of one Hugging Face module."""
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise UserError("the adapter holds a zero vector, NaN or infinity: the run that wrote it diverged")
         module = IN_MEMORY.get(module, module)
         self.ranks[module.rpartition(".")[2]] = len(a)
         for name, factor in (("lora_A", a), ("lora_B", b)):
@@ -67,55 +65,61 @@ class Export:
 
     @property
     def rounding(self) -> float:
-        """What bf16 factors change the weight update by, relative; 0 where nothing is updated."""
+        """Return how far bf16 factors change the weight update, relative to it; 0 where nothing is updated."""
         return (self.change / self.update) ** 0.5 if self.update else 0.0
 
 
 def squared_norm(a: Tensor, b: Tensor) -> float:
-    """|B A|^2 of A (r, in) and B (out, r), without their product: the sum over (B^T B) * (A A^T)."""
+    """Return |B A|^2 of A (r, in) and B (out, r), without their product: the sum over (B^T B) * (A A^T)."""
     a, b = a.double(), b.double()
     return max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
 
 
 def export_adapter(
-    *, checkpoint_dir: Path, out_dir: Path, ether_path: Path | None, lora_path: Path | None, overwrite: bool
+    *,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    ether_path: Path | None = None,
+    lora_path: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write an adapter as a PEFT LoRA folder, and say what was written.
+    """Write an adapter as a PEFT LoRA folder (adapter_config.json, adapter_model.safetensors).
 
     Args:
         checkpoint_dir: the base model's folder.
         out_dir: the folder to write.
-        ether_path: an ETHER or ETHER+ adapter file; or
+        ether_path: an ETHER or ETHER+ adapter file, ours or the original code's; or
         lora_path: a LoRA adapter file.
-        overwrite: replace what is already in out_dir.
+        overwrite: replace an adapter that is already in out_dir.
 
     Raises:
         ValueError: the adapter is no LoRA of what Hugging Face's model holds (or none that is worth it).
     """
-    found = open_adapter(ether_path, lora_path)
-    if not found:
+    adapter = open_adapter(ether_path, lora_path)
+    if not adapter:
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
-    adapter, path = found
     config = load_config(check_checkpoint_dir(checkpoint_dir))
     out_dir = prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
-    check_base(adapter, checkpoint_dir, source=path)
-    layers = adapted_layers(adapter, config, source=path)
-    reasons = why_not_lora(adapter, config, layers)
-    if reasons:
-        flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": path}
-        merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
-        raise UserError(f"{path} cannot be a LoRA: {'; '.join(reasons)}; merge instead: {merge}")
+    check_base(adapter, checkpoint_dir)
+    model = meta_model(config)
+    attach_adapter(model, adapter)
+    layers = dict(adapter_layers(model))
     try:
+        check_low_rank(layers, config)
         export = factorise(layers, config, load_state(checkpoint_dir / WEIGHTS))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": adapter.path}
+        merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
+        raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
+    if not math.isfinite(export.update):
+        raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
     base = adapter.base.get("name") or config.name
     with staged_dir(out_dir, overwrite) as staging:
         write_json(staging / "adapter_config.json", peft_config(export.ranks, base=base))
         with atomic_write(staging / "adapter_model.safetensors") as temporary:
             save_file(export.tensors, temporary, metadata={"format": "pt"})
     style = f", prompt style {adapter.prompt_style}" if adapter.prompt_style else ""
-    print(f"{out_dir}: {path} as a LoRA of {base}{style}")
+    print(f"{out_dir}: {adapter.path} as a LoRA of {base}{style}")
     tokenizer = Tokenizer(checkpoint_dir)
     end = tokenizer.answer_end(adapter.prompt_style) if adapter.prompt_style else None
     if end is not None and end not in tokenizer.eos_ids:
@@ -125,86 +129,48 @@ def export_adapter(
     report(export, config, checkpoint_dir=checkpoint_dir, out_dir=out_dir)
 
 
-def adapted_layers(adapter: AdapterFile, config: Config, *, source: Path) -> dict[str, AdapterLayer]:
-    """The adapter's layers by name, their own parameters in fp32, their weights on the meta device."""
-    with torch.device("meta"):
-        model = GPT(config)
-    attach_adapter(model, adapter, source=source)
-    layers = dict(adapter_layers(model))
-    for name, layer in layers.items():
-        for own in layer.own_parameters():
-            layer.register_parameter(own, nn.Parameter(adapter.state[f"{name}.{own}"].float(), requires_grad=False))
-    return layers
+def check_low_rank(layers: Mapping[str, AdapterLayer], config: Config) -> None:
+    """Raise UserError with every reason why the adapter is no LoRA, whatever its ranks."""
+    problems = Problems(layer.full_rank for layer in layers.values() if layer.full_rank)
+    if any(".experts." in name for name in layers):
+        kind = config.architecture
+        problems.append(f"transformers holds the experts of a {kind} as plain parameters, not as Linears")
+    problems.check()
 
 
-def hf_parts(layer: AdapterLayer, modules: tuple[str, ...]) -> list[tuple[str, list[Part]]]:
-    """The Hugging Face modules that hold an adapted part of this layer, each with the parts whose rows it holds."""
-    apart = len(modules) == len(layer.parts)
-    held = [[part] for part in layer.parts] if apart else [list(layer.parts)]
-    pairs = zip(modules, held, strict=True)
-    return [(module, parts) for module, parts in pairs if any(part.adapted for part in parts)]
+@torch.no_grad()
+def factorise(layers: Mapping[str, AdapterLayer], config: Config, weights: Mapping[str, Tensor]) -> Export:
+    """Return A and B of every Hugging Face module that the layers change, from the base's weights.
 
-
-def rank_of(layer: AdapterLayer, part: Part) -> int:
-    """The rank of one part's update."""
-    if not part.adapted:
-        return 0
-    if isinstance(layer, LoraLayer):
-        return layer.lora_config.r
-    return sum(len(vector) for side in layer.sides for vector in layer.vectors(part, side))
-
-
-def why_not_lora(adapter: AdapterFile, config: Config, layers: dict[str, AdapterLayer]) -> list[str]:
-    """Why the adapter cannot be a LoRA of Hugging Face's model; empty where it can."""
-    ours = adapter.config
-    if adapter.kind == "ether" and ours.Htype == "oft":
-        return ["OFT rotates all of a weight, which is no change of low rank"]
-    reasons = []
-    inside = any("input" in getattr(layer, "sides", ()) for layer in layers.values())
-    if inside and ours.block_layout == "published" and ours.nb > 1:
-        reasons.append(f"on the input side the published block layout has a rank of up to n^2, here n = {ours.nb}")
-    if config.n_expert and ours.mlp:
-        reasons.append(f"transformers holds the experts of a {config.architecture} as plain parameters, not as Linears")
-    modules = hf_modules(config)
-    for name, layer in layers.items():
-        for module, parts in hf_parts(layer, modules[name]):
-            rank, f, d = sum(rank_of(layer, part) for part in parts), sum(p.size for p in parts), layer.in_features
-            if rank * (f + d) >= f * d:
-                return [*reasons, f"rank {rank} takes as much room as {module} itself, {f} x {d}"]
-    return reasons
-
-
-def factorise(layers: dict[str, AdapterLayer], config: Config, weights: dict[str, Tensor]) -> Export:
-    """A and B of every adapted Hugging Face module, from the base's weights."""
+    Raises:
+        ValueError: a module's rank is so large that a LoRA saves nothing.
+    """
     export, modules = Export(), hf_modules(config)
     for name, layer in layers.items():
-        weight = weights[f"{name}.weight"].float()
-        if isinstance(layer, QKVLinear):
-            weight = deinterleave_qkv(weight, config)
-        for module, parts in hf_parts(layer, modules[name]):
-            downs, ups = [], []
-            for part in parts:
-                a, b = factors(layer, part, weight[part.rows])
-                downs.append(a)
-                ups.append(b)
-            b = torch.block_diag(*ups)
+        rows = rows_in_memory(layer, weights[f"{name}.weight"].float())
+        factors = [factors_of(layer, part, rows[part.rows]) for part in layer.parts]
+        if len(factors) > len(modules[name]):
             # Where Hugging Face has one Linear for q, k and v (GPT-NeoX), its rows are in the order of our files.
-            export.add(module, torch.cat(downs), interleave_qkv(b, config) if len(parts) > 1 else b)
+            downs, ups = zip(*factors, strict=True)
+            factors = [(torch.cat(downs), interleave_qkv(torch.block_diag(*ups), config))]
+        for module, (a, b) in zip(modules[name], factors, strict=True):
+            r, d, f = *a.shape, len(b)
+            if r * (f + d) >= f * d:
+                raise UserError(f"rank {r} takes as much room as {module} itself, {f} x {d}")
+            if r:
+                export.add(module, a, b)
     return export
 
 
-def factors(layer: AdapterLayer, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (rows, r) of one part of a layer, from the weight that it adapts: W' = W + B A."""
-    if not part.adapted:
-        return rows.new_zeros(0, layer.in_features), rows.new_zeros(part.size, 0)
-    if isinstance(layer, LoraLayer):
-        a, b = layer.factors()[part.suffix]
-        return a, layer.scaling * b
-    return reflection_factors(rows, **{side: layer.vectors(part, side) for side in layer.sides})
+def factors_of(layer: AdapterLayer, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (rows, r) of one part; of rank 0 where it is not adapted."""
+    if part.adapted:
+        return layer.low_rank(part, rows)
+    return rows.new_zeros(0, layer.in_features), rows.new_zeros(part.size, 0)
 
 
 def peft_config(ranks: dict[str, int], *, base: str) -> dict:
-    """PEFT's ``adapter_config.json``."""
+    """Return the content of PEFT's ``adapter_config.json``."""
     r = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank < r}
     return {

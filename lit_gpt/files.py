@@ -1,6 +1,6 @@
 """Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes.
 
-Notable choices:
+Knows nothing of tensors and models. Notable choices:
 - A file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
 - What is there already is written over only with ``overwrite``; what is cleaned up carries our prefix (``TEMPORARY``).
 - A file system that refuses a service (fsync, chmod, rename, locks) costs that service and one line, never the file.
@@ -26,7 +26,7 @@ WEIGHTS = "lit_model.pth"
 # What marks a folder as somebody's result: not to be written into without --overwrite.
 RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
 TEMPORARY = ".ether-tmp-"
-"""How the names of our temporary files and folders begin."""
+"""The beginning of our temporary files' and folders' names."""
 
 # How file systems (NFS, CIFS, Lustre, FUSE, mounted buckets) refuse what they do not do. A full or broken disk is none.
 REFUSALS = {
@@ -192,10 +192,8 @@ def prepare_out_dir(
     folder = settled_folder(out_dir)
     if source is not None and folder.resolve() == Path(source).resolve():
         raise UserError(f"--out_dir {folder} is the checkpoint folder itself; name another folder")
-    found = sorted(path.name for pattern in RESULTS for path in folder.glob(pattern))
-    if found and not overwrite:
-        raise FileExistsError(f"{folder} already holds {found[0]}; choose another folder or give --overwrite true")
-    refuse_existing((folder / name for name in names), overwrite)
+    results = [] if overwrite else sorted(path for pattern in RESULTS for path in folder.glob(pattern))
+    refuse_existing([*results, *(folder / name for name in names)], overwrite)
     return folder
 
 
@@ -241,9 +239,9 @@ def read_json(path: Path | str) -> Any:
 
 
 def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -8,24 +8,25 @@
 - Whoever stops listening early, by ``break`` or by an exception, leaves the model as it was.
 """
 
-import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError
+from lit_gpt.model import GPT
 
-if TYPE_CHECKING:
-    from lit_gpt.model import GPT
+if TYPE_CHECKING:  # a machine that only generates ids (scripts/gpu.sh) needs no package of a tokenizer
     from lit_gpt.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def generate(
-    model: "GPT",
+    model: GPT,
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
@@ -63,83 +64,80 @@ def generate(
     if len(prompt) > context:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if generator is None and temperature > 0:
+    if generator is None:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     limit = min(max_new_tokens, context - len(prompt))
-    return _stream(model, prompt, choose, limit=limit, stop_ids=frozenset(stop_ids), cached=cached)
+    return _stream(model, prompt, choose=choose, limit=limit, stop_ids=stop_ids, cached=cached)
 
 
 def check_sampling(
     *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int = 0
 ) -> None:
     """Raise one ``ValueError`` that names every setting out of range."""
-    problems = []
-    if max_new_tokens < 0:
-        problems.append(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k must be 1 or more, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
-    if not 0 <= seed < 2**64:
-        problems.append(f"seed must be 0 or more and below 2^64, not {seed}")
-    if problems:
-        raise UserError("; ".join(problems))
+    problems = Problems()
+    problems.expect(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    problems.expect(
+        0 <= temperature < float("inf"), f"temperature must be 0 (greedy) or a positive number, not {temperature}"
+    )
+    problems.expect(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
+    problems.expect(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
+    problems.expect(0 <= seed < 2**64, f"seed must be 0 or more and below 2^64, not {seed}")
+    problems.check()
 
 
-@torch.no_grad()  # on a generator function torch holds it only while the body runs, never while the consumer does
-def _stream(
-    model: "GPT",
-    prompt: list[int],
-    choose: Callable[[Tensor], Tensor],
-    *,
-    limit: int,
-    stop_ids: frozenset[int],
-    cached: list[int] | None,
-) -> Iterator[int]:
-    """The loop behind ``generate``; every argument is checked."""
-    device = next(model.parameters()).device
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; at the end each of its modules is in the mode that it was in before."""
     training = [module for module in model.modules() if module.training]  # adapters may differ from the rest
     model.eval()
     try:
-        held = _open_cache(model, prompt, limit=limit, cached=cached)
-        new = prompt[len(held) :]
-        idx = torch.tensor([new], device=device)  # (1, T), later (1, 1)
-        for _ in range(limit):
-            hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
-            held += new
-            logits = model.lm_head(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
-            idx = choose(logits).view(1, 1)
-            new = [idx.item()]
-            if new[0] in stop_ids:
-                return
-            yield new[0]
+        yield
     finally:
-        if cached is None:
-            model.clear_kv_cache()
         for module in training:
             module.training = True
 
 
-def _open_cache(model: "GPT", prompt: list[int], *, limit: int, cached: list[int] | None) -> list[int]:
+@torch.no_grad()  # on a generator function torch holds it only while the body runs, never while the consumer does
+def _stream(
+    model: GPT, prompt: list[int], *, choose: Callable, limit: int, stop_ids: Collection[int], cached: list[int] | None
+) -> Iterator[int]:
+    """Yield the ids that ``choose`` takes; every argument is checked."""
+    with evaluation_mode(model):
+        try:
+            held = _open_cache(model, prompt, limit=limit, cached=cached)
+            new = prompt[len(held) :]
+            idx = torch.tensor([new], device=next(model.parameters()).device)  # (1, T), later (1, 1)
+            for _ in range(limit):
+                hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
+                held += new
+                logits = model.lm_head(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
+                idx = choose(logits).view(1, 1)
+                new = [idx.item()]
+                if new[0] in stop_ids:
+                    return
+                yield new[0]
+        finally:
+            if cached is None:
+                model.clear_kv_cache()
+
+
+def _open_cache(model: GPT, prompt: list[int], *, limit: int, cached: list[int] | None) -> list[int]:
     """Make room for prompt and answer; return the ids of the prompt that the cache holds already, never all of it."""
-    need = len(prompt) + limit
-    if cached is None:
-        model.set_kv_cache(batch_size=1, max_seq_length=need)
-        return []
+    need, held = len(prompt) + limit, [] if cached is None else cached
     cache = model.transformer.h[0].attn.kv_cache
-    if cache is None or cache.k.size(2) < need:
+    if cached is None or cache is None or cache.k.size(2) < need:
         # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
-        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if cached else need))
-        cached.clear()
-    differs = enumerate(map(operator.ne, cached, prompt[:-1]))
-    del cached[next((i for i, different in differs if different), len(prompt) - 1) :]
-    return cached
+        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if held else need))
+        held.clear()
+    del held[common_length(held, prompt[:-1]) :]
+    return held
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginnings."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 
 def sample(
@@ -186,9 +184,8 @@ def stream_text(tokenizer: "Tokenizer", tokens: Iterable[int]) -> Iterator[str]:
         ids.append(token)
         before, text = text, tokenizer.decode(ids)
         unfinished = text.endswith(REPLACEMENT) or token in tokenizer.byte_ids
-        if text != before and not unfinished and text.startswith(shown):
-            if text != shown:
-                yield text[len(shown) :]
+        if text not in (before, shown) and not unfinished and text.startswith(shown):
+            yield text[len(shown) :]
             shown = text
     if len(text) > len(shown):
         yield text[len(shown) :]

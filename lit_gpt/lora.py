@@ -6,13 +6,14 @@ q, k, v the A of the adapted parts are stacked (r rows each) in ``lora_A``, and 
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.adapter import (
+    AdapterConfig,
     AdapterLayer,
     Part,
     mark_only_adapter_as_trainable,
@@ -24,8 +25,10 @@ from lit_gpt.model import GPT, QKVLinear
 
 
 @dataclass
-class LoraConfig:
-    """What is adapted, and how."""
+class LoraConfig(AdapterConfig):
+    """Settings of LoRA."""
+
+    kind: ClassVar[str] = "lora"
 
     r: int = 8
     """Rank."""
@@ -33,12 +36,6 @@ class LoraConfig:
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout on the input of the low-rank branch."""
-    query: bool = True
-    key: bool = False
-    value: bool = True
-    projection: bool = False
-    mlp: bool = False
-    head: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -52,35 +49,27 @@ class LoraConfig:
 class LoraLayer(AdapterLayer):
     """A Linear with a low-rank branch beside each adapted part."""
 
-    def set_up(self, base: nn.Linear, config: LoraConfig, targets: set[str]) -> None:
-        """Adopt ``base`` and make A and B."""
-        self.adopt(base, targets)
-        self.lora_config = config
-        self.scaling = config.alpha / config.r
-        adapted = [part for part in self.parts if part.adapted]
+    def make_parameters(self) -> None:
+        """Register A, drawn as a Linear's weight, and B = 0: the branch starts at nothing."""
+        r, adapted = self.adapter_config.r, [part for part in self.parts if part.adapted]
         rows = sum(part.size for part in adapted)
-        self.lora_A = nn.Parameter(torch.empty(config.r * len(adapted), self.in_features, **self.factory))
-        self.lora_B = nn.Parameter(torch.empty(rows, config.r, **self.factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A as a Linear starts, B = 0: the branch starts at nothing."""
-        if hasattr(self, "lora_A"):  # nn.Linear's constructor calls this before there is anything to draw
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        self.scaling = self.adapter_config.alpha / r
+        self.lora_A = nn.Parameter(torch.empty(r * len(adapted), self.in_features, **self.factory))
+        self.lora_B = nn.Parameter(torch.zeros(rows, r, **self.factory))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (r, in) and B (rows, r) of each adapted part, by its suffix."""
+        """Return A (r, in) and B (rows, r) of each adapted part, by its suffix."""
         adapted = [part for part in self.parts if part.adapted]
-        a = self.lora_A.split(self.lora_config.r)
+        a = self.lora_A.split(self.adapter_config.r)
         b = self.lora_B.split([part.size for part in adapted])
         return {part.suffix: pair for part, pair in zip(adapted, zip(a, b, strict=True), strict=True)}
 
     def adapted(self, x: Tensor) -> list[Tensor]:
-        """W x + b plus the branch of each part; the adapter's fp32 parameters multiply in x's dtype."""
+        """Return W x + b plus the branch of each part; the adapter's fp32 parameters multiply in x's dtype."""
         outputs = [self.product(part, x) for part in self.parts]
-        x = F.dropout(x, self.lora_config.dropout, self.training)
-        down = iter(F.linear(x, self.lora_A.to(x.dtype)).split(self.lora_config.r, dim=-1))  # one product for all
+        x = F.dropout(x, self.adapter_config.dropout, self.training)
+        down = iter(F.linear(x, self.lora_A.to(x.dtype)).split(self.adapter_config.r, dim=-1))  # one product for all
         branches = self.factors()
         for index, part in enumerate(self.parts):
             if part.adapted:
@@ -89,25 +78,30 @@ class LoraLayer(AdapterLayer):
         return outputs
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
-        """W + (alpha / r) B A of one part."""
+        """Return W + (alpha / r) B A of one part."""
         a, b = self.factors()[part.suffix]
         return rows + self.scaling * (b @ a).to(rows.dtype)
+
+    def low_rank(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and (alpha / r) B of one part."""
+        a, b = self.factors()[part.suffix]
+        return a, self.scaling * b
+
+    def elementwise_flops(self, positions: float) -> float:
+        """Return the FLOPs of a step outside of matrix products, forward and backward.
+
+        For each output and position, the branch is scaled and added, its gradient scaled (3); its gradient is added to
+        the input's (1 an input).
+        """
+        return positions * (self.in_features + 3 * self.lora_B.size(0))
 
 
 class LoraLinear(LoraLayer):
     """Any Linear but the fused q, k, v."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig, targets: set[str]) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.set_up(base, config, targets)
-
 
 class LoraQKVLinear(LoraLayer, QKVLinear):
     """The fused q, k, v, each with a branch of its own."""
-
-    def __init__(self, base: QKVLinear, config: LoraConfig, targets: set[str]) -> None:
-        QKVLinear.__init__(self, base.config, device="meta")
-        self.set_up(base, config, targets)
 
 
 def add_lora(model: GPT, config: LoraConfig) -> None:
@@ -116,7 +110,7 @@ def add_lora(model: GPT, config: LoraConfig) -> None:
 
 
 def lora_filter(name: str, _: Any = None) -> bool:
-    """Whether a parameter's name is a LoRA parameter's."""
+    """Return True for names of LoRA parameters."""
     return ".lora_" in name
 
 

@@ -1,4 +1,4 @@
-"""Cross entropy that never holds the logits of all positions.
+"""Compute the cross entropy without ever holding the logits of all positions.
 
 At a vocabulary of 128,000, 2,048 positions have a gigabyte of fp32 logits, of which a plain cross entropy holds several
 copies at its peak: often more than all else that a step of finetuning needs. Here some positions at a time go through
@@ -26,7 +26,7 @@ IGNORE_INDEX = -100
 
 
 def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
-    """Cross entropy of ``head(x)``, in fp32.
+    """Return the cross entropy of ``head(x)``, in fp32.
 
     Args:
         head: (N, d) states to (N, V) logits, row by row. Its dropout, if it has any, draws for each chunk.
@@ -44,13 +44,13 @@ def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, *, reduct
 
 
 def _chunks(head: nn.Module, n_rows: int) -> list[slice]:
-    """Rows whose logits are computed at a time."""
+    """Return slices of rows, whose logits are computed at a time."""
     size = max(1, CHUNK_ENTRIES // head.out_features // MULTIPLE) * MULTIPLE
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
 def _loss(head: nn.Module, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Of some rows, and of none to fill them up: a sum is the rows', single losses have zeros at their end."""
+    """Return the loss of some rows, filled up to ``MULTIPLE`` by rows without a target, whose loss is 0."""
     fill = -len(x) % MULTIPLE
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE_INDEX)
     return F.cross_entropy(head(x).float(), targets, reduction=reduction)

@@ -1,4 +1,4 @@
-"""Merging: an adapter goes into its base's weights, one tensor at a time.
+"""Merge an adapter file into its base's weights, one tensor at a time.
 
 Notable choices:
 - The base stays memory-mapped and the result is written as it is made: memory holds a few fp32 copies of the largest
@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lit_gpt.adapter import AdapterLayer, adapter_layers, adapter_parameters
+from lit_gpt.adapter import adapter_layers, adapter_parameters, is_finite, rows_in_memory
 from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter
 from lit_gpt.checkpoint import (
     CONFIG,
@@ -27,20 +27,18 @@ from lit_gpt.checkpoint import (
     WEIGHTS,
     check_checkpoint_dir,
     copy_side_files,
-    fill_model,
     load_config,
-    load_state,
+    open_model,
     save_prompt_style,
     side_files,
     stream_state,
-    weights_dtype,
 )
-from lit_gpt.data import TEST_FILE, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, check_fit, load_split, read_data_config
+from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State
-from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv, interleave_qkv
-from lit_gpt.plan import check_fit
+from lit_gpt.model import GPT, QKVLinear, interleave_qkv
 from lit_gpt.quantize import describe_merge
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
@@ -83,20 +81,17 @@ def merge_adapter(
     out_dir = out_dir or Path(path).parent / "merged"
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
-        check_base(adapter, check_checkpoint_dir(checkpoint_dir), source=path)
+        check_base(adapter, check_checkpoint_dir(checkpoint_dir))
         if "quantize" in adapter.base:
             print(describe_merge(adapter.base["quantize"], checkpoint_dir))
         model, base = open_base(checkpoint_dir)
-        attach_adapter(model, adapter, source=path)
+        attach_adapter(model, adapter)
         rows, origin = held_out_rows(path, verify_data_dir, checkpoint_dir=checkpoint_dir) if verify else ([], "")
-        merge = Merge(model, base, precision)
         copy_side_files(checkpoint_dir, staging)
-        write_json(staging / CONFIG, merge.config.to_dict())
         if adapter.prompt_style:
             save_prompt_style(staging, adapter.prompt_style)
             list_answer_end(staging, adapter.prompt_style)
-        stream_state(merge.template(), merge.tensor, staging / WEIGHTS)
-        print(merge.report())
+        write_merged(model, base, precision, staging)
         if rows:
             merged = stream_weights(*open_base(staging))
             gap, relative, divergence = compare_logits(stream_weights(model, base), merged, rows)
@@ -108,95 +103,61 @@ def merge_adapter(
 
 
 def open_base(checkpoint_dir: Path | str) -> tuple[GPT, State]:
-    """The model of a folder on the meta device, fp32, and its memory-mapped weights, which fit it."""
-    config, path = load_config(checkpoint_dir), Path(checkpoint_dir) / WEIGHTS
-    state = load_state(path)
-    with torch.device("meta"):
-        model = GPT(config)
-    fill_model(model, {name: tensor.to("meta").float() for name, tensor in state.items()}, source=path)
-    if config.tie_embeddings:
+    """Return the model of a folder on the meta device, fp32, and its memory-mapped weights, which fit it."""
+    model, state = open_model(checkpoint_dir, lambda name, tensor: tensor.to("meta").float())
+    if model.config.tie_embeddings:
         state[HEAD] = state[EMBEDDING]
     return model.eval(), state
 
 
-class Merge:
-    """One merge: makes the merged tensors, and counts how far each adapted weight moved.
+def write_merged(model: GPT, base: Mapping[str, Tensor], precision: str, folder: Path) -> None:
+    """Write weights and config of a merged model, and print how far its weights moved.
 
     Args:
         model: on the meta device, with its adapter.
         base: its weights as they are in the file.
         precision: of the merged weights.
+        folder: that is written into.
+
+    Raises:
+        ValueError: a weight is not finite; says why.
     """
+    own, dtype = adapter_parameters(model), weights_dtype(precision)
+    layers = {f"{name}.weight": layer for name, layer in adapter_layers(model)}
+    moved: list[tuple[float, float]] = []
+    names = [name for name in model.state_dict() if name not in own]
+    template = {name: torch.empty_like(base[name], dtype=dtype, device="meta") for name in names}
+    tied = model.config.tie_embeddings and HEAD not in layers  # an adapted head leaves the embedding alone
+    if tied:
+        template[HEAD] = template[EMBEDDING]
 
-    def __init__(self, model: GPT, base: Mapping[str, Tensor], precision: str) -> None:
-        self.base, self.precision, self.dtype = base, precision, weights_dtype(precision)
-        own = adapter_parameters(model)
-        self.layers = {f"{name}.weight": layer for name, layer in adapter_layers(model)}
-        self.names = [name for name in model.state_dict() if name not in own]
-        tied = model.config.tie_embeddings and HEAD not in self.layers  # an adapted head leaves the embedding alone
-        self.config = replace(model.config, tie_embeddings=tied)
-        self.changes: list[float] = []
-        self.roundings: list[float] = []
-
-    def template(self) -> State:
-        """What is to be written, on the meta device."""
-        blanks = {name: torch.empty_like(self.base[name], dtype=self.dtype, device="meta") for name in self.names}
-        return blanks | ({HEAD: blanks[EMBEDDING]} if self.config.tie_embeddings else {})
-
-    @torch.no_grad()
-    def tensor(self, name: str) -> Tensor:
-        """One merged tensor, or one that is not adapted, cast.
-
-        Raises:
-            ValueError: it is not finite; says why.
-        """
-        tensor, layer = self.base[name], self.layers.get(name)
-        if not is_finite(tensor):
+    def make(name: str) -> Tensor:
+        stored, layer = base[name], layers.get(name)
+        if not is_finite(stored):
             raise UserError(f"{name} of the base model holds NaN or infinity; convert it again")
-        merged = tensor.to(self.dtype) if layer is None else self.merged(layer, tensor, name)
-        if merged is not tensor and not is_finite(merged):
-            raise UserError(f"{name} has values too large for --precision {self.precision}; bf16-true can hold them")
-        return merged
+        if layer is None:
+            cast = stored.to(dtype)
+            if cast is not stored and not is_finite(cast):
+                raise UserError(f"{name} has values too large for --precision {precision}; bf16-true can hold them")
+            return cast
+        merged, moves = layer.merged_weight(name, rows_in_memory(layer, stored), dtype)
+        moved.extend(moves)
+        return interleave_qkv(merged, layer.config) if isinstance(layer, QKVLinear) else merged
 
-    def merged(self, layer: AdapterLayer, weight: Tensor, name: str) -> Tensor:
-        """The merged weight, from the base's (rows, in) weight; in the row order of files, as that is."""
-        fused = isinstance(layer, QKVLinear)
-        weight = deinterleave_qkv(weight, layer.config) if fused else weight
-        merged = torch.empty(weight.shape, dtype=self.dtype)
-        for part in layer.parts:
-            kept = merged[part.rows]
-            if not part.adapted:
-                kept.copy_(weight[part.rows])
-                continue
-            before = weight[part.rows].to(torch.float32, copy=True)
-            after = layer.merged_rows(part, before)
-            if not is_finite(after):
-                raise UserError(
-                    f"merging {name} gives NaN or infinity: the adapter holds a zero vector, or its run diverged"
-                )
-            kept.copy_(after)
-            size = before.norm().clamp(min=torch.finfo(torch.float32).tiny)
-            self.changes.append((before.sub_(after).norm() / size).item())
-            self.roundings.append((after.sub_(kept).norm() / size).item())
-        return interleave_qkv(merged, layer.config) if fused else merged
-
-    def report(self) -> str:
-        """How far the weights moved, and how far the cast moved them."""
-        low, middle, high = min(self.changes), median(self.changes), max(self.changes)
-        text = f"merged {len(self.changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
-        if self.dtype == torch.float32:
-            return text
-        return f"{text}; rounding to {self.precision} moved them by {median(self.roundings):.1e} (median)"
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, at the speed of memory (``isfinite().all()`` takes 30 times as long)."""
-    return tensor.numel() == 0 or all(extreme.isfinite() for extreme in tensor.aminmax())
+    write_json(folder / CONFIG, replace(model.config, tie_embeddings=tied).to_dict())
+    stream_state(template, make, folder / WEIGHTS)
+    changes, roundings = zip(*moved, strict=True)
+    low, high, middle = min(changes), max(changes), median(changes)
+    rounded = f"; rounding to {precision} moved them by {median(roundings):.1e} (median)"
+    print(
+        f"merged {len(changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
+        f"{'' if dtype == torch.float32 else rounded}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- verification
-def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Path | str) -> tuple[list[Tensor], str]:
-    """Rows of token ids, none trained on, and in words where they are from.
+def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Path) -> tuple[list[Tensor], str]:
+    """Return rows of token ids that were not trained on, and in words where they are from.
 
     Args:
         path: the adapter file, beside which its run's hparams.yaml may lie.
@@ -211,8 +172,7 @@ def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Pa
     if data_dir is None:
         return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
     samples = load_split(data_dir / TEST_FILE)[:VERIFY_ROWS]
-    config, data = load_config(checkpoint_dir), read_data_config(data_dir)
-    check_fit(Path(checkpoint_dir), config, data=data, samples=samples)
+    check_fit(checkpoint_dir, load_config(checkpoint_dir), data=read_data_config(data_dir), samples=samples)
     rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in samples]
     return rows, f"{len(rows)} rows of {data_dir / TEST_FILE}"
 
@@ -223,34 +183,23 @@ def stream_weights(model: GPT, state: Mapping[str, Tensor]) -> GPT:
     Returns:
         The model, with hooks; what is not on the meta device (an adapter) stays as it is.
     """
+
+    def put(weights: Mapping[str, Tensor], module: nn.Module, *_: Any) -> None:
+        for own, weight in weights.items():
+            weight = weight if weight.is_meta else rows_in_memory(module, weight).float()
+            setattr(module, own, nn.Parameter(weight, requires_grad=False))
+
     for name, module in model.named_modules():
         blanks = {own: p for own, p in module.named_parameters(recurse=False) if p.is_meta}
         if blanks:
-            stored = {own: state[f"{name}.{own}"] for own in blanks}
-            module.register_forward_pre_hook(partial(_fill, stored))
-            module.register_forward_hook(partial(_drop, blanks))
+            module.register_forward_pre_hook(partial(put, {own: state[f"{name}.{own}"] for own in blanks}))
+            module.register_forward_hook(partial(put, blanks))
     return model
-
-
-def _fill(stored: State, module: nn.Module, args: Any) -> None:
-    for name, tensor in stored.items():
-        rows = deinterleave_qkv(tensor, module.config) if isinstance(module, QKVLinear) else tensor
-        setattr(module, name, nn.Parameter(rows.float(), requires_grad=False))
-
-
-def _drop(blanks: Mapping[str, nn.Parameter], module: nn.Module, args: Any, output: Any) -> None:
-    for name, blank in blanks.items():
-        setattr(module, name, blank)
 
 
 @torch.no_grad()
 def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[float, float, float]:
-    """How far the second model's logits are from the first's.
-
-    Args:
-        unmerged: the reference.
-        merged: the model that is compared with it.
-        rows: of token ids.
+    """Return how far the second model's logits are from the first's, on rows of token ids.
 
     Returns:
         The largest difference; the same relative to the largest logit; the mean KL divergence per token, in nats.

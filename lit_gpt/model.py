@@ -25,6 +25,9 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary embedding, (T, rope_n_elem) each."""
+
 
 class GPT(nn.Module):
     """The language model.
@@ -42,13 +45,9 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=TokenEmbedding(config.padded_vocab_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=build_norm(config),
-            )
-        )
+        wte = TokenEmbedding(config.padded_vocab_size, config.n_embd)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": build_norm(config)})
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -65,7 +64,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "sum",
     ) -> Tensor:
-        """Logits, or the loss where targets are given.
+        """Return logits, or the loss where targets are given.
 
         Args:
             idx: (B, T) token ids.
@@ -86,7 +85,7 @@ class GPT(nn.Module):
         return chunked_cross_entropy(self.lm_head, x[wanted], targets[wanted], reduction=reduction)
 
     def hidden(self, idx: Tensor, *, input_pos: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
-        """(B, T) ids to the (B, T, d) states that the head reads; the rest as in ``forward``."""
+        """Return the (B, T, d) states that the head reads; arguments as in ``forward``."""
         T, start = idx.size(1), input_pos or 0
         longest = max(lengths) if lengths else T
         if start + longest > self.config.block_size:
@@ -106,7 +105,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def attention_mask(self, start: int, T: int, device: torch.device) -> Tensor | None:
-        """(T, start + T), true where a query may look; None where plain causal attention says the same."""
+        """Return (T, start + T), true where a query may look; None where plain causal attention says the same."""
         window = self.config.sliding_window
         if (start == 0 or T == 1) and (window is None or start + T <= window):
             return None
@@ -148,17 +147,10 @@ class Block(nn.Module):
         self.norm_2 = None if config.shared_attention_norm else build_norm(config)
         self.mlp = MLPS[config.mlp_class](config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        input_pos: int | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Map (B, T, d) to (B, T, d); ``context`` is for the attention."""
         normed = self.norm_1(x)
-        attended = self.attn(normed, rope, mask, input_pos, packing)
+        attended = self.attn(normed, *context)
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
         x = x + attended
@@ -175,25 +167,23 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.q_size, config.n_embd, bias=config.proj_bias)
         self.kv_cache: KVCache | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        input_pos: int | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, start: int | None, packing: Packing | None) -> Tensor:
+        """Map (B, T, d) to (B, T, d).
+
+        Args:
+            x: (B, T, d).
+            rope: cosines and sines of the positions.
+            mask: (T, start + T), true where a query may look; None for causal attention.
+            start: position of x's first token in the cache; None goes without the cache.
+            packing: the samples that x's only row is made of; None for one sample a row.
+        """
         B, T, _ = x.shape
         config = self.config
-        q, k, v = self.attn(x)
-        q = q.view(B, T, config.n_head, config.head_size).transpose(1, 2)  # (B, H, T, S)
-        k = k.view(B, T, config.n_query_groups, config.head_size).transpose(1, 2)  # (B, G, T, S)
-        v = v.view(B, T, config.n_query_groups, config.head_size).transpose(1, 2)  # (B, G, T, S)
+        q, k, v = [part.view(B, T, -1, config.head_size).transpose(1, 2) for part in self.attn(x)]  # (B, H or G, T, S)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if input_pos is not None:
+        if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
-            k, v = self.kv_cache.update(k, v, start=input_pos)  # (B, G, start + T, S)
+            k, v = self.kv_cache.update(k, v, start=start)  # (B, G, start + T, S)
         if T == 1 and packing is None:
             # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
@@ -210,12 +200,12 @@ class QKVLinear(nn.Linear):
     """
 
     def __init__(self, config: Config, **factory: Any) -> None:
-        self.sizes = (config.q_size, config.kv_size, config.kv_size)
+        self.sizes = config.qkv_sizes
         super().__init__(config.n_embd, sum(self.sizes), bias=config.qkv_bias, **factory)
         self.config = config
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., d) to q (..., H S), k and v (..., G S)."""
+        """Map (..., d) to q (..., H S), k and v (..., G S)."""
         biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
         return tuple(F.linear(x, *rows) for rows in zip(self.weight.split(self.sizes), biases, strict=True))
 
@@ -263,7 +253,7 @@ class GptNeoxMLP(nn.Module):
         self.gelu_approximate = config.gelu_approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
+        """Map (..., d) to (..., d)."""
         return self.proj(F.gelu(self.fc(x), approximate=self.gelu_approximate))
 
 
@@ -277,7 +267,7 @@ class LLaMAMLP(nn.Module):
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
+        """Map (..., d) to (..., d)."""
         return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
 
 
@@ -291,7 +281,7 @@ class LLaMAMoE(nn.Module):
         self.n_expert_per_token = config.n_expert_per_token
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         tokens = x.flatten(0, -2)  # (B * T, d)
         scores, chosen = self.gate(tokens).float().topk(self.n_expert_per_token, dim=-1)
         weights = scores.softmax(dim=-1).to(x.dtype)  # over the chosen alone, as Mixtral renormalises
@@ -306,23 +296,14 @@ MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "LLaMAMoE": LLaMAMoE}
 
 
 def build_norm(config: Config) -> nn.Module:
-    """The norm that the config names."""
+    """Return the norm that the config names."""
     if config.norm_class == "RMSNorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
 
 
-def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al., 2104.09864).
-
-    Args:
-        config: gives the base, the rotated share of a head, and the scaling.
-        positions: (T,).
-        dtype: of the result; the angles themselves are fp32.
-
-    Returns:
-        Two (T, rope_n_elem) tensors.
-    """
+def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """Return the rotary embedding (Su et al., 2104.09864) of (T,) positions; the angles themselves are fp32."""
     n = config.rope_n_elem
     exponents = torch.arange(0, n, 2, device=positions.device).float() / n
     frequencies = scale_frequencies(1.0 / config.rope_base**exponents, config.rope_scaling)
@@ -353,14 +334,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def interleave_qkv(rows: Tensor, config: Config) -> Tensor:
-    """Rows [q | k | v] of a fused weight or bias to the files' order: per group its q heads, then k, then v."""
-    groups = (config.n_query_groups, -1)
-    parts = rows.split((config.q_size, config.kv_size, config.kv_size))
-    return torch.cat([part.unflatten(0, groups) for part in parts], dim=1).flatten(0, 1)
+    """Order rows [q | k | v] of a fused weight or bias as files do: per group its q heads, then k, then v."""
+    parts = [part.unflatten(0, (config.n_query_groups, -1)) for part in rows.split(config.qkv_sizes)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def deinterleave_qkv(rows: Tensor, config: Config) -> Tensor:
-    """The inverse of ``interleave_qkv``."""
-    sizes = [size // config.n_query_groups for size in (config.q_size, config.kv_size, config.kv_size)]
+    """Undo ``interleave_qkv``."""
+    sizes = [size // config.n_query_groups for size in config.qkv_sizes]
     parts = rows.unflatten(0, (config.n_query_groups, -1)).split(sizes, dim=1)
     return torch.cat([part.flatten(0, 1) for part in parts])

@@ -1,4 +1,4 @@
-"""What the theory suggests to watch while an adapter trains (``--train.monitor true``), measured at validation steps.
+"""Measure adapters at validation steps (``--train.monitor true``): distance from I, angles, how far weights would move.
 
     ETHER   |R - I|_F is 2 for any u; how far u has turned from its start says what was learned
     ETHER+  |R - I|_F = sqrt(2) sin(angle between the axes of u and v), so at most sqrt(2)
@@ -10,6 +10,7 @@ One part's weight is transformed at a time and let go: nothing of a weight's siz
 
 import math
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ COLUMNS = (
 
 @torch.no_grad()
 def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """One row of ``COLUMNS`` (without the step) for each adapted part and side; LoRA has no sides.
+    """Yield a row of ``COLUMNS`` (without the step) for each adapted part and side; LoRA has no sides.
 
     Args:
         model: with its adapter, unmerged.
@@ -36,29 +37,28 @@ def measure(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[dict[str,
     for name, layer in adapter_layers(model):
         for part in (part for part in layer.parts if part.adapted):
             row = {"part": f"{name} {part.suffix}".strip(), "weight_change": weight_change(layer, part)}
-            for side in layer.sides if isinstance(layer, EtherLayer) else ():
-                names = [f"{name}.{own}" for own in layer.names(part, side)]
-                before = [start[full].flatten(0, len(layer.lead)) for full in names]
-                yield row | {"side": side} | block_figures(layer, part, side, before)
-            if not isinstance(layer, EtherLayer):
+            if not layer.sides:
                 yield row
+            for side in layer.sides:
+                first = start[f"{name}.{layer.names(part, side)[0]}"].flatten(0, len(layer.lead))
+                yield row | {"side": side} | block_figures(layer, part, side, first)
 
 
 def weight_change(layer: AdapterLayer, part: Part) -> float:
-    """|W' - W|_F / |W|_F of one part."""
+    """Return |W' - W|_F / |W|_F of one part."""
     rows = layer.weight_of(part)
     rows = rows.to(working_dtype(rows.dtype))
     return ((layer.merged_rows(part, rows) - rows).norm() / rows.norm()).item()
 
 
-def block_figures(layer: EtherLayer, part: Part, side: str, start: list[Tensor]) -> dict[str, float]:
-    """Mean and largest over the blocks: |R - I|_F where it is not a constant, and the angle of methods with vectors."""
+def block_figures(layer: EtherLayer, part: Part, side: str, start: Tensor) -> dict[str, float]:
+    """Return the mean and the largest over the blocks of |R - I|_F where it varies, and of the angle of vectors."""
     first, *rest = (vector.cpu() for vector in layer.vectors(part, side))
     figures = {}
     if layer.method.matrices:
         figures["distance"] = (cayley(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1))
     else:
-        angle = axis_angle(first, rest[0] if rest else start[0])
+        angle = axis_angle(first, rest[0] if rest else start)
         figures["angle"] = angle.rad2deg()
         if rest:
             figures["distance"] = math.sqrt(2) * angle.sin()
@@ -70,13 +70,13 @@ def block_figures(layer: EtherLayer, part: Part, side: str, start: list[Tensor])
 
 
 def summarise(rows: list[dict[str, Any]]) -> str:
-    """One line for the screen."""
+    """Return one line for the screen."""
     most = max(rows, key=lambda row: row["weight_change"])
-    mean = sum(row["weight_change"] for row in rows) / len(rows)
+    mean = fmean(row["weight_change"] for row in rows)
     text = f"weights moved {mean:.2%}, at most {most['weight_change']:.2%} ({most['part']})"
     for figure, label in (("distance", "|R - I| {:.3g}, at most {:.3g}"), ("angle", "angle {:.3g}°, at most {:.3g}°")):
         found = [row for row in rows if f"{figure}_max" in row]
         if found:
-            average = sum(row[f"{figure}_mean"] for row in found) / len(found)
+            average = fmean(row[f"{figure}_mean"] for row in found)
             text += "; " + label.format(average, max(row[f"{figure}_max"] for row in found))
     return text

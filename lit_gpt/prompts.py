@@ -14,7 +14,7 @@ CHAT = "chat"
 
 
 def alpaca(instruction: str, input: str) -> str:
-    """Stanford Alpaca's prompt, in its form with an input or the one without."""
+    """Return Stanford Alpaca's prompt, in its form with an input or the one without."""
     if input:
         opening = "an instruction that describes a task, paired with an input that provides further context."
         task = f"### Instruction:\n{instruction}\n\n### Input:\n{input}"
@@ -26,7 +26,7 @@ def alpaca(instruction: str, input: str) -> str:
 
 
 def plain(instruction: str, input: str) -> str:
-    """The instruction as it is, and the input on the next line."""
+    """Return the instruction as it is, and the input on the next line."""
     return f"{instruction}\n{input}" if input else instruction
 
 
@@ -49,7 +49,7 @@ def check_style(style: str, tokenizer: Tokenizer | None = None) -> str:
 
 
 def render_prompt(style: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:
-    """The text that comes before the response.
+    """Return the text that comes before the response.
 
     Args:
         style: a key of `PROMPT_STYLES`, or "chat".
@@ -68,7 +68,7 @@ def render_prompt(style: str, instruction: str, input: str = "", tokenizer: Toke
 
 
 def encode_prompt(tokenizer: Tokenizer, style: str, *, instruction: str, input: str = "") -> list[int]:
-    """The ids that stand before the response, the same in training data as when the model is asked.
+    """Return the ids that stand before the response, the same in training data as when the model is asked.
 
     BOS goes in front where the tokenizer puts it, except before a chat, whose template writes it itself.
     """

@@ -10,7 +10,7 @@ Notable choices:
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
@@ -18,19 +18,19 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.adapter import TARGETS, linear_targets
+from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
 from lit_gpt.checkpoint import (
-    PRECISIONS,
     WEIGHTS,
     check_checkpoint_dir,
-    fill_model,
     load_config,
+    load_model,
     load_state,
-    warn_of_slow_products,
-    weights_dtype,
+    meta_model,
+    open_model,
 )
+from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
-from lit_gpt.model import GPT, QKVLinear, deinterleave_qkv
+from lit_gpt.model import GPT, QKVLinear
 
 INT8 = "bnb.int8"
 FOUR_BIT = {
@@ -40,7 +40,7 @@ FOUR_BIT = {
     "bnb.fp4-dq": {"quant_type": "fp4", "compress_statistics": True},
 }
 SCHEMES = (*FOUR_BIT, INT8)
-"""What ``--quantize`` may say; -dq quantizes the scales of the blocks too."""
+"""Values of ``--quantize``; -dq quantizes the scales of the blocks too."""
 # Half a byte and a scale for 64 weights: four bytes, or with -dq one, whose own scale serves 256; int8's is a row's.
 BYTES_PER_WEIGHT = {
     scheme: 1 / 2 + (1 / 64 + 4 / (64 * 256) if how["compress_statistics"] else 4 / 64)
@@ -73,7 +73,7 @@ def check_quantize(scheme: str | None, precision: str, *, full: bool = False) ->
 
 
 def import_bitsandbytes() -> ModuleType:
-    """The module, an optional dependency; quiet about casts of activations to fp16, which are what int8 is."""
+    """Return the module, an optional dependency; quiet about casts of activations to fp16, which are what int8 is."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # first: its import warns of kernels that it lacks
     try:
         import bitsandbytes
@@ -86,12 +86,12 @@ class QuantizedWeight(nn.ModuleList):
     """A weight in bitsandbytes' layers, one for each part of its rows: one part, or q, k and v."""
 
     def product(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W x + b of one part."""
+        """Return W x + b of one part."""
         y = self[index](x)
         return y if bias is None else y + bias
 
     def dequantized(self, index: int) -> Tensor:
-        """The (rows, in) weight of one part that the products are taken with."""
+        """Return the (rows, in) weight of one part that the products are taken with."""
         layer = self[index]
         if hasattr(layer, "quant_state"):
             return import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -103,34 +103,16 @@ class QuantizedWeight(nn.ModuleList):
         return self
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(SplitLinear):
     """A Linear without a weight of its own; ``quantized`` multiplies."""
 
-    def __init__(self, linear: nn.Linear, quantized: QuantizedWeight) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.quantized = None, linear.bias, quantized
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        return self.quantized.product(0, x, self.bias)
-
-
-class QuantizedQKVLinear(QuantizedLinear, QKVLinear):
+class QuantizedQKVLinear(SplitLinear, QKVLinear):
     """The fused query, key and value projection, each quantized by itself."""
-
-    def __init__(self, linear: QKVLinear, quantized: QuantizedWeight) -> None:
-        super().__init__(linear, quantized)
-        self.sizes, self.config = linear.sizes, linear.config
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., d) to q (..., H S), k and v (..., G S)."""
-        biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
-        return tuple(self.quantized.product(index, x, bias) for index, bias in enumerate(biases))
 
 
 def quantize_rows(rows: Tensor, scheme: str, *, device: torch.device | str = "cpu") -> nn.Module:
-    """bitsandbytes' layer for a (rows, in) weight; its products are in the dtype of ``rows``."""
+    """Return bitsandbytes' layer for a (rows, in) weight; its products are in the dtype of ``rows``."""
     bnb = import_bitsandbytes()
     shape = {"input_features": rows.size(1), "output_features": rows.size(0), "bias": False, "device": "meta"}
     if scheme == INT8:
@@ -143,10 +125,10 @@ def quantize_rows(rows: Tensor, scheme: str, *, device: torch.device | str = "cp
     return layer
 
 
-def quantizable(model: GPT) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """The Linears to quantize: (full name, parent, attribute, the Linear)."""
+def quantizable(model: GPT) -> dict[str, nn.Linear]:
+    """Return the Linears to quantize, by name."""
     everything = SimpleNamespace(**dict.fromkeys(TARGETS, True) | {"head": False})
-    return (found[:4] for found in linear_targets(model, everything))
+    return {name: linear for name, linear, _ in linear_targets(model, everything)}
 
 
 def quantize_model(
@@ -161,57 +143,53 @@ def quantize_model(
         dtype: of the products.
         device: where the weights go; the meta device tries out what would fit.
     """
-    for name, parent, attribute, linear in list(quantizable(model)):
-        weight = state[f"{name}.weight"]
-        fused = isinstance(linear, QKVLinear)
-        parts = deinterleave_qkv(weight, linear.config).split(linear.sizes) if fused else (weight,)
+    for name, linear in quantizable(model).items():
+        kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else QuantizedLinear
+        parts = rows_in_memory(linear, state[f"{name}.weight"]).split(getattr(linear, "sizes", linear.out_features))
         quantized = QuantizedWeight(quantize_rows(rows.to(dtype), scheme, device=device) for rows in parts)
-        setattr(parent, attribute, (QuantizedQKVLinear if fused else QuantizedLinear)(linear, quantized))
+        model.set_submodule(name, kind(linear, quantized=quantized))
 
 
-def load_quantized_model(
-    checkpoint_dir: Path | str, precision: str, scheme: str, *, device: torch.device | str = "cpu"
+def load_base(
+    checkpoint_dir: Path | str, precision: str, scheme: str | None, *, device: torch.device | str = "cpu"
 ) -> GPT:
-    """The model of a base-shaped folder with its weights quantized, in evaluation mode; do not move it afterwards.
+    """Load the model of a base-shaped folder, its weights quantized where a scheme is given; in evaluation mode.
 
     Args:
         checkpoint_dir: the folder.
-        precision: of the products and of what is not quantized, a key of ``checkpoint.PRECISIONS``.
-        scheme: one of ``SCHEMES``.
-        device: where the weights are quantized and stay.
+        precision: of the products and of what is not quantized; a quantized model has no mixed one.
+        scheme: one of ``SCHEMES``, or None. A quantized model cannot be moved afterwards.
+        device: where the weights go.
     """
+    if scheme is None:
+        return load_model(checkpoint_dir, precision, device=device)
     check_quantize(scheme, precision)
-    dtype, folder = weights_dtype(precision), check_checkpoint_dir(checkpoint_dir)
+    dtype = weights_dtype(precision)
     warn_of_slow_products(precision, torch.device(device))
-    with torch.device("meta"):
-        model = GPT(load_config(folder))
-    state = load_state(folder / WEIGHTS)
-    later = {f"{name}.weight" for name, *_ in quantizable(model)}
-    first = {name: t.to("meta") if name in later else t.to(device, dtype) for name, t in state.items()}
-    fill_model(model, first, source=folder / WEIGHTS)
+    later = {f"{name}.weight" for name in quantizable(meta_model(load_config(check_checkpoint_dir(checkpoint_dir))))}
+    model, state = open_model(checkpoint_dir, lambda name, t: t.to("meta") if name in later else t.to(device, dtype))
     quantize_model(model, scheme, state, dtype=dtype, device=device)
     return model.eval()
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Parameters of a model, those of a quantized weight counted as its elements, not as the bytes they lie in."""
-    packed = _quantized_layers(model)
-    return sum(p.numel() for p in model.parameters()) + sum(_numel(layer) - layer.weight.numel() for layer in packed)
+    """Return the number of a model's parameters; those of a quantized weight are its elements, not its bytes."""
+    packed = {id(layer.weight): _numel(layer) for layer in _quantized_layers(model)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
 def describe_size(model: nn.Module, scheme: str, precision: str) -> str:
-    """One line on what quantization saves."""
-    held = sum(_bytes(layer) for layer in _quantized_layers(model))
-    plain = sum(_numel(layer) for layer in _quantized_layers(model)) * weights_dtype(precision).itemsize
-    now = _bytes(model)
-    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {(now - held + plain) / 1e6:.1f} MB"
+    """Return one line on what quantization saves."""
+    packed, itemsize = _quantized_layers(model), weights_dtype(precision).itemsize
+    now, saved = _bytes(model), sum(itemsize * _numel(layer) - _bytes(layer) for layer in packed)
+    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {(now + saved) / 1e6:.1f} MB"
 
 
 def quantization_saves(model: GPT, scheme: str) -> tuple[int, int]:
-    """Bytes that a model not yet quantized will lose, and those of the largest weight, which each product unpacks."""
-    sizes = [(linear.weight.numel(), linear.weight.element_size()) for *_, linear in quantizable(model)]
-    saved = sum(numel * (size - BYTES_PER_WEIGHT[scheme]) for numel, size in sizes)
-    return round(saved), max(numel * size for numel, size in sizes)
+    """Return the bytes that quantizing a model will save, and those of its largest weight when it is unpacked."""
+    weights = [linear.weight for linear in quantizable(model).values()]
+    saved = sum(weight.nbytes - weight.numel() * BYTES_PER_WEIGHT[scheme] for weight in weights)
+    return round(saved), max(weight.nbytes for weight in weights)
 
 
 def _quantized_layers(model: nn.Module) -> list[nn.Module]:
@@ -223,14 +201,14 @@ def _numel(layer: nn.Linear) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Bytes of what a module's state_dict holds: for bitsandbytes' layers the scales too."""
+    """Return the bytes of what a module's state_dict holds: for bitsandbytes' layers the scales too."""
     state = module.state_dict()  # kept meanwhile: addresses tell shared tensors
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
 
 
 @torch.no_grad()
 def quantization_error(scheme: str, weights: Iterable[Tensor]) -> float:
-    """Median over weights of |Q(W) - W|_F / |W|_F, measured on the first rows of each."""
+    """Return the median over weights of |Q(W) - W|_F / |W|_F, measured on the first rows of each."""
     errors = []
     for weight in weights:
         rows = weight[:ERROR_ROWS].float()
@@ -240,18 +218,16 @@ def quantization_error(scheme: str, weights: Iterable[Tensor]) -> float:
 
 
 def describe_merge(scheme: str, checkpoint_dir: Path | str) -> str:
-    """One line on merging an adapter that was trained on a quantized base.
+    """Return one line on merging an adapter that was trained on a quantized base.
 
     Args:
         scheme: of that base.
         checkpoint_dir: the base unquantized, which the adapter is merged into.
     """
-    with torch.device("meta"):
-        names = [f"{name}.weight" for name, *_ in quantizable(GPT(load_config(checkpoint_dir)))]
-    state = load_state(Path(checkpoint_dir) / WEIGHTS)
+    names, state = quantizable(meta_model(load_config(checkpoint_dir))), load_state(Path(checkpoint_dir) / WEIGHTS)
     try:
-        error = quantization_error(scheme, (state[name] for name in names))
+        error = quantization_error(scheme, (state[f"{name}.weight"] for name in names))
         how_far = f"its weights had moved by {error:.1e} (median of |Q(W)-W|/|W|)"
-    except ValueError:
+    except UserError:
         how_far = "how far that is from it can be said where bitsandbytes is installed"
     return f"trained on a {scheme} base, merged into the unquantized one: {how_far}"

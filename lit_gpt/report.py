@@ -1,18 +1,16 @@
-"""What a run shows and leaves for people: progress and metrics.csv while it goes, summary.json and loss.png at the end.
+"""Show a run to people: progress and metrics.csv while it goes, summary.json and loss.png at the end.
 
 metrics.csv is always written; TensorBoard and Weights & Biases get the same numbers where they are asked for.
 """
 
 import csv
 import io
-import os
 import resource
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.loggers import Logger
@@ -21,11 +19,8 @@ from tqdm import tqdm
 from lit_gpt import monitor
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic_write, write_json
-from lit_gpt.resume import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lit_gpt.plots import draw_losses
+from lit_gpt.run_folder import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
 
 COLUMNS = (
     "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
@@ -36,7 +31,7 @@ PLAIN_EVERY = 10
 
 
 class Metrics:
-    """Appends rows to a CSV file, each flushed: what was measured survives whatever comes next.
+    """A CSV file of rows, each on the disk once it is written: what was measured survives whatever comes next.
 
     Args:
         path: of the file; what it held is gone.
@@ -48,31 +43,25 @@ class Metrics:
     """
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
-        self.rows = parse_metrics(text)
+        self.path, self.columns, self.rows = path, columns, parse_metrics(text)
         with atomic_write(path) as temporary:
             temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
-        self._path = path
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, **values: Any) -> None:
         """Add a row; columns that are not given stay empty."""
         self.rows.append(values)
         # Words, and counters to the last digit; six digits of what was measured.
-        self._writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self._file.flush()
+        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def text(self) -> str:
-        """The file's content."""
-        return self._path.read_text(encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Return the file's content."""
+        return self.path.read_text(encoding="utf-8")
 
 
 def parse_metrics(text: str) -> list[dict[str, Any]]:
-    """The rows of such a file, empty values left out."""
+    """Return the rows of such a file, empty values left out."""
     return [
         {name: value if name in NAMES else float(value) for name, value in row.items() if value}
         for row in csv.DictReader(io.StringIO(text))
@@ -80,7 +69,7 @@ def parse_metrics(text: str) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """``parse_metrics`` of a file.
+    """Read a run's metrics.csv.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is another.
@@ -113,12 +102,12 @@ class Reporter:
         state: dict[str, str] | None = None,
         step: int = 0,
     ) -> None:
-        self.n_steps = n_steps
-        self.run_id = state["run_id"] if state else uuid.uuid4().hex[:8]
-        self.metrics = Metrics(run_dir / METRICS, state["metrics"] if state else "")
+        before = state or {"run_id": uuid.uuid4().hex[:8], "metrics": "", "monitor": ""}
+        self.n_steps, self.run_id = n_steps, before["run_id"]
+        self.metrics = Metrics(run_dir / METRICS, before["metrics"])
         self.monitor: Metrics | None = None
         if settings["train"]["monitor"]:
-            self.monitor = Metrics(run_dir / MONITOR, state["monitor"] if state else "", monitor.COLUMNS)
+            self.monitor = Metrics(run_dir / MONITOR, before["monitor"], monitor.COLUMNS)
         self.loggers = open_loggers(run_dir, settings["io"], run_id=self.run_id, step=step)
         for logger in self.loggers:
             logger.log_hyperparams(settings)
@@ -126,19 +115,19 @@ class Reporter:
         self.bar = tqdm(total=n_steps, initial=step, unit="step") if sys.stderr.isatty() else None
 
     def state(self) -> dict[str, str]:
-        """What another reporter needs to go on from here."""
-        texts = {"metrics": self.metrics.text(), "monitor": self.monitor.text() if self.monitor else ""}
-        return {"run_id": self.run_id, **texts}
+        """Return what another reporter needs to go on from here."""
+        monitored = self.monitor.text() if self.monitor else ""
+        return {"run_id": self.run_id, "metrics": self.metrics.text(), "monitor": monitored}
 
     def record(self, **values: float) -> None:
-        """A step's or a validation's row of metrics.csv, by its columns; shown as well."""
+        """Write and show a step's or a validation's row of metrics.csv."""
         self.metrics.write(**values)
         step = int(values["step"])
         for logger in self.loggers:
             logger.log_metrics({name: value for name, value in values.items() if name != "step"}, step=step)
         if "val_loss" in values:
-            text = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
-            self.say(f"step {step}/{self.n_steps}  {text}")
+            losses = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
+            self.say(f"step {step}/{self.n_steps}  {losses}")
             return
         speed = values["tokens"] / max(values["seconds"], 1e-9)
         text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s"
@@ -150,32 +139,28 @@ class Reporter:
             print(f"step {step}/{self.n_steps}  {text}  {left:.0f} s left", flush=True)
 
     def record_monitor(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """What ``monitor.measure`` gave at a step."""
-        assert self.monitor is not None
+        """Write and show what ``monitor.measure`` gave at a step."""
         for row in rows:
             self.monitor.write(step=step, **row)
         self.say(f"step {step}/{self.n_steps}  {monitor.summarise(rows)}")
 
     def say(self, text: str) -> None:
-        """A line on the screen, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if self.bar is not None:
             self.bar.write(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar, the file and the loggers."""
+        """Finish the bar and the loggers."""
         if self.bar is not None:
             self.bar.close()
-        self.metrics.close()
-        if self.monitor:
-            self.monitor.close()
         for logger in self.loggers:
             logger.finalize("success")
 
 
 def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step: int) -> list[Logger]:
-    """The loggers that were asked for; after a resume they go on behind ``step``.
+    """Return the loggers that were asked for; after a resume they go on behind ``step``.
 
     Raises:
         ValueError: Weights & Biases does not let us in.
@@ -201,7 +186,7 @@ def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step:
 
 
 def peak_memory_bytes() -> int:
-    """On a GPU the allocator's peak; on a CPU the largest resident size of this process."""
+    """Return a GPU's allocator's peak; on a CPU the largest resident size of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
@@ -209,12 +194,12 @@ def peak_memory_bytes() -> int:
 
 
 def gib(n: int) -> str:
-    """Bytes in GiB."""
+    """Return bytes in GiB, for people."""
     return f"{n / 2**30:.2f}"
 
 
 def held_memory_bytes() -> int:
-    """What the process has now, counted as ``peak_memory_bytes``."""
+    """Return what the process has now, counted as ``peak_memory_bytes``."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     try:
@@ -226,9 +211,10 @@ def held_memory_bytes() -> int:
 
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
     """Draw the loss curves, write summary.json, the last file of a run, and print the lines that matter."""
-    draw_losses(run_dir / LOSS_CURVE, metrics.rows, title=str(summary["method"]))
+    names = validation_names(metrics.rows)
+    draw_losses(run_dir / LOSS_CURVE, metrics.rows, names=names, title=str(summary["method"]))
     write_json(run_dir / SUMMARY, summary)
-    for name, label in curves(metrics.rows).items():
+    for name, label in names.items():
         print(f"{label + ' loss':<32} {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}")
     print(f"{'trained':<32} {summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk")
     print(
@@ -244,53 +230,8 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
     print(f"{'loss curve':<32} {run_dir / LOSS_CURVE}")
 
 
-def curves(rows: list[dict[str, float]]) -> dict[str, str]:
-    """The validation losses that a run has, by column, with their names; one where only responses are learned."""
+def validation_names(rows: list[dict[str, float]]) -> dict[str, str]:
+    """Return the names of the validation losses that a run has, by column; one where only responses are learned."""
     if all(row["val_loss"] == row["val_response_loss"] for row in rows if "val_loss" in row):
         return {"val_response_loss": "validation"}
     return {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
-
-
-def draw_losses(path: Path, rows: list[dict[str, float]], *, title: str) -> None:
-    """Draw training and validation losses over the steps."""
-    figure, axes = new_figure()
-    steps = [row["step"] for row in rows if "loss" in row]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    axes.plot(steps, losses, label="training, each step", color="0.8", linewidth=1)
-    means = [fmean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, means, label="training, mean of ten steps", color="0.5")
-    for (name, label), color in zip(curves(rows).items(), ("tab:blue", "tab:orange"), strict=False):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o")
-    axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
-    save_figure(figure, path)
-
-
-def compare_runs(path: Path | str, curves: Mapping[str, list[tuple[float, float]]], *, label: str) -> None:
-    """Draw (step, value) points of several runs, by name; ``label`` says what the values are."""
-    figure, axes = new_figure()
-    colors = [f"C{i}" for i in range(10)]
-    for index, (name, points) in enumerate(curves.items()):
-        style = ("-", "--", ":")[index // len(colors) % 3]  # after ten runs the colours come again
-        marker = "o" if len(points) < 40 else None
-        axes.plot(*zip(*points, strict=True), style, color=colors[index % 10], label=name, marker=marker, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel=label)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def new_figure() -> tuple["Figure", "Axes"]:
-    """A picture with one set of axes."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # here: importing it takes as long as the rest of the package
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def save_figure(figure: "Figure", path: Path | str) -> None:
-    """Write a picture with its legend below, in two columns where names are short enough for that."""
-    names = figure.axes[0].get_legend_handles_labels()[1]
-    figure.legend(loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1, fontsize="small")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

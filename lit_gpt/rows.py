@@ -1,67 +1,56 @@
 """Rows of instruction data, read one by one from JSON, JSONL or CSV and checked.
 
-A row is {"instruction", "input", "output"}, or {"messages"}: a conversation of system, user and assistant, which
-ShareGPT calls {"conversations"}. A file holds rows of one kind. Rows that cannot be read as they were meant are
-gathered, and told together with the file and their numbers, counted from 1. Nothing is mended or guessed; rows without
-any text are left out and counted.
+It knows files and shapes of rows, and no tokenizer. A row is {"instruction", "input", "output"}, or {"messages"}: a
+conversation of system, user and assistant, which ShareGPT calls {"conversations"}. A file holds rows of one kind. Rows
+that cannot be read as they were meant are gathered, and told together with the file and their numbers, counted from 1.
+Nothing is mended or guessed; rows without any text are left out and counted.
 """
 
 import csv
 import json
 import re
-import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lit_gpt.errors import UserError
 
 FIELDS = {"instruction": "instruction", "input": "input", "output": "output"}
-"""What a file calls the three texts of a row, where nobody says otherwise."""
+"""The columns of the three texts of a row, where nobody says otherwise."""
 ROLES = ("system", "user", "assistant")
 LEARN_KEYS = ("weight", "train", "loss")
 """Keys with which data sets mark a message of the assistant that is not to be learned (0 or false)."""
 TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+NO_TOOLS = (
+    ": chat offers no tools, so they can't be learned; leave the row out or write the calls as text under content"
+)
 CONTEXT_KEYS = ("system", "system_prompt", "history")
 """What belongs to a conversation and stands beside it, or beside an instruction."""
+NO_CONTEXT = ", which would be left out; put it into messages, or take it away"
 CHAT_KEYS = ("messages", "conversations")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 SHOWN_PROBLEMS = 20
 CHUNK = 1 << 20
-MANY_DIGITS = 4300
-"""Python converts no longer integers."""
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass
 class Problems:
-    """The rows of a file that cannot be used."""
+    """The rows of a file that cannot be used, by number, and what is wrong with them."""
 
     source: Path | str
-    first: list[tuple[int, str]] = field(default_factory=list)
-    """The first rows, by number, and what is wrong with them."""
-    count: int = 0
+    rows: list[tuple[int, str]] = field(default_factory=list)
     blank: int = 0
     """Rows without text, left out."""
 
-    def add(self, number: int, problem: object) -> None:
-        """Note what is wrong with a row."""
-        self.count += 1
-        self.first = sorted([*self.first, (number, str(problem))])[:SHOWN_PROBLEMS]
-
     def __str__(self) -> str:
-        shown = [f"row {number}: {problem}" for number, problem in self.first]
-        more = self.count - len(shown)
+        shown = [f"row {number}: {problem}" for number, problem in sorted(self.rows)[:SHOWN_PROBLEMS]]
+        more = len(self.rows) - len(shown)
         return f"{self.source}, {'; '.join(shown + [f'and {more} more rows'] * (more > 0))}"
-
-    def check(self) -> None:
-        """Raise ValueError with the first problems and how many more there are, if there are any."""
-        if self.count:
-            raise UserError(str(self))
 
 
 def read_rows(
@@ -78,13 +67,8 @@ def read_rows(
         FileNotFoundError, ConnectionError: there is no such file, or it can't be downloaded.
         ValueError: the file is of an unknown kind, no UTF-8, or holds no rows, or none with a field that is mapped.
     """
-    if unknown := fields.keys() - FIELDS.keys():
-        raise UserError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
-    # A file's "input" that is the instruction, say, is not the input too
-    fields = FIELDS | ({"input": None} if "input" in fields.values() else {}) | dict(fields)
-    if len(set(fields.values())) < len(fields):
-        raise UserError(f"--fields takes two texts from one column ({dict(fields)}): give each a column of its own")
-    absent = set(fields.values()) - set(FIELDS) - {None}
+    columns = _columns(fields)
+    absent = set(columns.values()) - set(FIELDS) - {None}
     suffix = Path(str(source).split("?")[0]).suffix.lower()
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
@@ -101,51 +85,57 @@ def read_rows(
                 try:
                     if isinstance(row, UserError):
                         raise row
-                    row = _check_messages(row) if chat else _check_instruction(row, fields)
+                    row = _check_conversation(row) if chat else _check_instruction(row, columns)
                 except UserError as error:
-                    found.add(number, error)
+                    found.rows.append((number, str(error)))
                     continue
-                if not "".join([m["content"] for m in row["messages"]] if chat else row.values()).strip():
+                texts = [message["content"] for message in row["messages"]] if chat else row.values()
+                if "".join(texts).strip():
+                    n_good += 1
+                    yield number, row
+                else:
                     found.blank += 1
-                    continue
-                n_good += 1
-                yield number, row
         except UnicodeDecodeError as error:
-            raise UserError(f"{source} is not UTF-8 text (line {_bad_line(file)}); save it as UTF-8") from error
-    if problems is None:
-        found.check()
+            file.seek(0)
+            lines = enumerate(file, start=1)
+            bad = next(number for number, line in lines if line.decode(errors="replace").encode() != line)
+            raise UserError(f"{source} is not UTF-8 text (line {bad}); save it as UTF-8") from error
+    if problems is None and found.rows:
+        raise UserError(str(found))
     if absent and (n_good or found.blank):
         raise UserError(f"{source}: no row has {' or '.join(map(repr, sorted(absent)))}, which --fields names")
-    if not n_good and not found.count:
+    if not n_good and not found.rows:
         raise UserError(f"{source} holds no rows{' with text' if found.blank else ''}")
 
 
+def _columns(fields: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the column of each text; None for an input that the file does not have."""
+    if unknown := fields.keys() - FIELDS.keys():
+        raise UserError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
+    # A file's "input" that is the instruction, say, is not the input too
+    columns = FIELDS | ({"input": None} if "input" in fields.values() else {}) | dict(fields)
+    if len(set(columns.values())) < len(columns):
+        raise UserError(f"--fields takes two texts from one column ({columns}): give each a column of its own")
+    return columns
+
+
 def _open(source: Path | str) -> BinaryIO:
-    """Open a local file, or a temporary copy of what an https address gives."""
+    """Open a local file, or what an https address gives."""
     if str(source).startswith("https://"):
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         try:
             with urllib.request.urlopen(str(source), timeout=60) as reply:
-                copy.write(reply.read())
-        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException, ValueError) as error:
+                return BytesIO(reply.read())
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", repr(error))
             raise ConnectionError(
                 f"cannot download {source} ({reason}); get the file in another way and give --data_file_path FILE"
             ) from error
-        copy.seek(0)
-        return copy
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is not a file; give --data_file_path a .json, .jsonl or .csv file")
     return Path(source).open("rb")
 
 
-def _bad_line(file: BinaryIO) -> int:
-    """Return the number of the first line that is not UTF-8."""
-    file.seek(0)
-    lines = enumerate(file, start=1)
-    return next(number for number, line in lines if line.decode(errors="replace").encode() != line)
-
-
+# ---------------------------------------------------------------------------------------------------- parsing
 def _object(pairs: list[tuple[str, Any]]) -> dict | UserError:
     """Return a JSON object, or an error in its place where a key stands twice: so the parser can go on behind it."""
     row = dict(pairs)
@@ -155,25 +145,40 @@ def _object(pairs: list[tuple[str, Any]]) -> dict | UserError:
     return UserError(f"the key {next(name for name in row if names.count(name) > 1)!r} stands twice in an object")
 
 
+# Python converts no integers of 4,300 digits and more
 DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < MANY_DIGITS else float(digits)
+    object_pairs_hook=_object, parse_int=lambda digits: int(digits) if len(digits) < 4300 else float(digits)
 )
+
+
+def _decode(text: str, problem: str) -> Any:
+    """Return what a JSON text holds, or an error in its place."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{problem}: {error}")
 
 
 def _parse_json(file: TextIO) -> Iterator[Any]:
     """Yield the items of a JSON list, holding a part of the text alone; what is no JSON is the last item, an error."""
-    text, at, space = file.read(CHUNK), 0, re.compile(r"[ \t\n\r]*")
-    begin = space.match(text).end()
-    is_list, at = text[begin : begin + 1] == "[", begin + 1
-    while is_list:
-        at = space.match(text, at).end()
+    text = file.read(CHUNK)
+    at = SPACE.match(text).end() + 1
+    if text[at - 1 : at] != "[":
+        item = _decode(text + file.read(), "is not valid JSON, or cut short")
+        if not isinstance(item, UserError):
+            item = UserError(f"the file holds a {type(item).__name__}, expected a list of rows")
+        hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(item) else ""
+        yield UserError(f"{item}{hint}")
+        return
+    while True:
+        at = SPACE.match(text, at).end()
         if text[at : at + 1] == "]":
             if (text[at + 1 :] + file.read()).strip():
                 yield UserError("the list ends here, but the file goes on; make it one list")
             return
         try:
             item, end = DECODER.raw_decode(text, at)
-            end = space.match(text, end).end()
+            end = SPACE.match(text, end).end()
             if text[end : end + 1] not in (",", "]") or end == len(text):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except (ValueError, RecursionError) as error:
@@ -182,27 +187,15 @@ def _parse_json(file: TextIO) -> Iterator[Any]:
                 yield UserError(f"is not valid JSON, or cut short: {getattr(error, 'msg', error)}")
                 return
             text, at = text[at:] + more, 0
-            continue
-        yield item
-        at = end + (text[end] == ",")
-    text += file.read()
-    try:
-        item = DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(error) else ""
-        item = UserError(f"is not valid JSON, or cut short: {error}{hint}")
-    else:
-        item = UserError(f"the file holds a {type(item).__name__}, expected a list of rows")
-    yield item
+        else:
+            yield item
+            at = end + (text[end] == ",")
 
 
 def _parse_jsonl(file: TextIO) -> Iterator[Any]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            try:
-                yield DECODER.decode(line)
-            except (ValueError, RecursionError) as error:
-                yield UserError(f"line {number} is not valid JSON: {error}")
+            yield _decode(line, f"line {number} is not valid JSON")
 
 
 def _parse_csv(file: TextIO) -> Iterator[dict | UserError]:
@@ -223,6 +216,72 @@ def _parse_csv(file: TextIO) -> Iterator[dict | UserError]:
         yield UserError(f"is not valid CSV (line {reader.line_num}): {error}")
 
 
+# ---------------------------------------------------------------------------------------------------- checking
+def _check_instruction(row: object, columns: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the three texts of a row; the input may be missing or null, the output may be empty."""
+    if not isinstance(row, dict):
+        names = ", ".join(filter(None, columns.values()))
+        raise UserError(f"is a {type(row).__name__}, expected an object with {names}")
+    if missing := [name for name in (columns["instruction"], columns["output"]) if name not in row]:
+        raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
+    _refuse("", row, [key for key in CONTEXT_KEYS if key not in columns.values()], NO_CONTEXT)
+    texts = {name: row.get(column) for name, column in columns.items()}
+    if texts["input"] is None:
+        texts["input"] = ""
+    for name, text in texts.items():
+        _check_text(columns[name], text)
+    return texts
+
+
+def _refuse(where: str, holder: Mapping, keys: Collection[str], why: str) -> None:
+    """Raise ValueError where a row or a message holds something under one of these keys."""
+    if found := [key for key in keys if holder.get(key)]:
+        raise UserError(f"{where}has {' and '.join(found)}{why}")
+
+
+def _check_conversation(row: object) -> dict[str, list[dict]]:
+    """Return the messages of a row, each with role and content."""
+    messages = next((row[key] for key in CHAT_KEYS if key in row), None) if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError("has no messages, expected a list of {role, content}")
+    _refuse("the row ", row, TOOL_KEYS, NO_TOOLS)
+    messages = [_check_message(f"message {turn}", message) for turn, message in enumerate(messages, start=1)]
+    _refuse("", row, CONTEXT_KEYS, NO_CONTEXT)
+    return {"messages": messages}
+
+
+def _check_message(where: str, message: object) -> dict:
+    """Return a message with role and content, of ShareGPT's from and value too; parts of text become one."""
+    if isinstance(message, UserError):
+        raise UserError(f"{where}: {message}")
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
+    _refuse(f"{where} ", message, TOOL_KEYS, NO_TOOLS)
+    if "from" in message and "role" not in message:
+        role = message["from"]
+        message = {**message, "role": SHAREGPT.get(str(role), role), "content": message.get("value")}
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": "".join([_part_text(where, part) for part in message["content"]])}
+    if not isinstance(message.get("content"), str):
+        raise UserError(f"{where} has no text under content")
+    if message.get("role") not in ROLES:
+        raise UserError(f"{where} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
+    for key, value in message.items():
+        if key in LEARN_KEYS and value not in (None, 0, 1):
+            raise UserError(f"{where} has the {key} {value!r}, expected 0 or 1")
+        if isinstance(value, str):
+            _check_text(f"{where}, {key}", value)
+    return message
+
+
+def _part_text(where: str, part: object) -> str:
+    """Return the text of a part of a message's content."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise UserError(f"{where} has a part {kind} under content, expected texts alone")
+    return part["text"]
+
+
 def _check_text(name: str, text: object) -> None:
     """Raise ValueError unless it is text that can be written as UTF-8."""
     if not isinstance(text, str):
@@ -232,75 +291,3 @@ def _check_text(name: str, text: object) -> None:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
         raise UserError(f"{name} holds half a character ({found}); write it again from the whole text") from error
-
-
-def _check_instruction(row: object, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the three texts of a row; the input may be missing or null, the output may be empty."""
-    if not isinstance(row, dict):
-        raise UserError(
-            f"is a {type(row).__name__}, expected an object with {', '.join(filter(None, fields.values()))}"
-        )
-    needed = (fields["instruction"], fields["output"])
-    if missing := [name for name in needed if name not in row]:
-        raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
-    _check_context(row, used=fields.values())
-    texts = {name: row.get(key) for name, key in fields.items()}
-    if texts["input"] is None:
-        texts["input"] = ""
-    for name, text in texts.items():
-        _check_text(fields[name], text)
-    return texts
-
-
-def _check_context(row: Mapping, used: Collection[str | None] = ()) -> None:
-    """Raise ValueError where a row holds what would be left out of the conversation."""
-    if lost := [key for key in CONTEXT_KEYS if row.get(key) and key not in used]:
-        raise UserError(f"has {' and '.join(lost)}, which would be left out; put it into messages, or take it away")
-
-
-def _check_messages(row: object) -> dict[str, list]:
-    """Return the conversation of a row."""
-    messages = next((row[key] for key in CHAT_KEYS if key in row), None) if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError("has no messages, expected a list of {role, content}")
-    for turn, message in enumerate([row, *messages]):
-        where = f"message {turn}" if turn else "the row"
-        if isinstance(message, UserError):
-            raise UserError(f"{where}: {message}")
-        if not isinstance(message, dict):
-            raise UserError(f"{where} is a {type(message).__name__}, expected {{role, content}}")
-        if tools := [key for key in TOOL_KEYS if message.get(key)]:
-            raise UserError(
-                f"{where} has {' and '.join(tools)}: chat offers no tools, so they can't be learned; leave the row out "
-                "or write the calls as text under content"
-            )
-    _check_context(row)
-    messages = [_plain_message(turn, message) for turn, message in enumerate(messages, start=1)]
-    for turn, message in enumerate(messages, start=1):
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"message {turn} has no text under content")
-        if message.get("role") not in ROLES:
-            raise UserError(f"message {turn} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
-        for key in LEARN_KEYS:
-            if message.get(key) not in (None, 0, 1):
-                raise UserError(f"message {turn} has the {key} {message[key]!r}, expected 0 or 1")
-        for key, value in message.items():
-            if isinstance(value, str):
-                _check_text(f"message {turn}, {key}", value)
-    return {"messages": messages}
-
-
-def _plain_message(turn: int, message: dict) -> dict:
-    """Return a message with role and content, of ShareGPT's from and value too; parts of text become one."""
-    if "from" in message and "role" not in message:
-        role, content = SHAREGPT.get(str(message["from"]), message["from"]), message.get("value")
-        message = {**message, "role": role, "content": content}
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return message
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    for part, text in zip(parts, texts, strict=True):
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UserError(f"message {turn} has a part {kind} under content, expected texts alone")
-    return {**message, "content": "".join(texts)}

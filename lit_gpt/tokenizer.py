@@ -8,24 +8,23 @@
 """
 
 import hashlib
-from collections.abc import Container, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 
 import jinja2
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import write_json
 from lit_gpt.templates import compile_template
-from lit_gpt.tokenizer_files import ANCHORS, open_backend, token_text
+from lit_gpt.tokenizer_files import TokenizerFiles, encode_behind
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
 END_TOKENS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>"),
     *("<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>"),
 )
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Stands for an answer, to see what a chat template writes around one.
 PROBE = "qzanswerzq"
 
@@ -50,34 +49,23 @@ class Tokenizer:
         """
         self.dir = Path(checkpoint_dir)
         with reading(f"the tokenizer of {self.dir}"):
-            self._read()
-
-    def _read(self) -> None:
-        self.config = self._read_optional("tokenizer_config.json")
-        special_map = self._read_optional("special_tokens_map.json")
-        self.special_tokens = {
-            name: text for name in SPECIAL_NAMES if (text := token_text(self.config.get(name, special_map.get(name))))
-        }
-        more = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens")
-        more = more or special_map.get("additional_special_tokens") or []
-        more = more.values() if isinstance(more, dict) else more
-        special = dict.fromkeys(filter(None, [*self.special_tokens.values(), *map(token_text, more)]))
-        added = self._read_added_tokens(special)
-        self._backend = open_backend(self.dir, self.config, self.special_tokens, added=added, special=special)
-        self.vocab_size: int = self._backend.vocab_size
-        self.bos_id = self._special_id("bos")
-        self.eos_id = self._special_id("eos")
-        self.pad_id = self._special_id("pad")
-        if self.config.get("add_bos_token") is True and self.bos_id is not None and self.bos_id not in self.encode(""):
-            self._backend.head = [self.bos_id]
-        self.eos_ids = {self.eos_id, *self._model_ids("eos_token_id")} - {None}
-        if self.eos_id != self._backend.default_id("bos"):
-            self.eos_ids -= {self._backend.default_id("bos")}
-        self.adds_bos = self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
-        self.chat_template = self._find_chat_template()
+            self.files = TokenizerFiles(self.dir)
+            self.special_tokens = self.files.special_tokens
+            self._vocabulary = self.files.open_vocabulary()
+            self.vocab_size: int = self._vocabulary.vocab_size
+            self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos", "eos", "pad"))
+            self.eos_ids = {self.eos_id, *self.files.model_ids("eos_token_id", self.vocab_size)} - {None}
+            # First-generation LLaMA folders call BOS an end
+            self.eos_ids -= {self._vocabulary.default_ids.get("bos")} - {self.eos_id}
+            asks, (around,) = self.files.config.get, self._vocabulary.encode_batch([""], add_special=True)
+            self._head = [self.bos_id] if asks("add_bos_token") and self.bos_id not in (None, *around) else []
+            adds_eos = asks("add_eos_token") and self.eos_id is not None and not self._vocabulary.post_processes
+            self._tail = [self.eos_id] if adds_eos else []
+            self.adds_bos = self.encode("")[:1] == [self.bos_id]
+            self.chat_template = self._find_chat_template()
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
-        """The ids of `text`.
+        """Return the ids of a text.
 
         Args:
             text: any text; special tokens written in it become their ids.
@@ -87,32 +75,33 @@ class Tokenizer:
         Raises:
             ValueError: a BOS or EOS is asked for that the tokenizer does not have.
         """
-        if bos is None:
-            ids = self._backend.encode_batch([text], add_special=True)[0]
-        else:
-            ids = ([self._required("bos")] if bos else []) + self._backend.encode_batch([text])[0]
-        return ids + ([self._required("eos")] if eos else [])
+        head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
+        tail = tail + [self.eos_id] * eos
+        if None in head + tail:
+            name = "BOS" if None in head else "EOS"
+            raise UserError(f"the tokenizer of {self.dir} has no {name} token; name one in tokenizer_config.json")
+        (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
+        return head + ids + tail
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
-        """The ids of many texts, without BOS and EOS.
+        """Return the ids of many texts, without BOS and EOS.
 
         Args:
             texts: the texts.
             continues: they go on from some other text, so no leading space is added (SentencePiece does, to a text).
         """
-        if continues and self._adds_space:
-            return self._encode_behind(texts)
-        return self._backend.encode_batch(texts)
+        encode = self._vocabulary.encode_batch
+        return encode_behind(encode, texts) if continues and self._adds_space else encode(texts)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special)
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self._vocabulary.decode([int(i) for i in ids], skip_special)
 
     def check_ids(self, ids: Iterable[int], rows: int) -> None:
         """Raise ValueError where a model with so many rows has none for some of the ids; the tokens are named."""
         beyond = sorted({i for i in ids if i >= rows})
         if beyond:
-            names = ", ".join(f"{self._backend.id_token(i)} is id {i}" for i in beyond[:4])
+            names = ", ".join(f"{self._vocabulary.id_token(i)} is id {i}" for i in beyond[:4])
             raise UserError(
                 f"{names}{', ...' if len(beyond) > 4 else ''}: the model has {rows} rows; {self.dir} needs the "
                 "tokenizer that its model was made with, or text and a prompt style without these tokens"
@@ -121,33 +110,32 @@ class Tokenizer:
     @property
     def stop_tokens(self) -> tuple[str, ...]:
         """The texts of `stop_ids`."""
-        return tuple(self._backend.id_token(i) for i in sorted(self.stop_ids))
+        return tuple(self._vocabulary.id_token(i) for i in sorted(self.stop_ids))
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Ids of byte-fallback pieces (`<0x0A>`): what one of them decodes to depends on those that follow it."""
-        ids = (self._backend.token_id(f"<0x{byte:02X}>") for byte in range(256))
+        ids = (self._vocabulary.token_id(f"<0x{byte:02X}>") for byte in range(256))
         return frozenset(i for i in ids if i is not None)
 
     @property
     def sha256(self) -> str:
         """A fingerprint of what the ids come from: data and model belong together where it is the same."""
-        more = repr(sorted(self._backend.beside.items())) if self._backend.beside else ""
-        return hashlib.sha256(self._backend.path.read_bytes() + more.encode()).hexdigest()
+        more = repr(sorted(self._vocabulary.beside.items())) if self._vocabulary.beside else ""
+        return hashlib.sha256(self._vocabulary.path.read_bytes() + more.encode()).hexdigest()
 
     def answer_end(self, style: str) -> int | None:
-        """The id that ends an answer in training data of this prompt style: EOS, or what the chat template writes."""
+        """Return the id that ends an answer in training data of this prompt style: EOS, or what the template writes."""
         if style != "chat" or self.chat_template is None:
             return self.eos_id
         try:
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-            tail = self.render_chat(turns).rpartition(PROBE)[2]
+            tail = render_tail(self, ("user",))
         except ValueError:  # a template for other conversations
             return self.eos_id
-        return next((i for i in self._backend.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
+        return next((i for i in self.encode_batch([tail])[0] if i in self.stop_ids), self.eos_id)
 
     def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation in the model's own format, as transformers' `apply_chat_template` makes it.
+        """Return the text of a conversation in the model's own format, as transformers' `apply_chat_template` makes it.
 
         Args:
             messages: dicts with "role" and "content".
@@ -161,121 +149,78 @@ class Tokenizer:
                 f"{self.dir} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
                 "use a prompt style such as alpaca"
             )
+        settings = self.special_tokens | {"add_generation_prompt": add_generation_prompt}
         try:
             # `tools` and `documents` are empty as in transformers, whose templates test them
-            return self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            template = compile_template(self.chat_template)
+            return template.render(messages=list(messages), tools=None, documents=None, **settings)
         except (jinja2.TemplateError, TypeError) as error:
             way = "; a template without a system role takes its text in the first user message"
             way = way if messages[0]["role"] == "system" else ""
             raise UserError(f"the chat template of {self.dir} refuses the conversation: {error}{way}") from error
 
     @cached_property
-    def _template(self) -> jinja2.Template:
-        return compile_template(self.chat_template)
-
-    @cached_property
     def _adds_space(self) -> bool:
         """Whether a text's first word is encoded as if a space stood before it, as SentencePiece does."""
-        newline, joined = self._backend.encode_batch(["\n", "\na"])
-        return joined[len(newline) :] != self._backend.encode_batch(["a"])[0]
-
-    def _encode_behind(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text behind an anchor, and take the anchor's ids off again.
-
-        A second anchor is tried where the first has merged with the text; a text that merges with all keeps its space.
-        """
-        results: list[list[int] | None] = [None] * len(texts)
-        for anchor in ANCHORS:
-            left = [i for i, ids in enumerate(results) if ids is None]
-            head = self._backend.encode_batch([anchor])[0]
-            for i, ids in zip(left, self._backend.encode_batch([anchor + texts[i] for i in left]), strict=True):
-                if ids[: len(head)] == head:
-                    results[i] = ids[len(head) :]
-        return [self._backend.encode_batch([texts[i]])[0] if ids is None else ids for i, ids in enumerate(results)]
-
-    def _read_optional(self, name: str) -> dict:
-        path = self.dir / name
-        content = read_json(path) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise UserError(f"{path} holds a {type(content).__name__}, expected an object; get the file again")
-        return content
-
-    def _read_added_tokens(self, special: Container[str]) -> dict[str, dict]:
-        """The tokens that tokenizer_config.json and added_tokens.json add, by their text: "id", and how they match."""
-        found = {
-            text: {"id": i, "special": text in special, "normalized": text not in special}
-            for text, i in self._read_optional("added_tokens.json").items()
-        }
-        for i, token in self.config.get("added_tokens_decoder", {}).items():
-            found[token_text(token)] = {**(token if isinstance(token, dict) else {"special": True}), "id": int(i)}
-        return found
+        newline, joined, alone = self._vocabulary.encode_batch(["\n", "\na", "a"])
+        return joined[len(newline) :] != alone
 
     def _special_id(self, name: str) -> int | None:
-        """The id of the bos, eos or pad token: as the tokenizer's files say, or else the model's.
+        """Return the id of the bos, eos or pad token: as the tokenizer's files say, or else the model's.
 
         First-generation LLaMA folders name none, and their config.json has ids that are off by one.
         """
         token = self.special_tokens.get(f"{name}_token")
-        found = self._backend.token_id(token) if token else self._backend.default_id(name)
+        found = self._vocabulary.token_id(token) if token else self._vocabulary.default_ids.get(name)
         if found is None:
-            found = next(iter(self._model_ids(f"{name}_token_id")), None)
+            found = next(iter(self.files.model_ids(f"{name}_token_id", self.vocab_size)), None)
         if found is not None:
-            self.special_tokens.setdefault(f"{name}_token", self._backend.id_token(found))
+            self.special_tokens.setdefault(f"{name}_token", self._vocabulary.id_token(found))
         return found
-
-    def _model_ids(self, key: str) -> list[int]:
-        """What `generation_config.json`, then `config.json` say of a token id: an int or a list of them."""
-        ids: list[int] = []
-        for name in ("generation_config.json", "config.json"):
-            value = self._read_optional(name).get(key)
-            ids += value if isinstance(value, list) else [value]
-        return [i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size]
 
     @cached_property
     def stop_ids(self) -> set[int]:
         """Ids at which an answer ends: `eos_ids`, known end-of-turn tokens, and the chat template's own."""
-        found = {self._backend.token_id(token) for token in END_TOKENS}
-        known = self.eos_ids | (found & self._backend.special_ids)
+        found = {self._vocabulary.token_id(token) for token in END_TOKENS}
+        known = self.eos_ids | (found & self._vocabulary.special_ids)
         return known | self._template_end(known)
 
     def _template_end(self, known: set[int]) -> set[int]:
-        """The special token that the chat template writes behind every answer, where none there is known."""
+        """Return the special token that the chat template writes behind every answer, where none there is known."""
         user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
         try:
             prompt = self.render_chat([user], add_generation_prompt=True)
             last, earlier = (self.render_chat(turns) for turns in ([user, answer], [user, answer, user]))
         except ValueError:
             return set()
-        tails = self._backend.encode_batch([text.rpartition(PROBE)[2] for text in (last, earlier)])
+        tails = self.encode_batch([text.rpartition(PROBE)[2] for text in (last, earlier)])
         shared = [i for i, j in takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))]
         # A token that the answer itself begins with does not end it
         lead = last.removeprefix(prompt).partition(PROBE)[0] if last.startswith(prompt) else ""
-        ends = [i for i in shared if i in self._backend.special_ids and self._backend.id_token(i) not in lead]
+        ends = [i for i in shared if i in self._vocabulary.special_ids and self._vocabulary.id_token(i) not in lead]
         return set() if known.intersection(shared) else set(ends[:1])
 
     def _find_chat_template(self) -> str | None:
-        """`chat_template.jinja` first, as transformers does; else the config's text, or the default of its list."""
+        """Return `chat_template.jinja` first, as transformers does; else the config's text, or its list's default."""
         path = self.dir / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
-        template = self.config.get("chat_template")
+        template = self.files.config.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
-    def _required(self, name: str) -> int:
-        token_id = {"bos": self.bos_id, "eos": self.eos_id}[name]
-        if token_id is None:
-            raise UserError(
-                f"the tokenizer of {self.dir} has no {name.upper()} token; name one in tokenizer_config.json"
-            )
-        return token_id
+
+@lru_cache(maxsize=1000)
+def render_tail(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+    """Return what the chat template writes behind an answer to turns of these roles."""
+    answer, user = {"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE}
+    turns = [*({"role": role, "content": "?"} for role in roles), answer]
+    _, shown, tail = tokenizer.render_chat(turns).rpartition(PROBE)
+    if shown:
+        return tail
+    # A template that leaves the last answer out: what stands between an earlier one and the user's next text
+    return [*tokenizer.render_chat([*turns, user]).split(PROBE), ""][1]
 
 
 def list_answer_end(folder: Path, style: str) -> None:
@@ -285,9 +230,8 @@ def list_answer_end(folder: Path, style: str) -> None:
     answers in a chat template end with another token.
     """
     tokenizer = Tokenizer(folder)
-    path, end = folder / "generation_config.json", tokenizer.answer_end(style)
-    content = tokenizer._read_optional("generation_config.json")
-    listed = content.get("eos_token_id", tokenizer._read_optional("config.json").get("eos_token_id"))
+    path, end, content = folder / "generation_config.json", tokenizer.answer_end(style), tokenizer.files.generation
+    listed = content.get("eos_token_id", tokenizer.files.model.get("eos_token_id"))
     listed = listed if isinstance(listed, list) else [listed]
     if end is None or end in listed or not (path.is_file() or (folder / "config.json").is_file()):
         return

@@ -1,27 +1,88 @@
-"""The two kinds of tokenizer files, each behind the same methods: text to ids and back, and what tokens are special.
+"""The files of a tokenizer's folder: what the JSON files say, and the two kinds of vocabulary behind the same methods.
 
 - `tokenizer.json` is read by the `tokenizers` library, `tokenizer.model` by `sentencepiece`.
 - Tokens that stand in other files alone (`tokenizer_config.json`, `added_tokens.json`) are added to either, as
   transformers does it.
+
+It knows texts, tokens and ids, and nothing of conversations.
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from lit_gpt.errors import UserError
+from lit_gpt.files import read_json
 
-# A text that goes on is encoded behind one of these, so that no leading space is added to it; see `_encode_behind`.
-ANCHORS = ("\n", "|", "0")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
 
 
-class JsonBackend:
+class TokenizerFiles:
+    """What the JSON files of a folder say, each read once; {} for one that is not there.
+
+    Attributes:
+        config, generation, model: tokenizer_config.json, generation_config.json, config.json.
+        special_tokens: texts by name ("bos_token").
+        special: the texts of all special tokens.
+        added: tokens to add to the vocabulary, by text: how they match, and the "id" where a file says one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the files, or raise ValueError with the name of one that is corrupt."""
+        self.dir = folder
+        self.config, self.generation, self.model = map(
+            self._read, ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        special_map = self._read("special_tokens_map.json")
+        named = {name: token_text(self.config.get(name, special_map.get(name))) for name in SPECIAL_NAMES}
+        self.special_tokens = {name: text for name, text in named.items() if text}
+        more = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens")
+        more = more or special_map.get("additional_special_tokens") or []
+        more = more.values() if isinstance(more, dict) else more
+        self.special = [*self.special_tokens.values(), *filter(None, map(token_text, more))]
+        self.added: dict[str, dict] = {
+            text: {"id": i, "special": text in self.special, "normalized": text not in self.special}
+            for text, i in self._read("added_tokens.json").items()
+        }
+        for i, token in self.config.get("added_tokens_decoder", {}).items():
+            self.added[token_text(token)] = {**(token if isinstance(token, dict) else {"special": True}), "id": int(i)}
+        for text in self.special:
+            self.added.setdefault(text, {"special": True, "normalized": False})
+
+    def _read(self, name: str) -> dict:
+        path = self.dir / name
+        content = read_json(path) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds a {type(content).__name__}, expected an object; get the file again")
+        return content
+
+    def open_vocabulary(self) -> "JsonVocabulary | SentencePieceVocabulary":
+        """Return what the folder has, a tokenizer.json first."""
+        for name, vocabulary in {"tokenizer.json": JsonVocabulary, "tokenizer.model": SentencePieceVocabulary}.items():
+            if (self.dir / name).is_file():
+                return vocabulary(self.dir / name, self)
+        what = "no tokenizer.json and no tokenizer.model" if self.dir.is_dir() else "not a folder: expected one"
+        raise FileNotFoundError(
+            f"{self.dir}: {what} to read the tokenizer from; get the model with "
+            "`python scripts/download.py --repo_id <org>/<name>`"
+        )
+
+    def model_ids(self, key: str, vocab_size: int) -> list[int]:
+        """Return what generation_config.json, then config.json say of a token id: an int or a list of them."""
+        values = [content.get(key) for content in (self.generation, self.model)]
+        ids = [i for value in values for i in (value if isinstance(value, list) else [value])]
+        return [i for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
+
+
+class JsonVocabulary:
     """`tokenizer.json`, read by the `tokenizers` library."""
 
-    def __init__(self, path: Path, *, added: dict[str, dict], special: Iterable[str]) -> None:
-        """`added` and `special` are tokens that other files add: all that they say of them, and special ones' texts.
+    post_processes = True  # the file says what stands around a text
+
+    def __init__(self, path: Path, files: TokenizerFiles) -> None:
+        """Read the file, and add the tokens of the others.
 
         Raises:
             ValueError: the file is corrupt, or an added token would get another id than the other files say.
@@ -29,7 +90,7 @@ class JsonBackend:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as HFTokenizer
 
-        self.path = path
+        self.path, self.default_ids = path, {}
         try:
             self.processor = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
@@ -38,10 +99,11 @@ class JsonBackend:
         self.processor.no_truncation()
         self.processor.no_padding()
         before = {token.content for token in self.processor.get_added_tokens_decoder().values()}
-        texts = sorted(added, key=lambda text: added[text]["id"])  # new ids are given in this order
-        new = [text for text in texts if self.token_id(text) is None]
+        added = {text: token for text, token in files.added.items() if "id" in token or text not in before}
+        texts = sorted(added, key=lambda text: added[text].get("id", float("inf")))  # new ids are given in this order
+        new = [text for text in texts if "id" in added[text] and self.token_id(text) is None]
         self.processor.add_tokens(
-            [AddedToken(text, **{k: added[text][k] for k in FLAGS & {*added[text]}}) for text in texts]
+            [AddedToken(text, **{flag: added[text][flag] for flag in FLAGS & {*added[text]}}) for text in texts]
         )
         for text in new:
             if self.token_id(text) != (said := added[text]["id"]):
@@ -49,19 +111,15 @@ class JsonBackend:
                     f"{path} gives the token {text} the id {self.token_id(text)}, tokenizer_config.json or "
                     f"added_tokens.json says {said}: these files are not of one model, get them again"
                 )
-        self.processor.add_special_tokens(
-            [AddedToken(text, special=True, normalized=False) for text in special if text not in before | {*added}]
-        )
         decoder = self.processor.get_added_tokens_decoder()
         self.beside = {token.content: i for i, token in decoder.items() if token.content not in before}
         self.special_ids = {i for i, token in decoder.items() if token.special}
         self.vocab_size = max(self.processor.get_vocab().values(), default=-1) + 1
-        self.head: list[int] = []
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
-        """`add_special`: run the file's post-processor, which is what adds BOS, or else put `head` in front."""
+        """Return the ids of texts; with `add_special` as the file's post-processor leaves them, which may add BOS."""
         encodings = self.processor.encode_batch_fast(list(texts), add_special_tokens=add_special)
-        return [self.head + e.ids if add_special else e.ids for e in encodings]
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self.processor.decode(ids, skip_special_tokens=skip_special)
@@ -72,96 +130,82 @@ class JsonBackend:
     def id_token(self, token_id: int) -> str:
         return self.processor.id_to_token(token_id) or ""
 
-    def default_id(self, name: str) -> int | None:
-        """The file itself names no special tokens."""
-        return None
 
+class SentencePieceVocabulary:
+    """`tokenizer.model`, read by the `sentencepiece` library, with the tokens that other files add to it."""
 
-class SentencePieceBackend:
-    """`tokenizer.model`, read by the `sentencepiece` library, with the special tokens that other files add to it."""
+    post_processes = False
 
-    def __init__(
-        self, path: Path, *, config: dict, names: dict[str, str], added: dict[str, dict], special: Iterable[str]
-    ) -> None:
-        """`config` is `tokenizer_config.json`, `names` its special tokens; the rest as in `JsonBackend`."""
+    def __init__(self, path: Path, files: TokenizerFiles) -> None:
+        """Read the file, or raise ValueError where it is corrupt, and add the tokens of the others."""
         from sentencepiece import SentencePieceProcessor
 
         self.path = path
         try:
             self.processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(_no_sentencepiece(path)) from error
-        self.pieces = pieces = self.processor.get_piece_size()
-        own = [i for i in range(pieces) if self.processor.is_control(i) or self.processor.is_unknown(i)]
+            what = "is corrupt or not a SentencePiece model; get the file again"
+            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
+                what = (
+                    "is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
+                    "tokenizer.json of the model's Hugging Face repository into the folder"
+                )
+            raise UserError(f"{path} {what}") from error
+        defaults = {name: getattr(self.processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
+        self.default_ids = {name: i for name, i in defaults.items() if i >= 0}
+        self.pieces = self.processor.get_piece_size()
+        own = [i for i in range(self.pieces) if self.processor.is_control(i) or self.processor.is_unknown(i)]
         self.added = {self.processor.id_to_piece(i): i for i in own}
-        self.added |= {text: token["id"] for text, token in added.items()}
-        for text in special:
+        self.added |= {text: token["id"] for text, token in files.added.items() if "id" in token}
+        for text in files.added:
             if text not in self.added:  # one that no file gives an id comes behind all others
                 found = self.token_id(text)
-                self.added[text] = max(pieces - 1, *self.added.values()) + 1 if found is None else found
-        self.beside = {text: i for text, i in self.added.items() if i >= pieces}
-        self.added_tokens = {i: token for token, i in self.added.items()}
-        plain = {text for text, token in added.items() if not token.get("special") and text not in special}
-        self.special_ids = {i for text, i in self.added.items() if text not in plain}
-        self.vocab_size = max(pieces, max(self.added_tokens, default=-1) + 1)
-        # As in LlamaTokenizer, whose `legacy` puts a space before the text after a special token, too
-        self.legacy = bool(config.get("legacy", False))
-        self.prefix = config.get("add_prefix_space") is not False
-        ends = {name: self.token_id(names.get(f"{name}_token", "")) for name in ("bos", "eos")}
-        ends = {name: self.default_id(name) if found is None else found for name, found in ends.items()}
-        self.head = [ends["bos"]] if config.get("add_bos_token") and ends["bos"] is not None else []
-        self.tail = [ends["eos"]] if config.get("add_eos_token") and ends["eos"] is not None else []
-        spaces = {
-            text: [r"\s*" * bool(token.get(flag)) for flag in ("lstrip", "rstrip")] for text, token in added.items()
-        }
+                self.added[text] = max(self.pieces - 1, *self.added.values()) + 1 if found is None else found
+        self.added_texts = {i: text for text, i in self.added.items()}
+        self.beside = {text: i for text, i in self.added.items() if i >= self.pieces}
+        self.vocab_size = max(self.pieces, *(i + 1 for i in self.added.values()))
+        flags = {text: files.added.get(text, {"special": True}) for text in self.added}
+        self.special_ids = {i for text, i in self.added.items() if flags[text].get("special") or text in files.special}
         patterns = [
-            re.escape(text).join(spaces.get(text, ["", ""])) for text in sorted(self.added, key=len, reverse=True)
+            r"\s*" * bool(flags[text].get("lstrip")) + re.escape(text) + r"\s*" * bool(flags[text].get("rstrip"))
+            for text in sorted(self.added, key=len, reverse=True)
         ]
         self.split = re.compile(f"({'|'.join(patterns)})")
+        self.prefix = files.config.get("add_prefix_space") is not False
         self.dummy_prefix = self.processor.encode("a", out_type=str)[0].startswith("▁")
+        # As in LlamaTokenizer, whose `legacy` puts a space before the text after a special token, too
+        self.adds_space_inside = not self.dummy_prefix or bool(files.config.get("legacy", False))
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
-        """`add_special`: add BOS and EOS as `tokenizer_config.json` says."""
-        head, tail = (self.head, self.tail) if add_special else ([], [])
-        return [head + self._encode(text) + tail for text in texts]
+        """Return the ids of texts."""
+        return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for number, part in enumerate(self.split.split(text) if self.added else [text]):
+        for number, part in enumerate(self.split.split(text)):
             token = part if part in self.added else part.strip()  # with the spaces that it takes along
             if token in self.added:
                 ids.append(self.added[token])
-            elif part and (number or not self.prefix) and self.dummy_prefix and not self.legacy:
-                ids += self._encode_inside(part)
-            else:
+            elif (number == 0 and self.prefix) or self.adds_space_inside:
                 ids += self.processor.encode(part)
+            elif part == " ":
+                ids.append(self.processor.piece_to_id("▁"))
+            elif part.startswith(" "):  # the space that SentencePiece puts first
+                ids += self.processor.encode(part[1:])
+            else:
+                ids += encode_behind(self.processor.encode, [part])[0]
         return ids
 
-    def _encode_inside(self, text: str) -> list[int]:
-        """The ids of a text that follows a special token: the space that SentencePiece puts first is not wanted."""
-        if text == " ":
-            return [self.processor.piece_to_id("▁")]
-        if text.startswith(" "):
-            return self.processor.encode(text[1:])
-        for anchor in ANCHORS:
-            head, ids = self.processor.encode([anchor, anchor + text])
-            if ids[: len(head)] == head:
-                return ids[len(head) :]
-        return self.processor.encode(text)
-
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """As in transformers, each byte of a run of byte pieces that is no UTF-8 gives U+FFFD."""
+        """Return the text; as in transformers, each byte of a run of byte pieces that is no UTF-8 gives U+FFFD."""
         # A model has more rows than its tokenizer has ids: what those padded rows stand for is no text
-        ids = [i for i in ids if i < self.pieces or i in self.added_tokens]
-        ids = [i for i in ids if not (skip_special and i in self.special_ids)]
+        left_out = self.special_ids if skip_special else ()
+        ids = [i for i in ids if (i < self.pieces or i in self.added_texts) and i not in left_out]
         text = ""
-        for is_byte, run in groupby(ids, key=self._is_byte):
-            pieces = [self.added_tokens.get(i) or self.processor.id_to_piece(i) for i in run]
+        for is_byte, run in groupby(ids, key=lambda i: i not in self.added_texts and self.processor.is_byte(i)):
+            pieces = list(map(self.id_token, run))
             text += _bytes_text(pieces) if is_byte else "".join(pieces).replace("▁", " ")
         return text[1:] if self.dummy_prefix and self.prefix and text.startswith(" ") else text
-
-    def _is_byte(self, token_id: int) -> bool:
-        return token_id not in self.added_tokens and self.processor.is_byte(token_id)
 
     def token_id(self, token: str) -> int | None:
         if token in self.added:
@@ -170,47 +214,33 @@ class SentencePieceBackend:
         return found if self.processor.id_to_piece(found) == token else None
 
     def id_token(self, token_id: int) -> str:
-        return self.added_tokens.get(token_id) or self.processor.id_to_piece(token_id)
-
-    def default_id(self, name: str) -> int | None:
-        """The id of bos, eos or pad that the model file itself gives."""
-        found = {"bos": self.processor.bos_id, "eos": self.processor.eos_id, "pad": self.processor.pad_id}[name]()
-        return found if found >= 0 else None
+        return self.added_texts.get(token_id) or self.processor.id_to_piece(token_id)
 
 
-def open_backend(
-    folder: Path, config: dict, names: dict[str, str], *, added: dict[str, dict], special: Collection[str]
-) -> JsonBackend | SentencePieceBackend:
-    """Whichever of the two files `folder` has."""
-    if (folder / "tokenizer.json").is_file():
-        return JsonBackend(folder / "tokenizer.json", added=added, special=special)
-    if not (folder / "tokenizer.model").is_file():
-        what = "no tokenizer.json and no tokenizer.model" if folder.is_dir() else "not a folder: expected one"
-        raise FileNotFoundError(
-            f"{folder}: {what} to read the tokenizer from; get the model with "
-            "`python scripts/download.py --repo_id <org>/<name>`"
-        )
-    return SentencePieceBackend(folder / "tokenizer.model", config=config, names=names, added=added, special=special)
+def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts that go on from others, without the space that SentencePiece puts before a text.
+
+    Each is encoded behind an anchor, whose ids are taken off again: behind the next one where it has merged with the
+    text. A text that merges with all keeps its space.
+    """
+    results: list[list[int] | None] = [None] * len(texts)
+    for anchor in ("\n", "|", "0", ""):
+        left = [i for i, ids in enumerate(results) if ids is None]
+        head, *joined = encode([anchor, *(anchor + texts[i] for i in left)])
+        for i, ids in zip(left, joined, strict=True):
+            if ids[: len(head)] == head:
+                results[i] = ids[len(head) :]
+    return results
 
 
-def _no_sentencepiece(path: Path) -> str:
-    """Return the reason why a file is no SentencePiece model."""
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
-        return (
-            f"{path} is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
-            "tokenizer.json of the model's Hugging Face repository into the folder"
-        )
-    return f"{path} is corrupt or not a SentencePiece model; get the file again"
+def token_text(token: str | dict | None) -> str | None:
+    """Return the text of a token, which files write as its text, or as an object with the text and its flags."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _bytes_text(pieces: list[str]) -> str:
-    """The text of byte pieces, `<0xE2>` and such."""
+    """Return the text of byte pieces, `<0xE2>` and such."""
     try:
         return bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8")
     except UnicodeDecodeError:
         return "\ufffd" * len(pieces)
-
-
-def token_text(token: str | dict | None) -> str | None:
-    """Files write a token as its text, or as an object with the text and its flags."""
-    return token.get("content") if isinstance(token, dict) else token

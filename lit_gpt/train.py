@@ -1,90 +1,57 @@
-"""Finetuning with ETHER, OFT, LoRA or all weights: one function behind all front ends.
+"""Finetune with ETHER, OFT, LoRA or all weights: ``finetune``, behind all front ends, and its loop, the ``Trainer``.
 
-``finetune`` checks everything, loads the base, puts the adapter on, trains, and leaves a run folder:
+A run leaves a folder: its result (lit_model_ether_finetuned.pth, or of full finetuning final/, a base-shaped folder),
+hparams.yaml, metrics.csv, loss.png, monitor.csv (--train.monitor true), checkpoints/step-N/ (--train.save_interval N),
+and last of all summary.json: a finished run has it.
 
-    lit_model_ether_finetuned.pth   the adapter alone (full finetuning: final/, a base-shaped folder)
-    hparams.yaml                    every setting of the run
-    metrics.csv, loss.png           losses by step
-    monitor.csv                     with --train.monitor true, what lit_gpt/monitor.py measures at validations
-    summary.json                    what the closing lines say; the last file of a run, so a finished one has it
-    checkpoints/step-N/             the same result and all that --resume true needs, every --train.save_interval steps
-
-``run.py`` is the loop; here is what is built before it.
-
-Exit codes: 0 when the run is done or --train.max_time is over, 128 plus its number after a signal (143 SIGTERM, 130
-SIGINT, 138 SIGUSR1, 129 SIGHUP; a checkpoint is written first), 1 for what cannot go on.
+- The loss is summed over the target tokens of the whole optimizer step and divided once, so that any split into
+  micro-batches and processes gives the same gradient.
+- A checkpoint holds all that the rest of the run depends on: it goes on to the very bits that it would have had.
+- Exit codes: 0 when the run is done or --train.max_time is over; 128 plus its number after a signal (143 SIGTERM, 130
+  SIGINT, 138 SIGUSR1, 129 SIGHUP), when a checkpoint is written; 1 for what cannot go on.
 """
 
+import math
 import os
+import shlex
+import signal
 import time
-from datetime import timedelta
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 from lightning.fabric import Fabric
-from torch import Tensor, nn
 
-from lit_gpt.adapter_files import check_base, fill_adapter, load_adapter, make_trainable
-from lit_gpt.batches import Batching, round_up
-from lit_gpt.checkpoint import load_model
-from lit_gpt.data import length
-from lit_gpt.devices import (
-    check_alike,
-    check_launch,
-    compiles_each_size,
-    gather,
-    is_sharded,
-    launch_fabric,
-    share_start,
-    together,
-)
-from lit_gpt.errors import UserError
+from lit_gpt import run_folder
+from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
+from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
+from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
+from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
+from lit_gpt.data import Sample, length
+from lit_gpt.devices import average_gradients, compiles_each_size, gather, is_sharded, share_start, together, unsharded
+from lit_gpt.errors import Problems, UserError, command
+from lit_gpt.files import atomic_write, staged_dir
+from lit_gpt.generate import generate
+from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
 from lit_gpt.loss import MULTIPLE
-from lit_gpt.memory import Memory, estimate_memory, remedies
+from lit_gpt.memory import estimate_memory, remedies
 from lit_gpt.model import GPT
-from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan, settle_adapter
-from lit_gpt.quantize import describe_size, load_quantized_model, n_parameters
-from lit_gpt.report import held_memory_bytes
-from lit_gpt.resume import SUMMARY, StopSignal, explain_faults, flatten, open_run
-from lit_gpt.run import Run
-
-PATIENCE = {"ether": timedelta(minutes=10), "lora": timedelta(minutes=10), "full": timedelta(minutes=30)}
-"""For how long processes wait for each other: the first one may be writing all weights and their optimizer's state."""
+from lit_gpt.monitor import measure
+from lit_gpt.quantize import describe_size, load_base, n_parameters
+from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
+from lit_gpt.settings import Plan, Settings
+from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 
-def finetune(
-    job: Job,
-    *,
-    io: IOArgs,
-    train: TrainArgs = TrainArgs(),  # noqa: B008  (the command line is read off this signature, defaults included)
-    eval: EvalArgs = EvalArgs(),  # noqa: B008
-    precision: str = "bf16-true",
-    quantize: str | None = None,
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    compile: bool = False,
-    seed: int = 1337,
-    deterministic: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> None:
+def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     """Train one adapter (or the whole model) and leave a run folder.
 
     Args:
-        job: what is trained.
-        io: where things are.
-        train: how to train.
-        eval: when to validate.
-        precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; adapters stay fp32 in any case.
-        quantize: keep the base's weights in fewer bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
-        devices: processes on this machine.
-        num_nodes: machines.
-        strategy: ddp, a copy of the model in each process; fsdp, the frozen base sharded over them; auto is ddp.
-        compile: compile the model's blocks; worth its minute in long runs on a GPU.
-        seed: fixes the start of the adapter, the order of the data and dropout.
-        deterministic: on a GPU, the same bits for the same seed, by slower kernels; a CPU gives them anyway.
-        resume: go on from the newest good checkpoint of the run folder, or start where there is none.
-        overwrite: write into a run folder that already holds a run, and start anew.
+        settings: what the flags say.
+        given: names of the flags that were given, which the ``init_from`` file must not contradict.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
@@ -92,131 +59,58 @@ def finetune(
         SystemExit: 128 plus the signal's number, after a signal and the checkpoint that it asked for.
     """
     started = time.perf_counter()
-    if deterministic:
+    if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
-    torch.use_deterministic_algorithms(deterministic)
-    shared = dict(strategy=strategy, precision=precision)
-    unfit = check_launch(devices, num_nodes)
-    if precision == "16-mixed" and not torch.cuda.is_available():  # Fabric would take bf16, and say so in passing
-        unfit.append("--precision 16-mixed needs a GPU: take bf16-mixed or 32-true")
-    if not unfit:  # connected first, so that no process waits for one that finds a problem and ends
-        fabric = launch_fabric(**shared, devices=devices, num_nodes=num_nodes, patience=PATIENCE[job.kind])
-    shared |= dict(io=io, train=train, eval=eval, quantize=quantize, overwrite=overwrite, resume=resume, seed=seed)
-    job = together(lambda: settle_adapter(job))
-    plan = together(lambda: make_plan(job, **shared, processes=devices * num_nodes, unfit=unfit))
+    torch.use_deterministic_algorithms(settings.deterministic)
+    problems = Problems()
+    problems.attempt(check_launch, settings)
+    if not problems:  # connected first, so that no process waits for one that finds a problem and ends
+        fabric = launch_fabric(settings)
+    plan = together(lambda: Plan(settings, given=given, problems=problems))
+    settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
-    plan.run_dir, finished = gather((plan.run_dir, resume and (plan.run_dir / SUMMARY).is_file()))[0]
-    if finished:
+    has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
+    plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
+    if has_result:
         fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
         return
-    settings = dict(method=job.method, adapter=job.adapter and vars(job.adapter), init_from=job.init_from)
-    settings |= dict(io=vars(io), train=vars(train), eval=vars(eval), precision=precision, devices=devices)
-    settings |= dict(num_nodes=num_nodes, strategy=strategy, compile=compile, seed=seed, deterministic=deterministic)
-    settings |= dict(quantize=quantize)
-    together(lambda: check_alike(plan.facts | flatten(settings | {"io": {}})))
-    if compile:
+    hparams = settings.hparams()
+    together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
+    if settings.compile:
         together(lambda: check_compiler(fabric.device))
-    with open_run(fabric, plan.run_dir, settings=settings, facts=plan.facts, resume=resume) as checkpoint:
-        batching = make_batching(plan, fabric)
-        largest = batching.collate(
-            batching.largest(plan.train_set, train.global_batch_size // fabric.world_size), fabric.device
-        )
-        memory = estimate_memory(job, plan, largest, fabric=fabric)
-        size, longest = train.micro_batch_size, max(map(length, plan.train_set))
-        tried = f"micro-batches of {size} samples of up to {longest} tokens, {precision}, {fabric.device}"
-        tried += f", {memory} in all" if memory else ""
-        with explain_faults(plan.run_dir, tried=tried, remedies=remedies(job, plan, fabric=fabric)):
-            fabric.seed_everything(seed, verbose=False)
-            held = held_memory_bytes()
-            model, optimizer = set_up(fabric, job, plan, memory=memory, compile=compile)
-            rehearse(fabric, model, largest)
-            run = Run(
-                fabric,
-                model,
-                optimizer=optimizer,
-                batching=batching,
-                job=job,
-                plan=plan,
-                settings=settings,
-                deadline=started + plan.max_seconds,
-                held=held,
-                estimated=memory and memory.total,
-            )
-            run.begin(checkpoint)
-            if run.train_all():
-                with StopSignal():  # nothing stops a run that is done while its result is written
-                    run.finish()
+    inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
+    with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
+        trainer = Trainer(fabric, plan, deadline=started + plan.max_seconds)
+        with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=remedies(plan, fabric=fabric)):
+            trainer.set_up()
+            trainer.begin(checkpoint)
+            if trainer.train():
+                with run_folder.StopSignal():  # nothing stops a run that is done while its result is written
+                    trainer.finish()
 
 
+# --------------------------------------------------------------------------------------- before the first step
 def make_batching(plan: Plan, fabric: Fabric) -> Batching:
-    """How the samples are cut into passes."""
+    """Return how this process cuts samples into passes."""
+    train = plan.settings.train
     fits = plan.config.block_size % MULTIPLE == 0  # also a sample as long as the context
-    multiple = MULTIPLE if compiles_each_size(fabric, plan.precision) and fits else 1
-    size, longest = plan.train.micro_batch_size, round_up(max(map(length, plan.train_set)), multiple)
-    return Batching(
-        size,
-        size * longest if plan.train.packing else None,
-        rank=fabric.global_rank,
-        n_processes=fabric.world_size,
-        pad_to_multiple_of=multiple,
-    )
+    multiple = MULTIPLE if compiles_each_size(fabric, plan.settings.precision) and fits else 1
+    n_tokens = train.micro_batch_size * round_up(plan.longest, multiple) if train.packing else None
+    return Batching(train.micro_batch_size, n_tokens, fabric.global_rank, fabric.world_size, multiple)
 
 
-def set_up(
-    fabric: Fabric, job: Job, plan: Plan, *, memory: Memory | None, compile: bool
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model with its adapter, and the optimizer of what trains, as Fabric wraps them; says what they are."""
-    # Sharding moves a block at a time to a device that may be too small for all of them.
-    model = build_model(job, plan, torch.device("cpu") if is_sharded(fabric) else fabric.device)
-    announce(job, plan, model, fabric=fabric)
-    if memory:
-        fabric.print(f"memory: {memory}, estimated{' for blocks that are not compiled' if compile else ''}")
-    wrapped = fabric.setup_module(model)
-    if compile:
-        fabric.print("compiling the model's blocks: a minute or more")
-        compile_blocks(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    share_start(trained)
-    optimizer = torch.optim.AdamW(trained, lr=plan.train.learning_rate, weight_decay=plan.weight_decay)
-    return wrapped, fabric.setup_optimizers(optimizer)
-
-
-def build_model(job: Job, plan: Plan, device: torch.device) -> GPT:
-    """The base with its adapter, only what trains requiring gradients.
+def build_model(plan: Plan, device: torch.device) -> GPT:
+    """Return the base with its adapter, only what trains requiring gradients.
 
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
-    if plan.quantize is None:
-        model = load_model(plan.base_dir, plan.precision, mixed=True)
-    else:
-        model = load_quantized_model(plan.base_dir, plan.precision, plan.quantize, device=device)
-    make_trainable(model, job.kind, job.adapter)
-    if job.init_from:
-        adapter = load_adapter(job.init_from, job.kind)
-        check_base(adapter, plan.base_dir, source=job.init_from)
-        fill_adapter(model, adapter, source=job.init_from)
-    model.activation_checkpointing = plan.train.activation_checkpointing
+    settings = plan.settings
+    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device)
+    make_trainable(model, settings.kind, settings.adapter)
+    if plan.init_adapter:
+        fill_adapter(model, plan.init_adapter)
+    model.activation_checkpointing = settings.train.activation_checkpointing
     return model.to(device)
-
-
-def announce(job: Job, plan: Plan, model: nn.Module, *, fabric: Fabric) -> None:
-    """Say what was worked out, before it costs anything."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if plan.quantize is not None:
-        fabric.print(describe_size(model, plan.quantize, plan.precision))
-    fabric.print(
-        f"{job.method} on {plan.base_dir}: {trainable:,} of {n_parameters(model):,} parameters train, "
-        f"{plan.precision}\n"
-        f"{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; {plan.n_steps} steps of "
-        f"{plan.train.global_batch_size} samples, {plan.n_warmup} of them warm-up to {plan.train.learning_rate:g}, "
-        f"weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
-    )
-    if plan.n_steps < (plan.train.max_steps or 0):
-        fabric.print(
-            f"the data ends before --train.max_steps {plan.train.max_steps}: more --train.epochs make a longer run"
-        )
-    if job.method == "ether":
-        fabric.print("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
 
 
 def compile_blocks(model: GPT) -> None:
@@ -226,22 +120,428 @@ def compile_blocks(model: GPT) -> None:
         block.compile(dynamic=True)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise ValueError unless ``torch.compile`` works on the device: it needs Triton, a C or C++ compiler, headers."""
-    try:
-        torch.compile(torch.sin)(torch.ones(16, device=device))  # seconds, whose preparations the blocks need too
-    except Exception as error:  # whatever is missing: each backend has exceptions of its own
-        reason = " ".join(str(error).split("\n\n")[0].split())  # then follow PyTorch's switches for its developers
-        raise UserError(
-            f"--compile true cannot compile for {device}: {reason}; install what is missing, or use --compile false"
-        ) from error
+# ----------------------------------------------------------------------------------------------------- the loop
+def learning_rate(step: int, *, peak: float, n_warmup: int, n_steps: int) -> float:
+    """Return a step's rate, counted from 0: linear warm-up to ``peak``, then a cosine to zero; no step's rate is 0."""
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    progress = (step - n_warmup) / (n_steps - n_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def rehearse(fabric: Fabric, model: nn.Module, batch: tuple[Tensor, Tensor, list[int] | None]) -> None:
-    """One discarded forward and backward on the largest batch there can be: a lack of memory shows at once."""
-    idx, targets, lengths = batch
-    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
-        model.train()
-        fabric.backward(model(idx, lengths=lengths, targets=targets))
-    for parameter in model.parameters():
-        parameter.grad = None
+@dataclass
+class Position:
+    """Where a run stands; a checkpoint holds all of it. Losses are those over all targets and over responses."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    """Tokens trained on, padding not counted."""
+    targets: int = 0
+    padded: int = 0
+    """Tokens that this process has computed, padding counted."""
+    seconds: float = 0.0
+    """Seconds of training: everything but validations and samples."""
+    computing: float = 0.0
+    """Seconds of training spent in forward and backward passes."""
+    skipped: int = 0
+    """Steps left out because their loss or gradient was not finite."""
+    first_losses: tuple[float, float] = (math.nan, math.nan)
+    """Validation losses before training."""
+    last_losses: tuple[float, float] = (math.nan, math.nan)
+    """Validation losses of the last validation."""
+    best_losses: tuple[float, float] = (math.nan, math.nan)
+    """Validation losses of the best step, under --train.patience."""
+    best_step: int = 0
+    since_best: int = 0
+    """Number of validations in a row without a lower loss, under --train.patience."""
+
+
+STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_losses", "worse": "since_best"}
+"""Names of a ``Position``'s fields in the checkpoints of earlier versions."""
+
+
+class Trainer:
+    """A run's loop: takes steps, validates, saves, and leaves the result."""
+
+    def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float) -> None:
+        self.fabric, self.plan, self.deadline = fabric, plan, deadline
+        self.settings, self.options = plan.settings, plan.settings.train
+        self.batching = make_batching(plan, fabric)
+        largest = self.batching.largest(plan.train_set, self.options.global_batch_size // fabric.world_size)
+        self.largest_batch = self.batching.collate(largest, fabric.device)
+        self.memory = estimate_memory(plan, self.largest_batch, fabric=fabric)
+        self.order = sample_order(len(plan.train_set), plan.n_samples, seed=plan.settings.seed)
+        self.position = Position()
+        self.reporter: Reporter | None = None  # of the first process
+        self.start: dict[str, torch.Tensor] = {}  # the adapter that training started from, for the monitor
+        self.tokenizer = Tokenizer(plan.base_dir) if plan.settings.eval.sample_interval else None
+
+    def describe(self) -> str:
+        """Say what a pass takes."""
+        size, precision, device = self.options.micro_batch_size, self.settings.precision, self.fabric.device
+        in_all = f", {self.memory} in all" if self.memory else ""
+        return f"micro-batches of {size} samples of up to {self.plan.longest} tokens, {precision}, {device}{in_all}"
+
+    def set_up(self) -> None:
+        """Build the model and the optimizer of what trains, say what they are, and try them on the largest batch."""
+        fabric, device = self.fabric, self.fabric.device
+        fabric.seed_everything(self.settings.seed, verbose=False)
+        self.held_memory = held_memory_bytes()
+        # Sharding moves a block at a time to a device that may be too small for all of them.
+        model = build_model(self.plan, torch.device("cpu") if is_sharded(fabric) else device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.n_trained = sum(parameter.numel() for parameter in trained)
+        self.announce(model)
+        self.model = fabric.setup_module(model)
+        if self.settings.compile:
+            fabric.print("compiling the model's blocks: a minute or more")
+            compile_blocks(model)
+        share_start(trained)
+        optimizer = torch.optim.AdamW(trained, lr=self.options.learning_rate, weight_decay=self.plan.weight_decay)
+        self.optimizer = fabric.setup_optimizers(optimizer)
+        # A discarded pass shows a lack of memory at once.
+        idx, targets, lengths = self.largest_batch
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.model.train()
+            fabric.backward(self.model(idx, lengths=lengths, targets=targets))
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def announce(self, model: GPT) -> None:
+        """Say what was worked out, before it costs anything."""
+        plan, settings, options, told = self.plan, self.settings, self.options, self.fabric.print
+        if settings.quantize is not None:
+            told(describe_size(model, settings.quantize, settings.precision))
+        told(
+            f"{settings.method} on {plan.base_dir}: {self.n_trained:,} of {n_parameters(model):,} parameters train, "
+            f"{settings.precision}\n{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; "
+            f"{plan.n_steps} steps of {options.global_batch_size} samples, {plan.n_warmup} of them warm-up to "
+            f"{options.learning_rate:g}, weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
+        )
+        if plan.n_steps < (options.max_steps or 0):
+            told(f"the data ends before --train.max_steps {options.max_steps}: more --train.epochs make a longer run")
+        if settings.method == "ether":
+            told("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
+        if self.memory:
+            told(f"memory: {self.memory}, estimated{' for blocks that are not compiled' if settings.compile else ''}")
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
+        run_dir, hparams = self.plan.run_dir, self.settings.hparams()
+        state = load_state(checkpoint / run_folder.STATE) if checkpoint else None
+        if state:
+            self.start = state["start"]
+            load_result(self.model.module, checkpoint, self.settings)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
+            self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
+            run_folder.restore_random_state(state["random"][self.fabric.global_rank])
+            self.fabric.print(f"going on from {checkpoint}")
+        else:
+            if self.options.monitor:
+                self.start = adapter_state(self.model.module)
+            # From here on processes draw differently: each has a dropout of its own.
+            self.fabric.seed_everything(self.settings.seed + self.fabric.global_rank, verbose=False)
+        if not self.fabric.is_global_zero:
+            return
+        if not state:
+            run_folder.clear_run(run_dir)
+        with atomic_write(run_dir / run_folder.SETTINGS) as temporary:
+            temporary.write_text(yaml.safe_dump(hparams, sort_keys=False), encoding="utf-8")
+        n_steps, step = self.plan.n_steps, self.position.step
+        self.reporter = Reporter(
+            run_dir, settings=hparams, n_steps=n_steps, step=step, state=state and state["reporter"]
+        )
+
+    def train(self) -> bool:
+        """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
+
+        Returns:
+            True where the run is complete; False where it was stopped and is to be resumed.
+        """
+        position, options, n_steps = self.position, self.options, self.plan.n_steps
+        with run_folder.StopSignal() as stop:
+            if position.step == 0:
+                with nullcontext() if self.settings.init_from else adapters_off(self.model):
+                    position.first_losses = position.last_losses = self.validate()
+            while position.step < n_steps and position.since_best < (options.patience or math.inf):
+                position.step += 1
+                with self.clock("seconds"):
+                    values = self.train_step()
+                with self.clock("seconds"):
+                    self.record(**values)
+                improved = False
+                if position.step % self.settings.eval.interval == 0 or position.step == n_steps:
+                    position.last_losses = self.validate()
+                    improved = options.patience is not None and self.compare_with_best()
+                if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
+                    self.show_sample(self.tokenizer)
+                reason = self.reason_to_leave(stop)
+                due = options.save_interval and position.step % options.save_interval == 0
+                if due or improved or reason is not None:
+                    with self.clock("seconds"):
+                        self.save_checkpoint()
+                if reason is not None and position.step < n_steps:
+                    self.leave(reason)
+                    return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------- one step
+    def train_step(self) -> dict[str, float]:
+        """Take one optimizer step; return its mean loss, learning rate and gradient norm (before it is clipped)."""
+        position, plan, size = self.position, self.plan, self.options.global_batch_size
+        rate = learning_rate(
+            position.step - 1, peak=self.options.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = self.order[(position.step - 1) * size : position.step * size]
+        batch = [plan.train_set[i] for i in rows]
+        targets = n_targets(batch)
+        total = self.forward_backward(batch, targets)
+        with self.clock("computing"):
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.options.max_grad_norm or math.inf, error_if_nonfinite=False
+            )
+            total = self.fabric.all_reduce(total, reduce_op="sum")
+            loss, grad_norm = torch.stack([total.float(), norm.float()]).tolist()  # waits for the device
+        values = dict(loss=loss, learning_rate=rate, grad_norm=grad_norm)
+        # fp16's loss scale is found by overflowing: its scaler leaves such a step out and lowers the scale.
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        overflow = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
+        if overflow or (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.step()
+        else:
+            self.skip(values, rows)
+            if scaler is not None:
+                scaler.update()  # its scale, without the step
+        self.optimizer.zero_grad()
+        position.samples += len(batch)
+        position.tokens += sum(map(length, batch))
+        position.targets += targets
+        return values
+
+    def forward_backward(self, batch: Sequence[Sample], targets_in_all: int) -> torch.Tensor:
+        """Leave the gradient of a step's mean loss; return this process's share of that loss."""
+        micros, in_all = self.batching.local_micro_batches(batch)
+        total = torch.zeros((), device=self.fabric.device)
+        for index, micro in enumerate(micros):
+            idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
+            with self.clock("computing"), self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
+                loss = self.model(idx, lengths=lengths, targets=targets)
+                if self.options.loss_average == "token":
+                    share = loss / targets_in_all
+                else:
+                    share = loss / max(1, n_targets(micro)) / in_all
+                # Data-parallel processes average their gradients; ours are shares of one sum.
+                self.fabric.backward(share * self.fabric.world_size)
+            total += share.detach()
+            self.position.padded += idx.numel()
+        if is_sharded(self.fabric):
+            average_gradients(self.fabric, self.model)
+        return total
+
+    def skip(self, values: dict[str, float], rows: Sequence[int]) -> None:
+        """Count a step that cannot be used; raise where there were enough of them."""
+        position, allowed = self.position, self.options.skip_nonfinite
+        position.skipped += 1
+        text = (
+            f"step {position.step} has a loss of {values['loss']:.4g} and a gradient of norm {values['grad_norm']:.4g},"
+            f" at a learning rate of {values['learning_rate']:.3g}, on rows {', '.join(map(str, rows))} of train.pt"
+        )
+        if position.skipped > allowed:
+            raise UserError(
+                f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
+                f"{position.skipped}; {run_folder.last_checkpoint(self.plan.run_dir)}"
+            )
+        self.say(f"{text}: left out ({position.skipped} of {allowed} such steps)")
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add what passes inside to ``seconds`` or ``computing``."""
+        started = time.perf_counter()
+        yield
+        setattr(self.position, name, getattr(self.position, name) + time.perf_counter() - started)
+
+    # ---------------------------------------------------------------------------------------- between the steps
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """Report and return the mean loss over all held-out targets, and over the tokens of responses alone."""
+        self.model.eval()
+        sums = torch.zeros(2, 2, dtype=torch.float64)  # loss and count, of all targets and of the responses'
+        for batch in self.batching.local_micro_batches(self.plan.val_set)[0]:
+            samples, groups = add_response_targets(batch)
+            idx, targets, lengths = self.batching.collate(samples, self.fabric.device)
+            losses = self.model(idx, lengths=lengths, targets=targets, reduction="none").cpu().double()  # (N,)
+            for i, group in enumerate(groups):
+                sums[i] += torch.stack([losses[group].sum(), group.sum()])
+        self.model.train()
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_reduce(sums.to(self.fabric.device), reduce_op="sum").cpu()
+        of_all, of_responses = (sums[:, 0] / sums[:, 1]).tolist()  # nan where every response was cut away
+        self.record(val_loss=of_all, val_response_loss=of_responses)
+        if self.options.monitor and self.reporter:
+            self.reporter.record_monitor(self.position.step, list(measure(self.model.module, self.start)))
+        return of_all, of_responses
+
+    def compare_with_best(self) -> bool:
+        """Return True where the last validation is the best one; by the responses, where there are any."""
+        position = self.position
+        which = 1 if math.isfinite(position.last_losses[1]) else 0
+        loss = position.last_losses[which]
+        if not math.isfinite(loss) or loss >= position.best_losses[which]:  # never of nan: none is best yet
+            position.since_best += 1
+            return False
+        position.best_losses, position.best_step, position.since_best = position.last_losses, position.step, 0
+        return True
+
+    @torch.no_grad()
+    def show_sample(self, tokenizer: Tokenizer) -> None:
+        """Show what the model answers now; greedy, so that no random number is drawn, in every process alike."""
+        model, limit = self.model.module, self.settings.eval.sample_tokens
+        # A token at a time suits no graph that was compiled for training.
+        with self.fabric.autocast(), torch.compiler.set_stance("force_eager"), unsharded(model):
+            ids = generate(model, self.plan.sample_ids, max_new_tokens=limit, stop_ids=tokenizer.stop_ids)
+            answer = tokenizer.decode(list(ids))
+        self.say(f"step {self.position.step} answers: {answer.strip()}")
+
+    def record(self, **values: float) -> None:
+        """Write a row of metrics.csv."""
+        if self.reporter:
+            at = {name: getattr(self.position, name) for name in ("step", "samples", "tokens", "seconds")}
+            self.reporter.record(**at, **values)
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if self.reporter:
+            self.reporter.say(text)
+
+    # ------------------------------------------------------------------------------------------- saving and leaving
+    def reason_to_leave(self, stop: run_folder.StopSignal) -> int | None:
+        """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
+        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+        received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
+        return received or (0 if over else None)
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step-N, from which ``begin`` goes on as if nothing had been."""
+        state = dict(
+            position=vars(self.position),
+            start=self.start,
+            optimizer=self.optimizer.state_dict(),
+            precision=self.fabric.strategy.precision.state_dict(),
+            random=gather(run_folder.random_state()),
+            settings=self.settings.hparams(),
+            facts=self.plan.input_hashes,
+            environment=run_folder.environment(),
+        )
+        if self.reporter is None:
+            return
+        state["reporter"] = self.reporter.state()
+        step, keep, best = self.position.step, self.options.keep_checkpoints, self.position.best_step
+        with run_folder.new_checkpoint(self.plan.run_dir, step, keep=keep, best=best) as folder:
+            save_result(self.model.module, folder, self.plan)
+            save_state(state, folder / run_folder.STATE)
+
+    def leave(self, received: int) -> None:
+        """Say how to go on; the first process exits with the signal's code, after the others are through."""
+        self.fabric.barrier()
+        if self.reporter is None:
+            return
+        self.reporter.close()
+        run_dir = self.plan.run_dir
+        why = signal.Signals(received).name if received else f"--train.max_time {self.options.max_time} is over"
+        print(
+            f"{why}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
+            f"--io.out_dir {shlex.quote(str(run_dir))} --resume true goes on from there"
+        )
+        if received:
+            raise SystemExit(128 + received)
+
+    def take_best(self) -> None:
+        """Go back to the best step's result."""
+        position, folder = self.position, run_folder.checkpoint_folder(self.plan.run_dir, self.position.best_step)
+        if not position.best_step:
+            self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
+            return
+        kept = f"step {position.step}, since {folder} is damaged"
+        if run_folder.damage(folder) is None:
+            load_result(self.model.module, folder, self.settings)
+            position.last_losses = position.best_losses
+            kept = f"step {position.best_step}, the best"
+        since = position.since_best
+        ended = f"no lower response loss in {since} validation(s): " if since == self.options.patience else ""
+        self.say(f"{ended}the result is that of {kept}")
+
+    def finish(self) -> None:
+        """Save the result and say what came of it."""
+        if self.options.patience is not None:
+            self.take_best()
+        if self.reporter is None:
+            return
+        self.reporter.close()
+        position, n_bytes = self.position, save_result(self.model.module, self.plan.run_dir, self.plan)
+        peak = peak_memory_bytes()
+        summary = dict(
+            method=self.settings.method,
+            learning_rate=self.options.learning_rate,
+            trainable_parameters=self.n_trained,
+            adapter_bytes=n_bytes,
+            val_loss_before=position.first_losses[0],
+            val_loss_after=position.last_losses[0],
+            val_response_loss_before=position.first_losses[1],
+            val_response_loss_after=position.last_losses[1],
+            steps=position.step,
+            skipped_steps=position.skipped,
+            samples=position.samples,
+            tokens=position.tokens,
+            target_tokens=position.targets,
+            padding=1 - position.tokens / self.fabric.world_size / max(1, position.padded),
+            seconds=position.seconds,
+            overhead=1 - position.computing / max(position.seconds, 1e-9),
+            tokens_per_second=position.tokens / max(position.seconds, 1e-9),
+            peak_memory_bytes=peak,
+            run_memory_bytes=peak - self.held_memory,
+            estimated_memory_bytes=self.memory and self.memory.total,
+            precision=self.settings.precision,
+        )
+        write_summary(self.plan.run_dir, summary, self.reporter.metrics)
+        print(f"next: {next_command(self.plan)}")
+
+
+# --------------------------------------------------------------------------------------------------- the result
+def save_result(model: GPT, folder: Path, plan: Plan) -> int:
+    """Write the adapter file or, of full finetuning, the folder final/; return its bytes."""
+    if plan.settings.adapter is not None:
+        kind = plan.settings.kind
+        path = folder / KINDS[kind].file_name
+        what = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
+        save_adapter(path, model, **what)
+        return path.stat().st_size
+    with staged_dir(folder / run_folder.FINAL, overwrite=True) as staging:
+        copy_side_files(plan.base_dir, staging)
+        save_prompt_style(staging, plan.prompt_style)
+        list_answer_end(staging, plan.prompt_style)
+        save_state(model.state_dict(), staging / WEIGHTS)
+    return (folder / run_folder.FINAL / WEIGHTS).stat().st_size
+
+
+@torch.no_grad()
+def load_result(model: GPT, folder: Path, settings: Settings) -> None:
+    """Put what ``save_result`` wrote, of the same settings, back into the model."""
+    if settings.adapter is None:
+        model.load_state_dict(load_state(folder / run_folder.FINAL / WEIGHTS))
+        return
+    saved = load_adapter(folder / KINDS[settings.kind].file_name, settings.kind).state
+    for name, parameter in adapter_parameters(model).items():
+        parameter.copy_(saved[name])
+
+
+def next_command(plan: Plan) -> str:
+    """Return what to type when a run has ended."""
+    kind = plan.settings.kind
+    if plan.settings.adapter is None:
+        return command("chat/base.py", checkpoint_dir=plan.run_dir / run_folder.FINAL)
+    flags = {"checkpoint_dir": plan.base_dir, f"{kind}_path": plan.run_dir / KINDS[kind].file_name}
+    return command(f"scripts/merge_{kind}.py", **flags)

@@ -1,8 +1,8 @@
 """Turn a Hugging Face checkpoint into ``lit_model.pth`` and ``lit_config.json``, written beside it.
 
 Reads ``.safetensors`` or, where there are none, ``.bin`` files, in one piece or in shards. Weights keep the type they
-are stored in unless ``--dtype`` says otherwise. Files are memory-mapped: only the attention's weights, which get a new
-layout, are held in memory. Converting again gives the same files.
+are stored in unless ``--dtype`` says otherwise. The files are memory-mapped and the result is written tensor by
+tensor: memory holds no more than a layer's attention, whatever the model's size. Converting again gives the same files.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
 """
@@ -16,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import load_state, save_state
+from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
 from lit_gpt.cli import main
 from lit_gpt.config import Config, check_unquantized
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
-from lit_gpt.hf import State, check_unquantized_weights, hf_modules, hf_to_lit
+from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
 
 
 def setup(
@@ -46,30 +46,35 @@ def setup(
             raise UserError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
     check_unquantized_weights(weights)
-    weights = {key: cast(tensor, dtype) for key, tensor in weights.items()}
     config = untie_where_different(weights, config)
-    lit = hf_to_lit(weights, config)
-    save_state(lit, checkpoint_dir / "lit_model.pth")
-    write_json(checkpoint_dir / "lit_config.json", config.to_dict())
+    blanks = {key: tensor.to("meta") for key, tensor in weights.items()}
+    if dtype is not None:
+        to = getattr(torch, dtype)
+        blanks = {key: blank.to(to) if blank.is_floating_point() else blank for key, blank in blanks.items()}
+    lit = write_lit(blanks, weights.__getitem__, config, checkpoint_dir / WEIGHTS)
+    write_json(checkpoint_dir / CONFIG, config.to_dict())
     count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
-    print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / 'lit_model.pth'}")
+    print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / WEIGHTS}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The weights' files of a Hugging Face folder: the whole one, those an index names, or all of one kind.
+    """Return the weights' files of a Hugging Face folder: the whole one, those an index names, or all of one kind.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
-    again = f"get them with: {command('scripts/download.py', repo_id=repo_id(checkpoint_dir))}"
+    folder = checkpoint_dir.resolve()
+    below = folder.parent.parent.name == "checkpoints"  # as download.py makes it
+    repo_id = f"{folder.parent.name}/{folder.name}" if below else "ORG/NAME"
+    again = f"get them with: {command('scripts/download.py', repo_id=repo_id)}"
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     check_unquantized(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
-    for kind, stem in (("safetensors", "model"), ("bin", "pytorch_model")):
-        whole, index = checkpoint_dir / f"{stem}.{kind}", checkpoint_dir / f"{stem}.{kind}.index.json"
+    for whole in (checkpoint_dir / "model.safetensors", checkpoint_dir / "pytorch_model.bin"):
+        index = whole.with_name(f"{whole.name}.index.json")
         if whole.is_file():  # before an index, as in transformers
             if index.is_file():
                 print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
@@ -82,16 +87,10 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
             return [checkpoint_dir / name for name in shards]
         # Not every *.safetensors: some repos hold the same weights twice (consolidated.safetensors), or an adapter's.
-        found = sorted(checkpoint_dir.glob(f"{stem}*.{kind}"))
+        found = sorted(checkpoint_dir.glob(f"{whole.stem}*{whole.suffix}"))
         if found:
             return found
     raise FileNotFoundError(f"{checkpoint_dir} has neither model*.safetensors nor pytorch_model*.bin; {again}")
-
-
-def repo_id(checkpoint_dir: Path) -> str:
-    """The repo id to suggest in a message: the last two folder names below ``checkpoints``, else a placeholder."""
-    folder = checkpoint_dir.resolve()
-    return f"{folder.parent.name}/{folder.name}" if folder.parent.parent.name == "checkpoints" else "ORG/NAME"
 
 
 def read_weights(path: Path) -> State:
@@ -115,17 +114,10 @@ def read_weights(path: Path) -> State:
     return state
 
 
-def cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
-    """The tensor in ``dtype``, and owning its storage: saving a view would save all that it looks at."""
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(getattr(torch, dtype))
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def untie_where_different(weights: State, config: Config) -> Config:
     """Believe the weights where config.json ties head and embedding and they differ, as transformers does."""
-    modules = hf_modules(config)
-    head, embedding = (weights.get(f"{modules[name][0]}.weight") for name in ("lm_head", "transformer.wte"))
+    names = hf_names(config)
+    head, embedding = (weights.get(names[key][0]) for key in (HEAD, EMBEDDING))
     if config.tie_embeddings and head is not None and embedding is not None and not torch.equal(head, embedding):
         print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
         return replace(config, tie_embeddings=False)

@@ -32,7 +32,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, hf_config, lit_to_hf
+from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -51,8 +51,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     check_checkpoint_dir(checkpoint_dir)
     names = ["config.json", *side_files(checkpoint_dir)]
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
-    described = read_json(checkpoint_dir / "config.json") if (checkpoint_dir / "config.json").is_file() else None
-    config = load_config(checkpoint_dir)
+    config, path = load_config(checkpoint_dir), checkpoint_dir / "config.json"
+    described = read_json(path) if path.is_file() else None
     if described is not None:
         config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
     weights = load_state(checkpoint_dir / "lit_model.pth")
@@ -63,8 +63,7 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     with staged_dir(out_dir, overwrite) as staging:
         copy_side_files(checkpoint_dir, staging)
         (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
-        described = described or synthesised(checkpoint_dir, config)
-        write_json(staging / "config.json", corrected(described, hf_weights, config))
+        write_json(staging / "config.json", config_json(described, hf_weights, config, checkpoint_dir))
         if (staging / PROMPT_STYLE).is_file():
             list_answer_end(staging, load_prompt_style(staging))
         write_weights(hf_weights, staging)
@@ -77,18 +76,17 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
 
 
-def synthesised(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
-    """A config.json for a folder without one; the ids of special tokens are those of its generation_config.json."""
-    path = checkpoint_dir / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
-    return {**hf_config(config), **ids}
+def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
+    """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
 
-
-def corrected(described: dict[str, Any], hf_weights: State, config: Config) -> dict[str, Any]:
-    """The config.json with what merging may have changed: tied embeddings and the type most weights have."""
+    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
+    """
+    if described is None:
+        generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        described = config.to_hf() | {key: generation[key] for key in ids if key in generation}
     sizes = Counter()
-    for tensor in hf_weights.values():
+    for tensor in weights.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
     return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: sizes.most_common(1)[0][0]}

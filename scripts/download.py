@@ -9,6 +9,7 @@ that was cut off goes on where it stopped. A model that is not listed works too 
 
 import difflib
 import errno
+import fnmatch
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from lit_gpt.cli import Secret, main
 from lit_gpt.config import KNOWN_MODELS, check_unquantized
 from lit_gpt.errors import UserError, command
 
-WEIGHTS = {True: ("model", ".safetensors"), False: ("pytorch_model", ".bin")}
+WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
 SIDE_FILES = (".json", ".model", ".jinja", "merges.txt")
 
 
@@ -61,35 +62,26 @@ def setup(
 
 
 def nearest(repo_id: str) -> str:
-    """The known names that look like ``repo_id``, as the end of a message."""
+    """Return the known names that look like ``repo_id``, as the end of a message."""
     lowered = {name.lower(): name for name in KNOWN_MODELS}
     found = difflib.get_close_matches(repo_id.lower(), lowered, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(lowered[name] for name in found)}?" if found else ""
 
 
 def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None) -> list[str]:
-    """The files of a repo to download: its top level's configs, tokenizer and weights in one format.
+    """Return the files of a repo to download: its top level's configs, tokenizer and weights in one format.
 
     Raises:
         ValueError: the repo has no weights, or none in the format asked for.
     """
     names = [name for name in names if "/" not in name]
-    have = {
-        kind: [n for n in names if n.startswith(start) and n.endswith(end)] for kind, (start, end) in WEIGHTS.items()
-    }
+    have = {kind: fnmatch.filter(names, pattern) for kind, pattern in WEIGHTS.items()}
     kind = bool(have[True]) if from_safetensors is None else from_safetensors
     if not have[kind]:
-        what = "{}*{}".format(*WEIGHTS[kind])
         other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
-        raise UserError(f"{repo_id} has no {what}{other if have[not kind] else ', so nothing that can be converted'}")
+        other = other if have[not kind] else ", so nothing that can be converted"
+        raise UserError(f"{repo_id} has no {WEIGHTS[kind]}{other}")
     return have[kind] + [name for name in names if name.endswith(SIDE_FILES)]
-
-
-def is_local(error: Exception) -> bool:
-    """Return True for an error of this machine's file system; the others that are OSErrors come from the network."""
-    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-    unreachable = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    return isinstance(error, OSError) and not isinstance(error, network) and error.errno not in (None, *unreachable)
 
 
 def refuse_quantized(repo_id: str, **options: Any) -> None:
@@ -117,50 +109,54 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **option
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    unreachable = (OSError, *(library.TransportError for library in libraries))
-    by_hand = (
-        f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
-        f"hand and go on with: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}"
-    )
+    failures = (OSError, RuntimeError, *(library.TransportError for library in libraries))
     try:
         names = [file.rfilename for file in HfApi().model_info(repo_id, timeout=30, **options).siblings or []]
         if "config.json" in names:
             refuse_quantized(repo_id, **options)
         files = wanted_files(names, repo_id, from_safetensors=from_safetensors)
         snapshot_download(repo_id, local_dir=folder, allow_patterns=files, **options)
-    except errors.GatedRepoError as error:
-        help_ = "your token has no access" if options["token"] else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
-        raise PermissionError(f"{repo_id} is gated: accept its licence on its page on the Hub; {help_}") from error
-    except errors.RepositoryNotFoundError as error:
-        private = "" if options["token"] else " (or it is private: give --access_token=<HF_TOKEN>)"
-        raise FileNotFoundError(f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}") from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} has no revision {options['revision']}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ConnectionError(f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
-        raise ConnectionError(f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}") from error
-    except unreachable as error:
-        if is_local(error):
-            raise OSError(
-                f"cannot write {error.filename or folder}: {error.strerror}; clear that up, or choose another "
-                "--checkpoint_dir, and run the command again (what is complete is kept)"
-            ) from error
-        raise ConnectionError(
-            f"the Hub could not be reached ({type(error).__name__}): check the network and run the command again (what "
-            f"is complete is kept), {by_hand}"
-        ) from error
-    except RuntimeError as error:  # of hf_xet, which moves large files in chunks
-        raise ConnectionError(
-            f"the transfer failed ({' '.join(str(error).split())}): run the command again with HF_HUB_DISABLE_XET=1 "
-            f"(what is complete is kept), {by_hand}"
-        ) from error
+    except failures as error:
+        raise OSError(explanation(error, repo_id, folder, **options)) from error
+
+
+def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | None, revision: str | None) -> str:
+    """Return one line on what went wrong and what to do."""
+    from huggingface_hub import errors
+
+    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+    again, kept = "run the command again", "(what is complete is kept)"
+    if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
+        return (
+            f"cannot write {error.filename or folder}: {error.strerror}; clear that up, or choose another "
+            f"--checkpoint_dir, and {again} {kept}"
+        )
+    access = "your token has no access" if token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
+    private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
+    status = getattr(getattr(error, "response", None), "status_code", "no answer")
+    reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
+    by_hand = (
+        f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
+        f"hand and go on with: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}"
+    )
+    lines = {
+        errors.GatedRepoError: f"{repo_id} is gated: accept its licence on its page on the Hub; {access}",
+        errors.RepositoryNotFoundError: f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}",
+        errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
+        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}",
+        # hf_xet's, which moves large files in chunks.
+        RuntimeError: f"the transfer failed ({' '.join(str(error).split())}): {again} with HF_HUB_DISABLE_XET=1 {kept}",
+        Exception: f"the Hub could not be reached ({type(error).__name__}): check the network and {again} {kept}",
+    }
+    line = next(line for kind, line in lines.items() if isinstance(error, kind))
+    told_by_the_hub = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    return line if isinstance(error, told_by_the_hub) else f"{line}, {by_hand}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.cli import main
 from lit_gpt.errors import UserError
 from lit_gpt.files import refuse_existing
-from lit_gpt.report import METRICS, compare_runs, read_metrics
+from lit_gpt.plots import compare_runs, points_of
+from lit_gpt.report import METRICS, read_metrics
 
 LABELS = {
     "val_response_loss": "validation loss, responses (nats per token)",
@@ -40,18 +41,17 @@ def setup(
     refuse_existing([Path(out)], overwrite)
     curves = {}
     for name, folder in labels([Path(folder) for folder in runs]).items():
-        rows = read_metrics(folder / METRICS)
-        curves[name] = [(row["step"], row[column]) for row in rows if column in row]
+        curves[name] = points_of(read_metrics(folder / METRICS), column)
         if not curves[name]:
             raise UserError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
-    compare_runs(out, curves, label=LABELS.get(column, column))
+    compare_runs(out, curves, ylabel=LABELS.get(column, column))
     for name, points in sorted(curves.items(), key=lambda item: (math.isnan(item[1][-1][1]), item[1][-1][1])):
         print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
     print(f"wrote {out}")
 
 
 def labels(folders: list[Path]) -> dict[str, Path]:
-    """Folders by name; by path where two have the same name."""
+    """Return folders by name; by path where two have the same name."""
     names = [folder.resolve().name for folder in folders]
     return {
         name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
@@ -59,7 +59,7 @@ def labels(folders: list[Path]) -> dict[str, Path]:
 
 
 def as_flag(args: list[str]) -> list[str]:
-    """The run folders that a command line begins with, given as --runs."""
+    """Return a command line whose first words, the run folders, are given as --runs."""
     count = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
     return [*(["--runs", json.dumps(args[:count])] if count else []), *args[count:]]
 

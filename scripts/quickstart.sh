@@ -131,7 +131,7 @@ prepare_data
 mkdir -p "$RUN"
 
 say "3. Before: a question, and a sample of ARC-Challenge"
-if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/plan.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
+if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/choose_steps.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
 read -r PRECISION STEPS <"$RUN/plan.txt"
 ask "$MODEL" "$RUN/answer_before.txt"
 evaluate "$MODEL" "$RUN/arc_before.json"
@@ -144,7 +144,7 @@ ask "$RUN/merged" "$RUN/answer_after.txt"
 evaluate "$RUN/merged" "$RUN/arc_after.json"
 
 say "7. What came of it"
-"$PYTHON" scripts/demo/report.py --run_dir "$RUN"
+"$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"
 ACTIVATE=
 if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
 cat <<END

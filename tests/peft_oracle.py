@@ -10,7 +10,7 @@ import transformers
 
 from lit_gpt.batches import collate, sample_order
 from lit_gpt.data import Sample
-from lit_gpt.run import learning_rate
+from lit_gpt.train import learning_rate
 
 
 def peft_losses(

@@ -318,7 +318,7 @@ def test_an_adapter_file_carries_itself(tmp_path):
     assert (adapter.config, adapter.prompt_style) == (config, "alpaca")
     torch.manual_seed(0)
     other = GPT(Config(**SIZES, **MODELS["gqa_tied"])).eval()
-    attach_adapter(other, adapter, source="a.pth")
+    attach_adapter(other, adapter)
     assert torch.equal(other(IDX), gpt(IDX))
     with pytest.raises(ValueError, match="holds an ETHER adapter; a LoRA one was expected"):
         load_adapter(tmp_path / "a.pth", "lora")
@@ -338,7 +338,7 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
     assert flags == (made["Htype"], made["ether_nb"], made["flip_side"], "published")
     gpt = GPT(Config.from_json(case.parent / "lit_config.json")).eval()
     gpt.load_state_dict(torch.load(case.parent / "lit_model.pth", weights_only=True))
-    attach_adapter(gpt, adapter, source=case)
+    attach_adapter(gpt, adapter)
     expected = load_file(case / "logits.safetensors")
     with torch.no_grad():
         assert relative(gpt(expected["input_ids"]), expected["logits"]) < 1e-5
@@ -359,7 +359,7 @@ def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method,
 
 
 def test_refusals_say_what_to_do():
-    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: products, triton"):
+    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: triton, products"):
         adapted_model("mha_bias", "ether")(IDX)
     with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
         EtherConfig(Htype="etherplusH")

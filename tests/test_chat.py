@@ -134,9 +134,10 @@ def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained
     model.config.block_size = 128
     talk = Conversation(model, tokenizer, "chat", system="Be brief", sampling={"max_new_tokens": 20})
     for number in range(9):
-        talk.ask(f"question number {number}", lambda piece: None)
+        reply = talk.ask(f"question number {number}", lambda piece: None)
     assert "the conversation outgrew the context" in capsys.readouterr().err
-    assert talk.messages()[0] == {"role": "system", "content": "Be brief"}
+    asked = encode(tokenizer, "chat", [{"role": "system", "content": "Be brief"}, *talk.turns[:-1]])
+    assert reply.prompt_tokens == len(asked)
     assert talk.turns[-2]["content"] == "question number 8" and talk.turns[0]["role"] == "user"
     assert 2 <= len(talk.turns) < 18
     before = list(talk.turns)

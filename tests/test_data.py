@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import sample_text
 
+from lit_gpt.batches import add_response_targets
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import main
 from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
@@ -414,15 +415,14 @@ def test_the_held_out_rows_follow_from_the_seed():
     assert [len(draw(range(n), 0.04, seed=1)) for n in (5, 1)] == [1, 1]
 
 
-def test_taking_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
+def test_holding_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
     samples = Samples()
     for row in range(1, 41):
         for part in range(row % 3):
             samples.add(row, [([row, part], False), ([row] * (row % 5), True), ([9], True)])
     before = [{name: values.tolist() for name, values in sample.items()} for sample in samples]
     drawn = draw(range(1, 41), 0.3, seed=0)
-    test = samples.take(drawn)
-    for part, inside in ((test, True), (samples, False)):
+    for part, inside in zip(samples.split(drawn), (False, True), strict=True):
         expected = [sample for sample in before if (sample["input_ids"][0] in drawn) == inside]
         assert [{name: values.tolist() for name, values in sample.items()} for sample in part] == expected
         assert len(part) == len(expected) > 5
@@ -442,7 +442,10 @@ def test_a_batch_is_padded_to_its_longest_and_its_targets_are_shifted():
     assert targets.tolist() == [[6, 7, -100], [9, -100, -100]] and targets.dtype == torch.int64
     assert make_batch([b])[0].shape == (1, 2)
     c = sample([5, 6, 7], [5, 6, 7], [False, False, True])
-    assert make_batch([c], response_only=True)[1].tolist() == [[-100, 7, -100]]
+    d = sample([5, 6, 7], [5, 6, -100], [False, False, True])
+    samples, groups = add_response_targets([c, d])
+    assert make_batch(samples)[1].tolist() == [[6, 7, -100], [6, 7, -100]]
+    assert groups.tolist() == [[True, True, True, False], [False, True, False, True]]
 
 
 def test_samples_survive_the_file(bpe_dir, tmp_path):

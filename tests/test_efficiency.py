@@ -21,16 +21,16 @@ from eval.costs import (
     choose_variants,
     count,
     count_model,
-    layer_flops,
     measure,
     random_models,
     step_loss,
 )
+from lit_gpt.checkpoint import meta_model
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
-from lit_gpt.memory import even_mixture, meta_model, share_weights
+from lit_gpt.memory import even_mixture, share_weights
 from lit_gpt.model import GPT, LLaMAMoE
 
 LLAMA = Config.from_name("Llama-2-7b-hf")
@@ -161,7 +161,7 @@ def test_elementwise_formula_is_what_the_operators_do(adapter, bias):
     base = meta_model(config, torch.float32).requires_grad_(False)
     plain = elements(base.transformer.h[0].attn.attn, 512)
     layer = attach(base, adapter).transformer.h[0].attn.attn
-    formula, counted = layer_flops(layer, 512), elements(layer, 512) - plain
+    formula, counted = layer.elementwise_flops(512), elements(layer, 512) - plain
     if isinstance(adapter, EtherConfig) and adapter.Htype == "oft":  # the solves are no element-wise operators
         formula -= sum(8 / 3 * p.size(-1) * p.numel() for p in layer.own_parameters().values())
     assert 0.98 * counted < formula < 1.1 * counted

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from eval import harness_model
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
-from eval.lm_eval_harness import evaluate, print_results, run_tasks, setup
+from eval.lm_eval_harness import evaluate, print_results, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
@@ -253,7 +253,7 @@ def test_every_metric_equals_the_hugging_face_backend(checkpoint, ours, theirs, 
         pytest.skip("this tokenizer has no chat template")
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # runs pip, for seconds
     manager, names = eval_tasks.resolve_names(ALL_TASKS)
-    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
         reference = evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, log_samples=False, **options)
     found = evaluate(ours.model, ours.tokenizer, tasks=ALL_TASKS, data_dir=data_dir, batch_size=5, **options)
     assert found["results"].keys() == reference["results"].keys() == {*names}
@@ -283,19 +283,16 @@ def test_common_beginnings_are_computed_once(ours):
 
 def test_sharing_gives_what_separate_rows_give(ours):
     requests = [(None, ours.tok_encode(a), ours.tok_encode(b)) for a, b in pairs() if a]
-    rows = ours.make_inputs(requests)
+    rows = ours.make_rows(requests)
     values = []
     families = {}
     for row in rows:
         families.setdefault(row.head, []).append(row)
     with torch.no_grad():
         for batches in (ours.run_separate(rows), ours.run_shared(families)):
-            states = {
-                (row.head, row.tail): state
-                for inputs, found in batches
-                for row, state in zip(inputs, found, strict=True)
-            }
-            values.append(torch.cat([states[row.head, row.tail] for row in rows]))
+            states = {row.requests[0]: found for batch in batches for row, found in batch}
+            # Separate rows have the states of their heads, too.
+            values.append(torch.cat([states[row.requests[0]][-len(row.tail) :] for row in rows]))
     torch.testing.assert_close(*values, atol=2e-4, rtol=2e-4)
 
 
@@ -375,7 +372,7 @@ def test_a_description_is_left_out_where_the_template_has_no_system_role(without
     ours, theirs = without_system
     options = {"apply_chat_template": True, "num_fewshot": 1}
     manager, names = eval_tasks.resolve_names([f"mmlu_{SUBJECTS[0]}"])
-    with eval_tasks.quiet_harness(), eval_tasks.data_sets_from(data_dir):
+    with eval_tasks.isolated_harness(), eval_tasks.data_sets_from(data_dir):
         reference = evaluator.simple_evaluate(
             theirs, tasks=names, task_manager=manager, fewshot_as_multiturn=True, log_samples=False, **options
         )
@@ -443,7 +440,10 @@ def test_groups_read_local_data_and_are_aggregated(ours, tmp_path):
     found = evaluate(ours.model, ours.tokenizer, tasks=["mmlu_social_sciences"], data_dir=tmp_path)
     sizes = {name: found["n-samples"][name]["effective"] for name in subjects}
     right = sum(found["results"][name]["acc,none"] * size for name, size in sizes.items())
-    assert found["groups"]["mmlu_social_sciences"]["acc,none"] == pytest.approx(right / sum(sizes.values()))
+    group = found["groups"]["mmlu_social_sciences"]
+    assert group["acc,none"] == pytest.approx(right / sum(sizes.values())) and group["sample_len"] == sum(
+        sizes.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_tasks_that_run_code_are_refused_before_they_are_loaded_and_run_when_ask
     loaded["tasks"]["humaneval"].set_config("generation_kwargs", {"max_gen_toks": 4}, update=True)
     tokenizer = Tokenizer(bpe_dir)
     model = GPT(Config(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, intermediate_size=8))
-    results = run_tasks(model, tokenizer, loaded=loaded)["results"]["humaneval"]
+    results = evaluate(model, tokenizer, tasks=loaded)["results"]["humaneval"]
     assert results["pass@1,create_test"] == 1.0
 
 
@@ -593,9 +593,11 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
 
 
 def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
-    scores = {"acc,none": 0.4321, "acc_stderr,none": 0.1234}
-    found = {"results": {"few": scores, "many": scores, "both": scores}, "groups": {"both": scores, "none": scores}}
-    found |= {"n-samples": {name: {"original": n, "effective": n} for name, n in (("few", 29), ("many", 30))}}
+    def scores(n: int) -> dict:
+        return {"acc,none": 0.4321, "acc_stderr,none": 0.1234, "sample_len": n}
+
+    found = {"results": {"few": scores(29), "many": scores(30), "both": scores(59)}}
+    found |= {"groups": {"both": scores(59), "none": scores(29)}}
     found |= {"versions": {}, "group_subtasks": {"both": ["few", "many"], "none": ["few"]}, "requests": 1, "seconds": 1}
     print_results(found)
     lines = [line for line in capsys.readouterr().out.splitlines() if "0.4321" in line]

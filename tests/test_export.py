@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
-from lit_gpt.adapter_files import load_adapted_model
+from lit_gpt.adapter_files import load_adapted_model, load_adapter, open_adapter
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.export import Export, report
@@ -65,10 +65,8 @@ EXPORTS = {
 def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, tmp_path, bpe_dir):
     case, fields = EXPORTS[name]
     adapter = make_adapter(tmp_path, case, bpe_dir, **fields)
-    ours, theirs = (
-        load_adapted_model(tmp_path / "base", **path_option(adapter)),
-        in_peft(adapter, export_adapter(adapter)),
-    )
+    ours = load_adapted_model(tmp_path / "base", adapter=open_adapter(**path_option(adapter)))
+    theirs = in_peft(adapter, export_adapter(adapter))
     with torch.no_grad():
         expected = ours(IDX)
         assert relative(load_model(tmp_path / "base")(IDX), expected) > 1e-2, "the adapter does nothing"
@@ -94,7 +92,9 @@ def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(model, out)(IDX).logits
-        assert relative(theirs, load_adapted_model(tmp_path / "base", ether_path=adapter)(IDX)) < 1e-5
+        assert (
+            relative(theirs, load_adapted_model(tmp_path / "base", adapter=load_adapter(adapter, "ether"))(IDX)) < 1e-5
+        )
 
 
 # ---- what is written

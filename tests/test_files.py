@@ -39,7 +39,7 @@ from lit_gpt.files import (
     staged_dir,
     write_json,
 )
-from lit_gpt.resume import checkpoint_folders, locked
+from lit_gpt.run_folder import checkpoint_folders, locked
 from scripts import convert_lit_checkpoint, export_lora
 
 

@@ -19,12 +19,10 @@ import torch
 from helpers import ROOT
 
 from eval import gpu_report
-from eval.costs import Variant
-from eval.gpu_parts import BARS, Card, Row, compare_all, describe, in_turn, largest_error, seconds_of
+from eval.gpu_parts import BARS, Card, Row, compare, describe, in_turn, largest_error, seconds_of
 from eval.gpu_report import FAULTS, PARTS, UNFINISHED, Part, draw, notes_on, receive, report_on, setup, show
-from eval.gpu_runs import Steps, at_fitting_size
+from eval.gpu_runs import at_fitting_size, step_tables
 from lit_gpt import GPT, Config
-from lit_gpt.reflections import FORMS
 
 CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
 GPU_CARD = Card(torch.device("cuda"), torch.bfloat16, short=False)
@@ -111,18 +109,16 @@ def test_what_merely_took_too_long_is_no_fault_and_is_named(tmp_path, monkeypatc
     setup(["--minutes", "0.1", "--out_dir", str(tmp_path)])
     told = capsys.readouterr().err
     assert "Not finished (give more --minutes):" in told and "Wrong" not in told
-    assert "a. stopped after 3 s, not finished or not reached: kill and resume, padded; what" in told
+    assert "a. stopped after 3 s; what" in told
     assert "b. left out for want of time: kill and resume, padded" in told
 
 
 def test_an_earlier_report_is_never_written_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "PARTS", {"a": Part("a", two_rows, 1.0, below="below the table")})
+    monkeypatch.setattr(gpu_report, "PARTS", {"a": Part("a", two_rows, 1.0)})
     monkeypatch.chdir(tmp_path)
     setup([])
     (made,) = Path("logs/gpu").iterdir()
-    shown = capsys.readouterr().out
-    assert (made / "report.json").is_file() and f"results go to {made}" in shown
-    assert shown.index("second") < shown.index("below the table")
+    assert (made / "report.json").is_file() and f"results go to {made}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         setup(["--out_dir", str(made)])
     assert end.value.code == 2 and f"{made} holds a report" in capsys.readouterr().err
@@ -143,14 +139,13 @@ def test_rows_of_one_label_become_one_line():
     ]
 
 
-def test_picture_says_of_what_it_is_and_shows_no_memory_of_nothing(tmp_path, monkeypatch):
+def test_picture_says_of_what_it_is(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, text, **_: titles.append(text))
-    row = {"table": "Llama, bf16, q and v, T = 256, eager", "label": "LoRA", "values": {"x LoRA r=8": 1.0}}
-    tiny = {"table": "Tiny, fp32", "label": "padded", "values": {"peak, GiB": 0.02, "estimated, GiB": 0.001}}
-    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": [row]}, "f": {"rows": [tiny]}}})
+    rows = [{"table": f"T = {T}", "label": "LoRA", "values": {"x LoRA r=8": 1.0}} for T in (256, 2048)]
+    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": rows}}})
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert titles[1] == "Step time x LoRA r=8\nLlama" and titles[3] == "Memory, GiB: nothing to show"
+    assert titles[0] == "forward, µs: nothing to show" and "x LoRA r=8\nT = 2048" in titles
 
 
 def test_an_old_card_takes_fp16_and_says_so(monkeypatch):
@@ -187,23 +182,18 @@ def test_a_model_that_does_not_fit_loses_layers_and_says_so(monkeypatch):
 
 def test_exactness_is_measured_and_an_error_above_the_bar_is_told(monkeypatch):
     cases = [("ether", torch.float32, "eager"), ("oft, published layout", torch.bfloat16, "eager")]
-    found = list(compare_all(CPU, cases))
+    found = [row for case in cases for row in compare(CPU, *case)]
     assert [row.label for row in found] == [label for label, *_ in cases]
     errors = [float(text) for row in found for value in row.values.values() for text in value.split(" / ")]
     assert 0 < max(errors[:2]) < BARS[torch.float32] < min(errors[2:])  # of each its dtype's roundings
     monkeypatch.setitem(BARS, torch.float32, 1e-9)
-    assert "ether, fp32, eager: WRONG by" in list(compare_all(CPU, cases[:1]))[-1]
+    assert "ether, fp32, eager: WRONG by" in list(compare(CPU, *cases[0]))[-1]
 
 
 def test_an_error_that_is_not_a_number_is_the_largest():
     one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
     assert math.isnan(largest_error([one, one], [nan, one])) and math.isnan(largest_error([one, one], [one, nan]))
     assert largest_error([one, 4 * one], [one, 5 * one]) == 0.25
-
-
-def test_cases_are_left_out_when_time_is_over():
-    (note,) = compare_all(replace(CPU, deadline=time.monotonic()), [("ether", torch.float32, "eager")] * 3)
-    assert note == "left out for want of time: 3 of 3 cases, eager"
 
 
 def test_time_of_a_call_is_the_fastest_turns_share():
@@ -227,11 +217,10 @@ def test_results_of_a_turn_are_kept_until_its_end():
 
 
 def test_methods_that_cannot_be_compiled_in_time_are_named_and_nothing_is_lost():
-    late = replace(CPU, deadline=time.monotonic() + 20)
-    steps = Steps(late, "tiny", [Variant("frozen model", None), Variant("LoRA", None)], [], (8,))
-    assert list(steps.compiled("compiled", FORMS[0])) == [
-        "compiled: left out for want of time: frozen model, LoRA",
-    ]
+    tiny = Config(name="tiny", n_layer=1, n_head=2, n_embd=16, intermediate_size=32, vocab_size=16)
+    *rows, note = step_tables(replace(CPU, deadline=time.monotonic() + 20), tiny, lengths=(8,))
+    assert note == "compiled: left out for want of time: frozen model, LoRA r=8, ETHER+ two-sided n=4"
+    assert len(rows) == 6 and all(row.table.endswith("T = 8, eager") for row in rows)
 
 
 def test_parts_that_cannot_run_hold_back_no_time(tmp_path, capsys):

@@ -14,7 +14,8 @@ from helpers import FRONT_ENDS, ROOT, SCRIPTS, SOURCES, load_script, relative_pa
 from lit_gpt.cli import main
 
 # What is installed under another name than it is imported by.
-PACKAGES = {"lm_eval": "lm-eval", "yaml": "jsonargparse"}  # jsonargparse[signatures] always brings PyYAML
+PACKAGES = {"lm_eval": "lm-eval"}
+PACKAGES |= dict.fromkeys(("yaml", "docstring_parser"), "jsonargparse")  # which always brings them
 OPTIONAL = {"bitsandbytes", "peft", "tensorboard", "transformers", "triton", "wandb"}  # a line says where they miss
 FORBIDDEN = {
     r"\bos\.system\(": "os.system hides failures: subprocess or shutil",

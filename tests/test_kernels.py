@@ -73,10 +73,21 @@ def test_where_triton_cannot_run_products_take_its_place_and_one_line_says_so(mi
     reflections._try_kernels.cache_clear()
     if missing:
         monkeypatch.setitem(sys.modules, "lit_gpt.kernels", None)  # importing it raises ImportError
-    x, u, v = torch.randn(4, 2, 6), torch.randn(2, 6), torch.randn(2, 6)
-    with use_form("triton"):
-        results = [reflect_plus(x, u, v) for _ in range(2)]  # on a CPU, for which Triton has no driver
-    assert all(torch.equal(y, reflect_plus(x, u, v)) for y in results)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: raise_error("no driver"))  # also where there is a GPU
+    assert [reflections._kernels_run_on(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "no Triton kernels on cpu (needs an NVIDIA GPU): reflections are taken as thin products"
+    reason = "import of lit_gpt.kernels halted; None in sys.modules" if missing else "no driver"
+    assert line == f"no Triton kernels on cuda:0 ({reason}): reflections are taken as thin products"
     reflections._try_kernels.cache_clear()
+
+
+def raise_error(text: str):
+    raise RuntimeError(text)
+
+
+def test_on_a_cpu_products_are_taken_and_nothing_is_said(capsys):
+    x, u, v = torch.randn(4, 2, 6), torch.randn(2, 6), torch.randn(2, 6)
+    with use_form("products"):
+        products = reflect_plus(x, u, v)
+    assert torch.equal(reflect_plus(x, u, v), products)
+    assert capsys.readouterr().err == ""

@@ -1,42 +1,38 @@
 """The estimate of a run's memory: storages followed exactly, and what changes a run changes it."""
 
 import re
+import sys
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, train, write_base
 from lightning.fabric import Fabric
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from lit_gpt import GPT, Config, memory
-from lit_gpt.batches import round_up
-from lit_gpt.checkpoint import load_model
-from lit_gpt.data import length
+from lit_gpt import GPT, Config
+from lit_gpt.checkpoint import load_model, meta_model
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
+from lit_gpt.live_bytes import LiveBytes
 from lit_gpt.memory import (
-    HEAP_HOLES,
-    NOT_FAKE,
-    LiveBytes,
     Memory,
     estimate_memory,
     frozen_bytes,
-    meta_model,
     remedies,
     share_weights,
     spread_evenly,
     working_bytes,
 )
-from lit_gpt.plan import EvalArgs, IOArgs, Job, Plan, TrainArgs, make_plan
-from lit_gpt.quantize import SCHEMES, load_quantized_model, quantization_saves
+from lit_gpt.quantize import SCHEMES, load_base, quantization_saves
+from lit_gpt.settings import IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import make_batching
 
 
-def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> tuple[Job, Plan]:
+def planned(work, *, adapter=True, base="base", precision="32-true", quantize=None, **how) -> Plan:
     """A run of ETHER+, or of full finetuning."""
-    job = Job("etherplusHH", "ether", EtherConfig(Htype="etherplusHH", nb=2)) if adapter else Job("full", "full")
+    config = EtherConfig(Htype="etherplusHH", nb=2) if adapter else None
     io = IOArgs(str(work / "data"), checkpoint_dir=str(work / base), out_dir=str(work / "nowhere"))
-    settings = dict(io=io, train=TrainArgs(**how), eval=EvalArgs(), precision=precision, quantize=quantize)
-    return job, make_plan(job, **settings, processes=1, strategy="auto", overwrite=False)
+    settings = dict(io=io, train=TrainArgs(**how), precision=precision, quantize=quantize)
+    return Plan(Settings(adapter=config, **settings))
 
 
 def one_process() -> Fabric:
@@ -46,10 +42,10 @@ def one_process() -> Fabric:
 
 def estimate(work, **what) -> Memory:
     """Of a ``planned`` run."""
-    job, plan = planned(work, **what)
+    plan = planned(work, **what)
     batching = make_batching(plan, one_process())
     largest = batching.collate(batching.largest(plan.train_set, 16))
-    return estimate_memory(job, plan, largest, fabric=one_process())
+    return estimate_memory(plan, largest, fabric=one_process())
 
 
 def test_live_bytes_follow_each_storage_once_until_it_ends():
@@ -65,9 +61,6 @@ def test_live_bytes_follow_each_storage_once_until_it_ends():
         assert live.now == 4000 and live.most == 8000
         del c
         assert live.now == 0
-    with LiveBytes(at_least=4000) as large, LiveBytes(below=4000) as small:
-        pair = torch.zeros(1000), torch.zeros(10)
-        assert (large.now, small.now) == tuple(tensor.nbytes for tensor in pair)
     held = torch.zeros(1000)
     with LiveBytes([held]) as live:
         held.view(10, 100).t()
@@ -83,8 +76,7 @@ def test_weights_and_what_trains_are_counted_exactly(work):
     assert estimate(work, precision="bf16-true").frozen == 2 * n
 
 
-def test_the_estimate_follows_the_settings(work, monkeypatch):
-    monkeypatch.setattr(memory, "COMPILED", 0)
+def test_the_estimate_follows_the_settings(work):
     usual = estimate(work)
     assert estimate(work, micro_batch_size=1).working < 0.5 * usual.working
     assert estimate(work, activation_checkpointing=True).working < 0.8 * usual.working
@@ -92,24 +84,11 @@ def test_the_estimate_follows_the_settings(work, monkeypatch):
     assert 0.7 * usual.working < estimate(work, packing=True).working < 1.1 * usual.working
 
 
-def test_in_16_bits_what_is_compiled_for_each_length_counts(work, monkeypatch):
-    whole = estimate(work, precision="bf16-true").working
-    monkeypatch.setattr(memory, "COMPILED", 0)
-    n_lengths = round_up(max(map(length, planned(work)[1].train_set)), 16) // 16
-    assert whole - estimate(work, precision="bf16-true").working == 2**24 * n_lengths
-
-
-def test_blocks_that_the_heap_gives_back_have_no_holes(work, monkeypatch):
-    whole = estimate(work).working
-    monkeypatch.setattr(memory, "MAPPED", 0)
-    assert estimate(work).working == pytest.approx(whole / HEAP_HOLES, abs=2)
-
-
 def test_gradients_of_earlier_passes_count(work):
     """A step of one pass has no gradients yet while its activations are there; one of several has all of them."""
     one, several = (estimate(work, adapter=False, micro_batch_size=4, global_batch_size=size) for size in (4, 8))
     assert (one.frozen, one.trained) == (several.frozen, several.trained)
-    assert several.working - one.working == pytest.approx(HEAP_HOLES * several.trained / 4, rel=0.2)
+    assert several.working - one.working == pytest.approx(several.trained / 4, rel=0.2)
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -147,7 +126,7 @@ def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
     how = dict(lengths=None, n_losses=20, accumulates=False, fabric=one_process())
     with FakeTensorMode(allow_fallback_kernels=False):
         model, idx = share_weights(base, "cpu").requires_grad_(True), torch.zeros(2, 16, dtype=torch.long)
-        with pytest.raises(NOT_FAKE):
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             working_bytes(model, idx, **how)
         spread_evenly(model)
         assert working_bytes(model, idx, **how) > 0
@@ -167,7 +146,7 @@ def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
     ],
 )  # fmt: skip
 def test_remedies_are_those_that_a_run_has_left(work, what, told):
-    assert remedies(*planned(work, **what), fabric=one_process()).startswith(told)
+    assert remedies(planned(work, **what), fabric=one_process()).startswith(told)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -181,7 +160,7 @@ def test_what_quantization_saves_is_what_it_saves(work, bpe_dir, scheme):
     sizes = dict(n_embd=256, intermediate_size=512, n_layer=1)  # blocks of 64 and of 256 are full
     folder = work / f"wide-{scheme}"
     write_base(folder, bpe_dir, **sizes)
-    plain, small = load_model(folder), load_quantized_model(folder, "32-true", scheme)
+    plain, small = load_model(folder), load_base(folder, "32-true", scheme)
     held = sum({t.data_ptr(): t.nbytes for t in small.state_dict().values()}.values())
     whole = sum(p.nbytes for p in plain.parameters())
     assert whole - quantization_saves(plain, scheme)[0] == pytest.approx(held, rel=0.02)
@@ -190,7 +169,14 @@ def test_what_quantization_saves_is_what_it_saves(work, bpe_dir, scheme):
 def test_a_run_tells_estimate_and_measure(work, tmp_path, capsys):
     summary = train(work, "etherplusHH", tmp_path / "run")
     told = capsys.readouterr().out
-    assert re.search(r"memory: about 0\.\d\d GiB \(frozen 0\.00, trained 0\.00, working 0\.\d\d\), estimated", told)
+    assert re.search(r"memory: at least 0\.\d\d GiB \(frozen 0\.00, trained 0\.00, working 0\.\d\d\), estimated", told)
     assert re.search(r"peak memory +\d.\d\d GiB, \d\.\d\d of them for this run \(estimated \d\.\d\d\)", told)
     assert 0 < summary["estimated_memory_bytes"] < summary["peak_memory_bytes"]
     assert 0 <= summary["run_memory_bytes"] < summary["peak_memory_bytes"]
+
+
+def test_without_pytorchs_private_names_there_is_no_estimate_and_training_goes_on(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lit_gpt.live_bytes", None)  # the module that imports them
+    summary = train(work, "ether", tmp_path / "run")
+    assert "memory: no estimate (import of lit_gpt.live_bytes halted" in capsys.readouterr().out
+    assert summary["estimated_memory_bytes"] is None and summary["val_loss_after"] > 0

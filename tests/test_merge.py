@@ -19,9 +19,10 @@ from torch import nn
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import KINDS, attach_adapter, load_adapted_model, load_adapter, save_adapter
-from lit_gpt.checkpoint import PRECISIONS, fingerprint, load_config, load_model, load_state, save_state, stream_state
+from lit_gpt.checkpoint import fingerprint, load_config, load_model, load_state, save_state, stream_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
+from lit_gpt.devices import PRECISIONS
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig
@@ -82,7 +83,7 @@ def merge(base: Path, path: Path, kind: str, *more: str) -> Path:
 def merged_in_memory(base: Path, path: Path, kind: str, precision: str) -> tuple[dict[str, torch.Tensor], dict]:
     """What merging the whole model in fp32 and casting it gives, and the model's config."""
     model = load_model(base)
-    attach_adapter(model, load_adapter(path, kind), source=path)
+    attach_adapter(model, load_adapter(path, kind))
     merge_adapter_weights(model)
     own = adapter_parameters(model)
     model.to(PRECISIONS[precision])
@@ -165,7 +166,8 @@ def test_a_merge_says_how_far_the_weights_moved(bpe_dir, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- verification
 def expected_gaps(base: Path, path: Path, kind: str, rows: list[torch.Tensor]) -> tuple[float, float, float]:
     """The logits' largest difference, the relative one and the KL, from both models whole in memory."""
-    unmerged, merged = load_adapted_model(base, **{f"{kind}_path": path}), load_model(path.parent / "merged")
+    unmerged = load_adapted_model(base, adapter=load_adapter(path, kind))
+    merged = load_model(path.parent / "merged")
     gap = scale = divergence = 0.0
     with torch.no_grad():
         for row in rows:

@@ -22,8 +22,8 @@ from helpers import (
     wait_for,
 )
 
-from lit_gpt.devices import launch_variables
-from lit_gpt.resume import checkpoint_folders
+from lit_gpt.launch import PATIENCE, launch_variables
+from lit_gpt.run_folder import checkpoint_folders
 
 LONG = ["--train.max_steps", "60", "--train.epochs", "9", "--train.save_interval", "10", "--eval.interval", "7"]
 NODES = ["--devices", "1", "--num_nodes", "2"]
@@ -75,10 +75,8 @@ def agents(work, out: Path, *more: str) -> list[Agent]:
 
 def node_process(cwd: Path, patience: float, *arguments) -> None:
     """What a process of a machine of its own does: in its own folder, with so many seconds of patience."""
-    from lit_gpt import train as train_module
-
     os.chdir(cwd)
-    train_module.PATIENCE["ether"] = timedelta(seconds=patience)
+    PATIENCE["ether"] = timedelta(seconds=patience)
     in_process(*arguments)
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, adapters_off, mark_only_adapter_as_trainable, merge_adapter_weights
-from lit_gpt.adapter_files import load_adapted_model
+from lit_gpt.adapter_files import load_adapted_model, load_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
@@ -25,7 +25,7 @@ from lit_gpt.monitor import weight_change
 from lit_gpt.quantize import (
     SCHEMES,
     describe_size,
-    load_quantized_model,
+    load_base,
     n_parameters,
     quantizable,
     quantization_error,
@@ -55,7 +55,7 @@ def pair(scheme: str, name: str) -> tuple[GPT, GPT]:
     model = GPT(Config(**SIZES, **MODELS[name]))
     plain = copy.deepcopy(model)
     quantize_model(model, scheme, model.state_dict(), dtype=torch.float32, device="cpu")
-    for full, _, _, linear in quantizable(plain):
+    for full, linear in quantizable(plain).items():
         held, eye = model.get_submodule(full).quantized, torch.eye(linear.in_features)
         rows = [held.product(index, eye, None).T for index in range(len(held))]
         for index, seen in enumerate(rows):
@@ -127,7 +127,7 @@ def test_products_in_half_precision_leave_the_adapter_in_fp32(scheme):
 def test_memory_is_what_the_scheme_promises(scheme, bits):
     config = Config(**SIZES | dict(n_embd=512, intermediate_size=1024, n_head=8))
     plain = GPT(config)
-    linears = sum(linear.weight.numel() for _, _, _, linear in quantizable(plain))
+    linears = sum(linear.weight.numel() for linear in quantizable(plain).values())
     model = copy.deepcopy(plain)
     quantize_model(model, scheme, model.state_dict(), dtype=torch.float32, device="cpu")
     assert n_parameters(model) == n_parameters(plain) == sum(p.numel() for p in plain.parameters())
@@ -155,11 +155,11 @@ class AnonymousMemory(TorchDispatchMode):
 def test_loading_never_holds_the_whole_model_unquantized(tmp_path, bpe_dir):
     sizes = dict(n_layer=12, n_embd=512, n_head=8, n_query_groups=4, intermediate_size=1536)
     folder = write_base(tmp_path / "base", bpe_dir, **sizes)
-    model = load_quantized_model(folder, "32-true", "bnb.nf4")  # what is allocated once, is
+    model = load_base(folder, "32-true", "bnb.nf4")  # what is allocated once, is
     with AnonymousMemory() as memory:
         torch.empty(0)  # an operator, at which memory is read
         start = memory.peak
-        again = load_quantized_model(folder, "32-true", "bnb.nf4")
+        again = load_base(folder, "32-true", "bnb.nf4")
     whole = (folder / "lit_model.pth").stat().st_size
     assert memory.peak - start < 0.3 * whole  # 4.5 bits of 32 stay, one weight of 1/50 comes and goes
     assert torch.equal(again(IDX), model(IDX))
@@ -174,7 +174,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, bpe_dir):
     state["transformer.h.1.mlp.proj.weight"] = torch.zeros(3, 3)
     save_state(state, folder / "lit_model.pth")
     with pytest.raises(ValueError, match=r"does not hold the weights .*h\.1\.mlp\.proj\.weight"):
-        load_quantized_model(folder, "32-true", "bnb.nf4")
+        load_base(folder, "32-true", "bnb.nf4")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -191,9 +191,11 @@ def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsy
 
     samples = load_split(work / "data" / "test.pt")
     idx, targets = collate(samples, torch.device("cpu"))
-    adapter = {f"{kind}_path": path}
-    mean = load_adapted_model(work / "base", quantize=scheme, **adapter)(idx, targets=targets, reduction="none").mean()
-    assert mean.item() == pytest.approx(summary["val_loss_after"], rel=1e-5)
+    adapter = load_adapter(path, kind)
+    model = load_adapted_model(work / "base", quantize=scheme, adapter=adapter)
+    assert model(idx, targets=targets, reduction="none").mean().item() == pytest.approx(
+        summary["val_loss_after"], rel=1e-5
+    )
 
     flags = ["--checkpoint_dir", str(work / "base"), f"--{kind}_path", str(path), "--precision", "32-true"]
     main(script(f"scripts/merge_{kind}.py"), flags)
@@ -201,9 +203,10 @@ def test_trains_saves_and_merges_into_the_unquantized_base(work, tmp_path, capsy
         f"trained on a {scheme} base, merged into the unquantized one: .* by (.*) \\(median", capsys.readouterr().out
     )
     state = load_state(work / "base" / "lit_model.pth")
-    weights = [state[f"{name}.weight"] for name, *_ in quantizable(load_model(work / "base"))]
+    weights = [state[f"{name}.weight"] for name in quantizable(load_model(work / "base"))]
     assert float(said.group(1)) == pytest.approx(quantization_error(scheme, weights), rel=0.06)
-    merged, unmerged = load_model(tmp_path / "run" / "merged")(IDX), load_adapted_model(work / "base", **adapter)(IDX)
+    merged = load_model(tmp_path / "run" / "merged")(IDX)
+    unmerged = load_adapted_model(work / "base", adapter=adapter)(IDX)
     assert (merged - unmerged).abs().max() < 1e-5 * unmerged.abs().max()
 
 

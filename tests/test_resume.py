@@ -25,11 +25,12 @@ from helpers import (
     write_base,
 )
 
-from lit_gpt import run as run_module
-from lit_gpt.checkpoint import load_model
+from lit_gpt import train as train_module
+from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
-from lit_gpt.resume import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
+from lit_gpt.files import file_sha256, read_json, write_json
+from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
@@ -112,13 +113,13 @@ def test_under_nohup_the_end_of_the_terminal_is_not_a_request(monkeypatch):
 
 def test_a_signal_while_the_result_is_written_does_not_lose_it(work, tmp_path, monkeypatch):
     """A run without checkpoints has nothing else to go on from."""
-    write = run_module.write_summary
+    write = train_module.write_summary
 
     def signalled(*args) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write(*args)
 
-    monkeypatch.setattr(run_module, "write_summary", signalled)
+    monkeypatch.setattr(train_module, "write_summary", signalled)
     assert train(work, "ether", tmp_path / "run")["steps"] == 6
 
 
@@ -188,6 +189,25 @@ def test_a_resumed_run_refuses_what_would_change_its_result(work, tmp_path, caps
     assert "adapter.nb was 2, is 4; train.learning_rate was 0.01, is 0.5; seed was 1337, is 7. Set them" in line
     assert "jobnum" not in line
     train(work, "ether", out, "--train.save_interval", "2", "--eval.sample_interval", "3", "--resume", "true")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(work, tmp_path):
+    """Its position had short names, and its settings an option that is gone."""
+    out, names = tmp_path / "run", {name: old for old, name in train_module.STORED_NAMES.items()}
+    train(work, "ether", tmp_path / "whole", "--train.save_interval", "3")
+    unfinished(work, out)
+    folder = checkpoint_folders(out)[0]
+    state = load_state(folder / "state.pth")
+    state["position"] = {names.get(name, name): value for name, value in state["position"].items()}
+    state["settings"]["train"]["group_by_length"] = False
+    save_state(state, folder / "state.pth")
+    manifest = read_json(folder / "manifest.json")
+    manifest["state.pth"] = {
+        "bytes": (folder / "state.pth").stat().st_size, "sha256": file_sha256(folder / "state.pth")
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
+    train(work, "ether", out, "--train.save_interval", "3", "--resume", "true")
+    assert same_result(out, tmp_path / "whole")
 
 
 def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsys, bpe_dir):

@@ -24,7 +24,7 @@ from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.reflections import use_form
-from lit_gpt.run import Position, Run, learning_rate
+from lit_gpt.train import Position, Trainer, learning_rate
 
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
 
@@ -46,7 +46,7 @@ def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
     assert not any(p.is_symlink() for p in merged.iterdir())
 
     idx = torch.arange(60)[None]
-    unmerged = load_adapted_model(work / "base", **{f"{kind}_path": path})(idx)
+    unmerged = load_adapted_model(work / "base", adapter=load_adapter(path, kind))(idx)
     relative = (load_model(merged)(idx) - unmerged).abs().max() / unmerged.abs().max()
     assert relative < 1e-5
     assert "already holds lit_model.pth" in _refused_merge(kind, flags)
@@ -176,7 +176,8 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
     [
         (["--train.micro_batch_size", "3"], "global_batch_size 4 is not a multiple of"),
         (["--train.lr_warmup_steps", "6"], "lr_warmup_steps 6 must be shorter than the run of 6 steps"),
-        (["--train.learning_rate", "-1", "--train.loss_average", "x"], "learning_rate must be positive, got -1.0; "),
+        (["--train.learning_rate", "-1", "--train.epochs", "0"], "learning_rate must be positive, got -1.0; "),
+        (["--train.loss_average", "x"], "Expected a typing.Literal['token', 'sequence']. Got value: x"),
         (["--precision", "fp32", "--ether_nb", "3"], "16-mixed; 3 blocks do not divide"),
         (["--Htype", "ether+"], "choices: ether, etherplus, etherplusHH, oft"),
         (["--ether_nb", "3"], "legal for all chosen targets: 1, 2, 4, 8"),
@@ -190,7 +191,10 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
         (["--eval.interval", "0"], "--eval.interval must be positive, got 0"),
         (["--train.learning_rate", "nan"], "Got value: nan"),
         (["--train.max_time", "soon"], "--train.max_time soon: expected minutes, as 90, or hours, minutes and"),
-        (["--train.skip_nonfinite", "-1", "--train.patience", "0"], "patience must be positive, got 0; --train.skip"),
+        (
+            ["--train.skip_nonfinite", "-1", "--train.patience", "0"],
+            "--train.skip_nonfinite must be 0 or more, got -1; --train.patience must be positive, got 0",
+        ),
         (["--eval.sample_prompt", "river " * 200], "tokens; the context is 128"),
         (["--devices", "0"], "--devices times --num_nodes must be positive and below 2^31, got 0"),
         (["--ether_head", "true", "--io.checkpoint_dir", "nowhere", "--train.epochs", "0"], "; --train.epochs must be"),
@@ -309,10 +313,10 @@ def test_a_loss_that_is_not_finite_is_never_the_best(validations, best, worse):
     """Nothing is lower than NaN: a first validation of NaN stayed the best, and the run ended early with its result."""
     at = Position()
     for at.step, loss in enumerate(validations, 1):
-        at.after = (loss, loss)
-        better = Run.compare_with_best(SimpleNamespace(at=at))
+        at.last_losses = (loss, loss)
+        better = Trainer.compare_with_best(SimpleNamespace(position=at))
         assert better == (at.best_step == at.step)
-    assert (at.best_step, at.worse) == (best, worse)
+    assert (at.best_step, at.since_best) == (best, worse)
 
 
 def test_time_is_over_and_the_run_goes_on_later(work, tmp_path, capsys):

@@ -4,7 +4,7 @@ Some CPUs multiply bf16 matrices several times faster than fp32, others only emu
 decides. Then a forward and backward pass of the real work (model, adapter, rows of the data) says how many steps fit.
 The answer is one line, "PRECISION STEPS", in a file, so that an interrupted quickstart goes on with the same plan.
 
-    python scripts/demo/plan.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
+    python scripts/demo/choose_steps.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
 """
 
 import sys
@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 import torch
 
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import choose_device, load_model
+from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, read_data_config
+from lit_gpt.devices import choose_device
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.files import atomic_write
 
@@ -29,7 +30,7 @@ SHORT_STEPS = 4
 
 
 def fastest(action: Callable[[], torch.Tensor], *, repeat: int) -> float:
-    """The shortest of `repeat` runs of `action`, in seconds, after one to warm up."""
+    """Return the shortest of `repeat` runs of `action`, in seconds, after one to warm up."""
     times = []
     for _ in range(repeat + 1):
         start = time.perf_counter()
@@ -39,7 +40,7 @@ def fastest(action: Callable[[], torch.Tensor], *, repeat: int) -> float:
 
 
 def choose_precision(device: torch.device) -> str:
-    """bf16-true where a matrix product of the model's size is faster in bf16, else 32-true."""
+    """Return bf16-true where a matrix product of the model's size is faster in bf16, else 32-true."""
     seconds = {}
     for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16)):
         x, weight = torch.ones(512, 576, device=device, dtype=dtype), torch.ones(1536, 576, device=device, dtype=dtype)

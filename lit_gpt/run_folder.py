@@ -1,4 +1,4 @@
-"""Run checkpoints: written so that any instant may be the last, found again, and continued exactly.
+"""The run folder: whose it is, what may be in it, the checkpoints, and how a run ends before its time.
 
 A checkpoint is a folder, checkpoints/step-N/, with the result so far (the adapter file, or final/), state.pth (all else
 that the rest of the run depends on) and manifest.json (size and SHA-256 of each file).
@@ -11,40 +11,27 @@ that the rest of the run depends on) and manifest.json (size and SHA-256 of each
 import errno
 import fcntl
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
 from lightning.fabric import Fabric
 
+from lit_gpt import files
 from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
-from lit_gpt.errors import UserError
-from lit_gpt.files import (
-    TEMPORARY,
-    WEIGHTS,
-    file_sha256,
-    flush,
-    move,
-    optional,
-    read_json,
-    remove,
-    settled_folder,
-    temporary_name,
-    write_json,
-)
+from lit_gpt.errors import UserError, out_of_memory
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
 FINAL = "final"
@@ -54,19 +41,19 @@ SETTINGS = "hparams.yaml"
 SUMMARY = "summary.json"
 """The last file that a run writes: what has it is finished."""
 METRICS, MONITOR, LOSS_CURVE, TENSORBOARD = "metrics.csv", "monitor.csv", "loss.png", "tensorboard"
-
-RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{WEIGHTS}", SUMMARY)
+RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{files.WEIGHTS}", SUMMARY)
 """What a run has made: none of it is replaced without --overwrite."""
-
 HARMLESS = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
 """How the names of settings begin that a resumed run may change: they do not alter what comes out."""
+REMOVED = {"train.group_by_length": False}
+"""Options of earlier versions, which their checkpoints hold, with the value that every run has now."""
 REPEATED = 2.0
 """Seconds after which the same signal, if not Ctrl-C's, is a second one."""
 
 
-# ------------------------------------------------------------------------------------------------ the run folder
+# ---------------------------------------------------------------------------------------------- whose folder it is
 def is_run(folder: Path) -> bool:
     """Return True for a folder that a run of ours has begun to fill."""
     try:
@@ -79,29 +66,37 @@ def is_run(folder: Path) -> bool:
     return False
 
 
-def check_run_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+def check_run_folder(folder: Path, *, expected: bool, sources: Iterable[Path | str | None] = ()) -> None:
     """Raise unless a run may begin in a folder, or go on: it is new, empty, or a run of ours that may go or go on.
 
+    Args:
+        folder: the run folder, which need not be there.
+        expected: a run in it is to go on, or may be lost.
+        sources: files that the run reads.
+
     Raises:
-        FileExistsError: says what it holds, and which flag allows to go on with that.
+        FileExistsError: says what the folder holds, and which flag allows to go on with that.
+        ValueError: a source lies in the folder.
     """
-    settled_folder(folder)
+    files.settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
     held = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in (".log", ".out", ".err"))
-    if not is_run(folder) and held:
+    if held and not is_run(folder):
+        listed = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         raise FileExistsError(
-            f"{folder} is not empty and not a run's folder (it holds {', '.join(held[:3])}"
-            f"{', ...' if len(held) > 3 else ''}): give another --io.out_dir, a new or an empty one"
+            f"{folder} is not empty and not a run's folder (it holds {listed}): give another --io.out_dir, a new or an "
+            "empty one"
         )
-    if overwrite or resume:
-        return
     results = [str(path.relative_to(folder)) for name in RUN_RESULTS for path in sorted(folder.glob(name))]
-    if results:
+    if results and not expected:
         raise FileExistsError(f"{folder} already holds {results[0]}; choose another folder or give --overwrite true")
-    if checkpoint_folders(folder):
+    if checkpoint_folders(folder) and not expected:
         raise FileExistsError(
             f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
         )
+    for source in filter(None, sources):
+        if folder.resolve() in Path(source).resolve().parents:
+            raise UserError(f"{source} lies in {folder}, which this run fills anew: give another --io.out_dir")
 
 
 @contextmanager
@@ -112,10 +107,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         ValueError: another process has it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / LOCK
+    path, refused = run_dir / LOCK, False
     with path.open("a+", encoding="utf-8") as file:
-        if not (take_lock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-            # another process has it, or had it and removed it between our opening and locking it
+        with files.optional("locks", without="nothing keeps a second run out of this folder"):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                refused = error.errno in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
+                if not refused:
+                    raise
+        # Another process may have had it, and removed it between our opening and locking it.
+        if refused or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.seek(0)
             owner = file.read() or "another process"
             raise UserError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
@@ -128,23 +130,41 @@ def locked(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def take_lock(file: TextIO) -> bool:
-    """Return False where another process has locked the file; True where we have now, or locks are refused."""
-    with optional("locks", without="nothing keeps a second run out of this folder"):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # the second is CIFS's word for it
-                return False
-            raise
-    return True
+@contextmanager
+def open_run(
+    fabric: Fabric, run_dir: Path, *, settings: dict[str, Any], input_hashes: dict[str, str], resume: bool
+) -> Iterator[Path | None]:
+    """Keep the run folder for this run, and yield the checkpoint to go on from, or None for a start.
 
+    The first process looks, and the others hear of it.
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files and folders of a process that was killed while it wrote."""
-    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):
-        for path in folder.glob(f"{TEMPORARY}*"):
-            remove(path)
+    Raises:
+        ValueError, OSError: the folder is in use, or its run cannot be continued exactly.
+    """
+    with ExitStack() as stack:
+
+        def take() -> Path | None:
+            if not fabric.is_global_zero:
+                return None
+            stack.enter_context(locked(run_dir))
+            for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):  # of a process that was killed
+                for leftover in folder.glob(f"{files.TEMPORARY}*"):
+                    files.remove(leftover)
+            checkpoint = newest_checkpoint(run_dir) if resume else None
+            if checkpoint:
+                check_same_run(checkpoint, settings, input_hashes)
+            return checkpoint
+
+        def look() -> None:
+            if checkpoint and not (checkpoint / MANIFEST).is_file():
+                raise FileNotFoundError(
+                    f"{checkpoint} is not there: every machine goes on from it, so --io.out_dir must be on a file "
+                    "system that all of them share"
+                )
+
+        checkpoint, *_ = gather(together(take))
+        together(look)
+        yield checkpoint
 
 
 def clear_run(run_dir: Path) -> None:
@@ -152,16 +172,17 @@ def clear_run(run_dir: Path) -> None:
     if not is_run(run_dir):
         return
     for folder in checkpoint_folders(run_dir):
-        remove(folder)
+        files.remove(folder)
     for name in (SUMMARY, METRICS, MONITOR, LOSS_CURVE, *(kind.file_name for kind in KINDS.values())):
         (run_dir / name).unlink(missing_ok=True)
-    for folder, names in ((run_dir / FINAL, WEIGHTS), (run_dir / TENSORBOARD, "events.out.tfevents*")):
+    for folder, names in ((run_dir / FINAL, files.WEIGHTS), (run_dir / TENSORBOARD, "events.out.tfevents*")):
         for path in [folder] if folder.is_symlink() else folder.glob(names):  # what a link leads to is somebody's own
             path.unlink()
 
 
+# --------------------------------------------------------------------------------------------------- checkpoints
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run_dir / CHECKPOINTS / f"step-{step:06d}"
 
 
@@ -176,58 +197,19 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     return sorted(ours, key=lambda path: (len(path.name), path.name))
 
 
+def last_checkpoint(run_dir: Path) -> str:
+    """Say which checkpoint a run can go on from."""
+    folders = checkpoint_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
+
+
 def set_aside(folder: Path) -> Path:
-    """Give what has a checkpoint's name another one, which no checkpoint has; returns the new path."""
+    """Give what has a checkpoint's name another one, which no checkpoint has; return the new path."""
     target = folder.with_name(f"aside-{folder.name}.{secrets.token_hex(2)}")
-    move(folder, target)
+    files.move(folder, target)
     return target
 
 
-@contextmanager
-def open_run(
-    fabric: Fabric, run_dir: Path, *, settings: Mapping[str, Any], facts: Mapping[str, str], resume: bool
-) -> Iterator[Path | None]:
-    """Inside, the run folder is this run's; yields the checkpoint to go on from, None for a start.
-
-    The first process looks, and the others hear of it.
-
-    Args:
-        fabric: launched.
-        run_dir: the run folder.
-        settings: of this run.
-        facts: hashes of what it reads.
-        resume: whether to look for a checkpoint.
-
-    Raises:
-        ValueError, OSError: the folder is in use, or its run cannot be continued exactly.
-    """
-    with ExitStack() as stack:
-
-        def take() -> Path | None:
-            if not fabric.is_global_zero:
-                return None
-            stack.enter_context(locked(run_dir))
-            remove_leftovers(run_dir)
-            checkpoint = newest_checkpoint(run_dir) if resume else None
-            if checkpoint:
-                check_same_run(checkpoint, settings, facts)
-            return checkpoint
-
-        checkpoint, *_ = gather(together(take))
-        together(lambda: check_visible(checkpoint))
-        yield checkpoint
-
-
-def check_visible(checkpoint: Path | None) -> None:
-    """Raise where this machine does not see the checkpoint that the first process has found."""
-    if checkpoint and not (checkpoint / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} is not there: every machine goes on from it, so --io.out_dir must be on a file system that "
-            "all of them share"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes checkpoints/step-N; older ones go once it is there.
@@ -240,34 +222,36 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
     """
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = temporary_name(folder)
+    staging = files.temporary_name(folder)
     staging.mkdir()
     try:
         yield staging
-        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-        facts = {str(p.relative_to(staging)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-        write_json(staging / MANIFEST, facts)
+        written = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        listed = {
+            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
+            for path in written
+        }
+        files.write_json(staging / MANIFEST, listed)
         for path in (*staging.rglob("*"), staging):
-            flush(path)
+            files.flush(path)
         if os.path.lexists(folder):  # somebody's own
             print(f"{folder} is no checkpoint of this run: it is {set_aside(folder).name} now")
-        move(staging, folder)
-        flush(folder.parent)
+        files.move(staging, folder)
+        files.flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for old in checkpoint_folders(run_dir)[:-keep]:
         if old != checkpoint_folder(run_dir, best):
-            remove(old)
+            files.remove(old)
 
 
-# ------------------------------------------------------------------------------------------------------- reading
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """Say what is wrong with a checkpoint's files; None where they are as they were written."""
     try:
-        for name, facts in read_json(folder / MANIFEST).items():
-            if (folder / name).stat().st_size != facts["bytes"]:
+        for name, written in files.read_json(folder / MANIFEST).items():
+            if (folder / name).stat().st_size != written["bytes"]:
                 return f"{name} has another size"
-            if file_sha256(folder / name) != facts["sha256"]:
+            if files.file_sha256(folder / name) != written["sha256"]:
                 return f"{name} holds other bytes"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{MANIFEST} or what it lists cannot be read: {' '.join(str(error).split())}"
@@ -275,7 +259,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all. Damaged ones after it are named and set aside.
+    """Return the newest undamaged checkpoint, or None where there is none at all; name and set aside damaged ones.
 
     Raises:
         ValueError: all of them are damaged.
@@ -294,19 +278,20 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[str, str]) -> None:
     """Raise where going on from a checkpoint would not give what the run was to give.
 
     Args:
         folder: the checkpoint.
         settings: this run's, as in hparams.yaml.
-        facts: hashes of what the run reads, by name.
+        input_hashes: of what the run reads, by name.
 
     Raises:
-        ValueError: names each setting and fact that has changed, with both values.
+        ValueError: names each setting and input that has changed, with both values.
     """
     state = load_state(folder / STATE)
-    now, then = flatten(settings) | dict(facts), flatten(state["settings"]) | state["facts"]
+    then = REMOVED | flatten(state["settings"]) | state["facts"]
+    now = REMOVED | flatten(settings) | input_hashes
     changed = [
         f"{name} was {then.get(name)}, is {now.get(name)}"
         for name in dict.fromkeys([*then, *now])
@@ -322,31 +307,28 @@ def check_same_run(folder: Path, settings: Mapping[str, Any], facts: Mapping[str
             print(f"{name} was {value} and is {here[name]} now: the last digits may differ from an unbroken run's")
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as flags have them."""
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names, as flags have them."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-# ------------------------------------------------------------------------------------------------- what is saved
 def environment() -> dict[str, str]:
-    """What the last digits of a result depend on beside its settings."""
+    """Return what the last digits of a result depend on beside its settings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads()), "device": device}
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training may draw from, in this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    """Return the state of the generators that training draws from, in this process."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Set the generators of this process to a ``random_state``."""
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
@@ -364,23 +346,15 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-            raise UserError(
-                f"out of memory with {tried}: {remedies}; {last_checkpoint(run_dir)} ({text[:120]})"
-            ) from error
+        text, on = " ".join(str(error).split()), last_checkpoint(run_dir)
+        if out_of_memory(error):
+            raise UserError(f"out of memory with {tried}: {remedies}; {on} ({text[:120]})") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"cannot write {run_dir} ({text}): free some space; {last_checkpoint(run_dir)}") from error
+            raise OSError(f"cannot write {run_dir} ({text}): free some space; {on}") from error
         if isinstance(error, RuntimeError) and is_lost_process(error):
             what = "does not answer" if "imed out" in text else "has ended, see its message"
-            raise UserError(f"another process of this run {what}; {last_checkpoint(run_dir)} ({text[:120]})") from error
+            raise UserError(f"another process of this run {what}; {on} ({text[:120]})") from error
         raise
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    """What can be gone on from, in words."""
-    folders = checkpoint_folders(run_dir)
-    return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
 
 
 class StopSignal:
