@@ -46,6 +46,10 @@ from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
 
 
+class Diverged(UserError):
+    """The loss or its gradient is not finite, in more steps than --train.skip_nonfinite allows."""
+
+
 def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
     """Train one adapter (or the whole model) and leave a run folder.
 
@@ -351,7 +355,7 @@ class Trainer:
             f" at a learning rate of {values['learning_rate']:.3g}, on rows {', '.join(map(str, rows))} of train.pt"
         )
         if position.skipped > allowed:
-            raise UserError(
+            raise Diverged(
                 f"{text}; lower the rate, look at these rows (counted from 0), or give --train.skip_nonfinite "
                 f"{position.skipped}; {run_folder.last_checkpoint(self.plan.run_dir)}"
             )

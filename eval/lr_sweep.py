@@ -1,0 +1,238 @@
+"""Sweep the learning rate of several methods, with seeds, on one model and data set: which rates work, and how many.
+
+    python eval/lr_sweep.py --data_dir checkpoints/ORG/NAME/alpaca --out_dir sweeps/alpaca \
+        --methods "['ether', 'etherplusHH', 'oft', 'lora']" --rates "[1e-3, 3.16e-3, 1e-2]" --seeds "[0, 1, 2]"
+
+Each run is one of ``finetune``, in a folder under runs/ and with the same rows in the same order for one seed. The same
+command goes on where it was stopped, and may name further methods, rates and seeds. From runs.json, which grows by an
+entry a run, come sweep.csv, sweep.md and two pictures.
+
+A method's *usable range* are the decades of learning rate in which a run keeps at least 90% of the best loss reduction
+of all methods, along straight lines between the measured rates (mean over seeds, logarithm of the rate); its *own
+range* is the same for the method's own best. A run that diverges keeps nothing.
+"""
+
+import csv
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from eval.costs import METHOD_NAMES, table
+from lit_gpt.adapter import AdapterConfig
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config
+from lit_gpt.cli import main
+from lit_gpt.config import Config
+from lit_gpt.data import read_data_config
+from lit_gpt.errors import UserError
+from lit_gpt.ether import METHODS, EtherConfig
+from lit_gpt.files import atomic_write, read_json, write_json
+from lit_gpt.lora import LoraConfig
+from lit_gpt.report import read_metrics
+from lit_gpt.run_folder import MONITOR, SUMMARY
+from lit_gpt.settings import EvalArgs, IOArgs, Settings, TrainArgs
+from lit_gpt.train import Diverged, finetune
+
+RUNS, SETTINGS, TABLE, CSV = "runs.json", "settings.json", "sweep.md", "sweep.csv"
+PICTURES = {
+    "response_loss": ("loss.png", "response loss after training (nats per token)"),
+    "weight_change": ("weight_change.png", "relative change of the adapted weights"),
+}
+COLUMNS = ("method", "rate", "seed", "degrees_per_step", "response_loss", "loss", "weight_change", "diverged")
+KEPT = 0.9
+"""Share of the best loss reduction that a usable rate keeps."""
+COMPARED, SEEDS = ["ether", "etherplusHH", "oft", "lora"], [0, 1, 2]
+HALF_DECADES = [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
+NAMES = METHOD_NAMES | {"lora": "LoRA"}
+Run = Mapping[str, Any]
+
+
+def setup(
+    *,
+    data_dir: str,
+    out_dir: Path,
+    checkpoint_dir: str | None = None,
+    methods: list[str] = COMPARED,
+    rates: list[float] = HALF_DECADES,
+    seeds: list[int] = SEEDS,
+    max_steps: int = 150,
+    batch_size: int = 8,
+    ether_nb: int = 4,
+    oft_nb: int = 4,
+    lora_r: int = 8,
+    precision: str = "bf16-true",
+) -> None:
+    """Sweep the learning rate of several methods.
+
+    Args:
+        data_dir: Folder that a prepare script wrote.
+        out_dir: Folder of the sweep; one that was begun goes on.
+        checkpoint_dir: The base model; by default the one the data was prepared with.
+        methods: Of ether, etherplus, etherplusHH, oft and lora.
+        rates: Peak learning rates.
+        seeds: Each starts the adapters and orders the data another way.
+        max_steps: Optimizer steps of a run.
+        batch_size: Samples of a step, in one pass.
+        ether_nb: Blocks of ETHER and ETHER+.
+        oft_nb: Blocks of OFT.
+        lora_r: Rank of LoRA.
+        precision: As in finetune/ether.py.
+    """
+    if unknown := [method for method in methods if method not in NAMES]:
+        raise UserError(f"--methods {', '.join(unknown)}: choices are {', '.join(NAMES)}")
+    adapters: dict[str, AdapterConfig] = {"lora": LoraConfig(r=lora_r)}
+    adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
+    train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
+    fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
+    keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in sorted(methods)})
+    config = load_config(check_checkpoint_dir(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]))
+    runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
+    done = {(run["method"], run["rate"], run["seed"]) for run in runs}
+    wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
+    for number, (method, rate, seed) in enumerate(wanted, start=1):
+        if (method, rate, seed) in done:
+            continue
+        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
+        print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
+        settings = Settings(
+            adapter=adapters[method],
+            io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
+            train=TrainArgs(learning_rate=rate, **train),
+            eval=EvalArgs(interval=max_steps),
+            precision=precision,
+            seed=seed,
+            overwrite=True,
+            resume=(folder / SUMMARY).exists(),
+        )
+        diverged = False
+        try:
+            finetune(settings)
+        except Diverged as error:
+            print(f"diverged: {error}")
+            diverged = True
+        turned = degrees_per_step(rate, config) if method in METHODS and not METHODS[method].matrices else None
+        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | figures(folder, diverged))
+        write_json(out_dir / RUNS, runs)
+        report(out_dir, runs)
+    print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
+
+
+def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new sweep; of one that was begun, raise UserError where they were others."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / SETTINGS
+    before = read_json(path) if path.exists() else {}
+    if changed := [name for name in before if name in settings and before[name] != settings[name]]:
+        raise UserError(f"{out_dir} was begun with other settings ({', '.join(changed)}): choose another --out_dir")
+    write_json(path, before | settings)
+
+
+def degrees_per_step(rate: float, config: Config) -> float:
+    """Return the degrees by which one Adam step at this rate turns a query's u at its start.
+
+    Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
+    the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
+    """
+    return math.degrees(rate * math.sqrt(3 * config.q_size))
+
+
+def figures(folder: Path, diverged: bool) -> dict[str, Any]:
+    """Return what runs.json says of a run: losses before and after, and the mean change of the adapted weights."""
+    if diverged:
+        return dict.fromkeys(("untuned", "response_loss", "loss", "weight_change")) | {"diverged": True}
+    summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
+    changes = [row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]]
+    return dict(
+        untuned=summary["val_response_loss_before"],
+        response_loss=summary["val_response_loss_after"],
+        loss=summary["val_loss_after"],
+        weight_change=fmean(changes),
+        diverged=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+def mean_curve(runs: Sequence[Run], method: str, column: str) -> dict[float, float]:
+    """Return a method's mean over seeds by rate, in order; infinite where a run diverged."""
+    rates = sorted({run["rate"] for run in runs if run["method"] == method})
+    of_rate = {r: [run[column] for run in runs if (run["method"], run["rate"]) == (method, r)] for r in rates}
+    return {rate: math.inf if None in values else fmean(values) for rate, values in of_rate.items()}
+
+
+def usable_decades(curve: Mapping[float, float], limit: float) -> float:
+    """Return the decades of learning rate along which a curve, straight between its points, is at most ``limit``."""
+    points = [(math.log10(rate), loss) for rate, loss in sorted(curve.items())]
+    total = 0.0
+    for (left, a), (right, b) in pairwise(points):
+        low, high = sorted((a, b))
+        if high <= limit:
+            total += right - left
+        elif low <= limit and not math.isinf(high):  # the way from the good end to where the line crosses the limit
+            total += (right - left) * (limit - low) / (high - low)
+    return total
+
+
+def report(out_dir: Path, runs: Sequence[Run]) -> None:
+    """Write table, CSV file and pictures of the runs there are."""
+    with atomic_write(out_dir / CSV) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(runs)
+    losses = {method: mean_curve(runs, method, "response_loss") for method in dict.fromkeys(r["method"] for r in runs)}
+    untuned = [run["untuned"] for run in runs if run["untuned"] is not None]
+    if untuned:
+        with atomic_write(out_dir / TABLE) as temporary:
+            temporary.write_text(summarise(losses, runs, untuned[0]) + "\n", encoding="utf-8")
+    for column, (name, label) in PICTURES.items():
+        draw(out_dir / name, runs, column=column, label=label, top=max(untuned, default=None))
+
+
+def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], untuned: float) -> str:
+    """Return a line a method in Markdown: its best rate and loss there, seeds, usable range and own range."""
+    best = min(min(curve.values()) for curve in losses.values())
+    lines = []
+    for method, curve in losses.items():
+        rate = min(curve, key=lambda rate: curve[rate])
+        at_best = [run["response_loss"] for run in runs if (run["method"], run["rate"]) == (method, rate)]
+        spread = f"{min(at_best):.3f} to {max(at_best):.3f}" if math.isfinite(curve[rate]) else ""
+        decades = [usable_decades(curve, untuned - KEPT * (untuned - loss)) for loss in (best, curve[rate])]
+        lines.append([NAMES[method], f"{rate:g}", f"{curve[rate]:.4f}", spread, str(len(at_best))])
+        lines[-1] += [f"{number:.1f}" for number in decades]
+    header = ["", "best rate", "response loss", "over seeds", "seeds", "usable, decades", "own range, decades"]
+    return f"Response loss, untuned {untuned:.4f}; {len(runs)} runs\n\n{table(header, lines)}"
+
+
+def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float | None) -> None:
+    """Draw a column against the learning rate: mean over seeds, a band from the least to the most."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(run["method"] for run in runs):
+        curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
+        if not curve:
+            continue
+        (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
+        seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
+        axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
+    if column == "weight_change":
+        axes.set_yscale("log")
+    elif top is not None:  # how far above the untuned model a run ends says nothing
+        axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
+        least = min(run[column] for run in runs if run[column] is not None)
+        axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    main(setup)

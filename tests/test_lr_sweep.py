@@ -1,0 +1,60 @@
+"""The sweep of learning rates: what counts as usable, and a sweep that stops, goes on, and keeps its settings."""
+
+import json
+import math
+
+import pytest
+
+from eval import lr_sweep
+from eval.lr_sweep import mean_curve, setup, summarise, usable_decades
+from lit_gpt.cli import main
+
+
+def test_decades_are_counted_along_straight_lines_between_the_rates():
+    curve = {1e-4: 3.0, 1e-3: 2.0, 1e-2: 2.0, 1e-1: 4.0}
+    assert usable_decades(curve, 2.0) == pytest.approx(1.0)
+    assert usable_decades(curve, 2.5) == pytest.approx(0.5 + 1.0 + 0.25)
+    assert usable_decades(curve, 9.0) == pytest.approx(3.0) and usable_decades(curve, 1.9) == 0.0
+    assert usable_decades({1e-3: 2.0, 1e-2: math.inf}, 2.0) == 0.0  # nothing is known of the way to a run that diverged
+
+
+def test_a_method_is_measured_by_the_best_of_all_and_by_its_own():
+    losses = {("lora", 1e-3): [1.9, 2.1], ("lora", 1e-2): [2.0, None], ("oft", 1e-3): [2.5], ("oft", 1e-2): [2.52]}
+    runs = [
+        dict(method=method, rate=rate, seed=seed, response_loss=loss, untuned=3.0)
+        for (method, rate), values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    curves = {method: mean_curve(runs, method, "response_loss") for method in ("lora", "oft")}
+    assert curves == {"lora": {1e-3: 2.0, 1e-2: math.inf}, "oft": {1e-3: 2.5, 1e-2: 2.52}}
+    *_, lora, oft = summarise(curves, runs, 3.0).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lora, oft)]
+    assert cells[0] == ["LoRA", "0.001", "2.0000", "1.900 to 2.100", "2", "0.0", "0.0"]
+    assert cells[1] == ["OFT", "0.001", "2.5000", "2.500 to 2.500", "1", "0.0", "1.0"]
+
+
+def test_a_sweep_goes_on_adds_what_is_new_and_refuses_other_settings(work, tmp_path, capsys, monkeypatch):
+    def sweep(*more: str) -> list[dict]:
+        flags = ["--data_dir", str(work / "data"), "--out_dir", str(tmp_path / "out"), "--precision", "32-true"]
+        flags += ["--max_steps", "2", "--batch_size", "2", "--ether_nb", "2", "--oft_nb", "2", "--seeds", "[0]"]
+        main(setup, [*flags, *more])
+        return json.loads((tmp_path / "out" / "runs.json").read_text())
+
+    first = sweep("--methods", '["ether", "lora"]', "--rates", "[0.01]")
+    assert [(run["method"], run["rate"]) for run in first] == [("ether", 0.01), ("lora", 0.01)]
+    assert first[0]["degrees_per_step"] > 0 and first[1]["degrees_per_step"] is None
+    trained = []
+    monkeypatch.setattr(lr_sweep, "finetune", lambda settings: (trained.append(settings), finetune(settings)))
+    both = sweep("--methods", '["ether", "lora"]', "--rates", "[0.01, 1e30]")  # fp32 overflows
+    assert both[:2] == first and len(trained) == 2  # what was there did not run again
+    assert [run["diverged"] for run in both[2:]].count(True) >= 1
+    out = tmp_path / "out"
+    assert {"loss.png", "weight_change.png", "sweep.csv", "sweep.md"} <= {path.name for path in out.iterdir()}
+    assert len((out / "sweep.csv").read_text().splitlines()) == 5
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        sweep("--methods", '["ether"]', "--max_steps", "3")
+    assert end.value.code == 1 and "was begun with other settings (max_steps)" in capsys.readouterr().err
+
+
+finetune = lr_sweep.finetune
