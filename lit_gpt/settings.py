@@ -16,13 +16,14 @@ import torch
 
 from lit_gpt.adapter import AdapterConfig
 from lit_gpt.adapter_files import KINDS, AdapterFile, check_base, load_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state, meta_model
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
 from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_fit, check_val_data, length, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
 from lit_gpt.files import file_sha256, settled
+from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
 from lit_gpt.reflections import check_form
@@ -334,7 +335,8 @@ def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, sa
 
 def check_adapter(settings: Settings, config: Config) -> None:
     """Raise where the targets or the blocks do not suit the model; on the meta device, before any weight is read."""
-    model = meta_model(config)
-    if settings.quantize in SCHEMES:
-        quantize_model(model, settings.quantize, model.state_dict(), dtype=torch.float32, device="meta")
-    KINDS[settings.kind].add(model, settings.adapter)
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.quantize in SCHEMES:
+            quantize_model(model, settings.quantize, model.state_dict(), dtype=torch.float32, device="meta")
+        KINDS[settings.kind].add(model, settings.adapter)
