@@ -14,7 +14,6 @@ range* is the same for the method's own best. A run that diverges keeps nothing.
 
 import csv
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +33,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import atomic_write, read_json, write_json
 from lit_gpt.lora import LoraConfig
+from lit_gpt.plots import picture
 from lit_gpt.report import read_metrics
 from lit_gpt.run_folder import MONITOR, SUMMARY
 from lit_gpt.settings import EvalArgs, IOArgs, Settings, TrainArgs
@@ -210,28 +210,19 @@ def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], 
 
 def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float | None) -> None:
     """Draw a column against the learning rate: mean over seeds, a band from the least to the most."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(run["method"] for run in runs):
-        curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
-        if not curve:
-            continue
-        (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
-        seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
-        axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
-    if column == "weight_change":
-        axes.set_yscale("log")
-    elif top is not None:  # how far above the untuned model a run ends says nothing
-        axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
-        least = min(run[column] for run in runs if run[column] is not None)
-        axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
-    axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    with picture(path, size=(7.5, 4.5)) as axes:
+        for method in dict.fromkeys(run["method"] for run in runs):
+            curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
+            seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
+            (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
+            axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
+        axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
+        if column == "weight_change":
+            axes.set_yscale("log")
+        elif top is not None:  # how far above the untuned model a run ends says nothing
+            axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
+            least = min(run[column] for run in runs if run[column] is not None)
+            axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
 
 
 if __name__ == "__main__":
