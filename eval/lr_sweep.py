@@ -98,26 +98,18 @@ def setup(
     for number, (method, rate, seed) in enumerate(wanted, start=1):
         if (method, rate, seed) in done:
             continue
-        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
+        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
         settings = Settings(
             adapter=adapters[method],
             io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
             train=TrainArgs(learning_rate=rate, **train),
             eval=EvalArgs(interval=max_steps),
-            precision=precision,
-            seed=seed,
-            overwrite=True,
             resume=(folder / SUMMARY).exists(),
+            **dict(seed=seed, precision=precision, overwrite=True),
         )
-        diverged = False
-        try:
-            finetune(settings)
-        except Diverged as error:
-            print(f"diverged: {error}")
-            diverged = True
-        turned = degrees_per_step(rate, config) if method in METHODS and not METHODS[method].matrices else None
-        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | figures(folder, diverged))
+        turned = degrees_per_step(method, rate, config)
+        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | train_once(settings))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
@@ -133,26 +125,30 @@ def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
     write_json(path, before | settings)
 
 
-def degrees_per_step(rate: float, config: Config) -> float:
-    """Return the degrees by which one Adam step at this rate turns a query's u at its start.
+def degrees_per_step(method: str, rate: float, config: Config) -> float | None:
+    """Return the degrees by which one Adam step at this rate turns a query's u at its start; None without vectors.
 
     Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
     the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
     """
-    return math.degrees(rate * math.sqrt(3 * config.q_size))
+    has_vectors = method in METHODS and not METHODS[method].matrices
+    return math.degrees(rate * math.sqrt(3 * config.q_size)) if has_vectors else None
 
 
-def figures(folder: Path, diverged: bool) -> dict[str, Any]:
-    """Return what runs.json says of a run: losses before and after, and the mean change of the adapted weights."""
-    if diverged:
+def train_once(settings: Settings) -> dict[str, Any]:
+    """Train and return what runs.json says of it: losses before and after, mean change of the adapted weights."""
+    try:
+        finetune(settings)
+    except Diverged as error:
+        print(f"diverged: {error}")
         return dict.fromkeys(("untuned", "response_loss", "loss", "weight_change")) | {"diverged": True}
+    folder = Path(str(settings.io.out_dir))
     summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
-    changes = [row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]]
     return dict(
         untuned=summary["val_response_loss_before"],
         response_loss=summary["val_response_loss_after"],
         loss=summary["val_loss_after"],
-        weight_change=fmean(changes),
+        weight_change=fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]),
         diverged=False,
     )
 

@@ -150,7 +150,7 @@ def rotate(x: Tensor, rotation: Tensor, *, center: Tensor | None = None) -> Tens
 
 
 def axis_angle(u: Tensor, v: Tensor) -> Tensor:
-    """The angle between the axes of vectors (..., b), 0 to pi / 2: (...); exact for small angles too."""
+    """Return the angle between the axes of vectors (..., b), 0 to pi / 2: (...); exact for small angles too."""
     u, v = unit(u), unit(v)
     along = _dot(u, v)
     return torch.atan2(torch.linalg.vector_norm(v - along * u, dim=-1), along.squeeze(-1).abs())
@@ -288,7 +288,7 @@ class _Cayley(torch.autograd.Function):
 
 
 def published_columns(weight: Tensor, w: Tensor) -> Tensor:
-    """What the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
+    """Return what the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
     R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
@@ -371,7 +371,7 @@ def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
 def reflection_factors(
     weight: Tensor, *, output: tuple[Tensor, ...] = (), input: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """What reflecting a weight adds to it, as a LoRA: R_out W R_in - W = B A.
+    """Return what reflecting a weight adds to it, as a LoRA: R_out W R_in - W = B A.
 
     R_out W R_in - W = (R_out - I) (W R_in) + W (R_in - I): each side adds its own rank, and in general no fewer do.
 
