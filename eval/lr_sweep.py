@@ -92,6 +92,7 @@ def setup(
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in sorted(methods)})
     config = load_config(check_checkpoint_dir(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]))
+    common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, overwrite=True)
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
@@ -104,9 +105,9 @@ def setup(
             adapter=adapters[method],
             io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
             train=TrainArgs(learning_rate=rate, **train),
-            eval=EvalArgs(interval=max_steps),
+            seed=seed,
             resume=(folder / SUMMARY).exists(),
-            **dict(seed=seed, precision=precision, overwrite=True),
+            **common,
         )
         turned = degrees_per_step(method, rate, config)
         runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | train_once(settings))
