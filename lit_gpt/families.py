@@ -52,6 +52,11 @@ _LLAMA = {
     "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.up_proj",
     "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.down_proj",
 }
+_QWEN3 = {
+    **_LLAMA,
+    "transformer.h.{i}.attn.norm_q": "model.layers.{i}.self_attn.q_norm",
+    "transformer.h.{i}.attn.norm_k": "model.layers.{i}.self_attn.k_norm",
+}
 # In files each expert is on its own, also where transformers holds them stacked in memory.
 _MIXTRAL = {
     **_LLAMA_ATTENTION,
@@ -86,6 +91,13 @@ _PHI = {
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", _LLAMA, dict(_RMS_NORM, qkv_bias=False, proj_bias=False, mlp_bias=False)),
     "MistralForCausalLM": Family("mistral", _LLAMA, dict(_RMS_NORM, n_query_groups=8, sliding_window=4096)),
+    "Qwen2ForCausalLM": Family("qwen2", _LLAMA, dict(_RMS_NORM, n_query_groups=32), constants=dict(qkv_bias=True)),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        _QWEN3,
+        dict(_RMS_NORM, n_query_groups=32, head_size=128, qkv_bias=False, proj_bias=False),
+        constants=dict(qk_norm=True),
+    ),
     "MixtralForCausalLM": Family(
         "mixtral",
         _MIXTRAL,

@@ -167,13 +167,13 @@ MODELS = {
         norm_class="LayerNorm", mlp_class="GptNeoxMLP", qkv_bias=True, proj_bias=True, mlp_bias=True, lm_head_bias=True
     ),
     "gqa_tied": dict(n_query_groups=2, tie_embeddings=True),
-    "mqa_odd_head": dict(n_query_groups=1, head_size=8),
+    "mqa_odd_head": dict(n_query_groups=1, head_size=8, qk_norm=True),
     # Every expert for every token: in half precision a choice may flip with the last digit of a score.
     "moe": dict(n_query_groups=2, mlp_class="LLaMAMoE", n_expert=3, n_expert_per_token=3),
 }
 ARCHITECTURES = {
     "gqa": {},
-    "window": {"sliding_window": 7},
+    "window": {"sliding_window": 7, "qk_norm": True},
     "mixture": {"mlp_class": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
     "parallel": {"parallel_residual": True, "mlp_class": "GptNeoxMLP", "norm_class": "LayerNorm", "qkv_bias": True},
 }

@@ -415,6 +415,10 @@ REFUSALS = {
         "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
     ),
     "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
+    "windows in some layers": (
+        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True),
+        "windows in some of the layers .use_sliding_window. are not supported",
+    ),
     "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
     "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
     "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),

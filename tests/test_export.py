@@ -48,6 +48,8 @@ EXPORTS = {
     "biases": ("llama_biases", BOTH),
     "gqa, wide heads, two blocks": ("llama3_rope", BLOCKS),
     "mistral": ("mistral_window", PLUS),
+    "qwen2": ("qwen2_tied", BOTH),
+    "qwen3": ("qwen3", BOTH),
     "mixtral's attention": ("mixtral", dict(**ETHER, targets=("query", "key", "value", "projection", "head"))),
     "neox, ether": ("neox_parallel", ETHER),
     "neox, etherplusHH": ("neox_parallel", BOTH),
