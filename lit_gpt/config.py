@@ -147,7 +147,8 @@ class Config:
         Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
         """
         family = FAMILIES[self.architecture]
-        gelu = {"none": "gelu", "tanh": "gelu_new"}[self.gelu_approximate]
+        usual = (family.defaults["gelu_approximate"], *GELUS)
+        gelu = next(name for name in usual if GELUS.get(name) == self.gelu_approximate)
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,

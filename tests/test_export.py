@@ -50,6 +50,8 @@ EXPORTS = {
     "mistral": ("mistral_window", PLUS),
     "qwen2": ("qwen2_tied", BOTH),
     "qwen3": ("qwen3", BOTH),
+    "stablelm": ("stablelm_biases", BOTH),
+    "starcoder2": ("starcoder2", PLUS),
     "mixtral's attention": ("mixtral", dict(**ETHER, targets=("query", "key", "value", "projection", "head"))),
     "neox, ether": ("neox_parallel", ETHER),
     "neox, etherplusHH": ("neox_parallel", BOTH),
