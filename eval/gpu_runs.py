@@ -150,11 +150,7 @@ def peft_loss(card: Card, config: Config, kind: str, settings: dict[str, int]) -
     import peft
     import transformers
 
-    sizes = transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_query_groups,
-        max_position_embeddings=config.block_size, use_cache=False,
-    )  # fmt: skip
+    sizes = transformers.AutoConfig.for_model(**config.to_hf(), use_cache=False)
     with torch.device(card.device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=card.dtype)
     model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings))
