@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from lit_gpt import GPT, Config
-from lit_gpt.adapter import adapter_parameters, mark_only_adapter_as_trainable
+from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
 from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
 SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
 SCRIPTS = [p for p in SOURCES if "main(setup)" in p.read_text(encoding="utf-8")]
-TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -216,7 +215,11 @@ def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
         s = (vectors[0] - vectors[0].T) / 2
         return (eye + s) @ torch.linalg.inv(eye - s)
     outer = [torch.outer(v, v) / v.dot(v) for v in vectors]
-    return eye - 2 * outer[0] if method == "ether" else eye - outer[0] + outer[1]
+
+    def plus():
+        return eye - outer[0] + outer[1]
+
+    return {"ether": lambda: eye - 2 * outer[0], "etherplus": plus, "etherplusHH": plus}[method]()
 
 
 def etherplus_model(**overrides) -> GPT:
