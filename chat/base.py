@@ -95,6 +95,10 @@ def answer(
     """
     prompt = encode(tokenizer, style, messages)
     tokenizer.check_ids(prompt, model.config.padded_vocab_size)
+    context = model.config.block_size
+    if len(prompt) >= context:
+        text = f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
+        raise UserError(text)
     text, times = "", [time.perf_counter()]
 
     def timed(tokens: Iterator[int]) -> Iterator[int]:
@@ -103,7 +107,7 @@ def answer(
             yield token
 
     ids = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
-    full = {model.config.block_size - len(prompt): "context", max_new_tokens: "length"}
+    full = {context - len(prompt): "context", max_new_tokens: "length"}
     with closing(ids):  # gives the model back at once, whatever ended the stream
         try:
             for piece in stream_text(tokenizer, timed(ids)):

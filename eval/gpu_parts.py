@@ -66,7 +66,7 @@ class Card:
 
     @classmethod
     def detect(cls, *, short: bool, seconds: float) -> "Card":
-        """The GPU, or else the CPU, where everything is short."""
+        """Return the GPU, or else the CPU, where everything is short."""
         device = choose_device()
         old = device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8
         dtype = torch.float16 if old else torch.bfloat16
@@ -79,12 +79,12 @@ class Card:
 
     @property
     def left(self) -> float:
-        """Seconds until the part should end."""
+        """Return the seconds until the part should end."""
         return self.deadline - monotonic()
 
     @property
     def precision(self) -> str:
-        """``dtype`` as ``--precision`` names it; a tiny model on a CPU takes fp32, as many are slow in 16 bits."""
+        """Return ``dtype`` as ``--precision`` names it; fp32 on a CPU, as many are slow in 16 bits."""
         return "32-true" if not self.on_gpu else {torch.bfloat16: "bf16-true", torch.float16: "16-true"}[self.dtype]
 
     @property
@@ -104,11 +104,11 @@ class Card:
         return None
 
     def sizes(self, name: str) -> Config:
-        """A known model's sizes, or the tiny ones."""
+        """Return a known model's sizes, or the tiny ones."""
         return replace(TINY, qkv_bias=False) if self.short else Config.from_name(name)
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Wait until the device is done."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
@@ -128,7 +128,7 @@ def in_turn(card: Card, tasks: Mapping[str, Callable[[], Found]], *, seconds: fl
 
 
 def explain(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     if isinstance(error, ModuleNotFoundError):
         return f"left out: needs {error.name}, which is not installed"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -136,7 +136,7 @@ def explain(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- timing
 def seconds_of(card: Card, calls: Sequence[Callable[[], Any]], *, repeats: int = 5) -> float:
-    """Seconds of one of these calls: those of the fastest turn through all of them, by their number.
+    """Return the seconds of one of these calls: those of the fastest turn through all of them, by their number.
 
     On a GPU the turn is captured as a graph first, so that what a CPU needs to start kernels is left out. Calls on
     different data of more bytes than the cache holds make it read memory; all results of a turn are kept until its end,
@@ -169,7 +169,7 @@ def seconds_of(card: Card, calls: Sequence[Callable[[], Any]], *, repeats: int =
 
 
 def copy_bandwidth(card: Card) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Return the bytes a second, read and written, of a large copy."""
     x = torch.empty(2**21 if card.short else 2**29, dtype=torch.bfloat16, device=card.device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / seconds_of(card, [lambda: y.copy_(x)])
@@ -186,7 +186,7 @@ def machine(card: Card) -> Found:
 
 
 def describe(card: Card) -> Iterator[str]:
-    """A line on the device, one on the software, and one on each thing that figures suffer from."""
+    """Yield a line on the device, one on the software, and one on each thing that figures suffer from."""
     capability, (free, total) = (0, 0), (0, 0)
     if card.on_gpu:
         capability, (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
@@ -207,7 +207,7 @@ def describe(card: Card) -> Iterator[str]:
 
 
 def installed(package: str) -> str:
-    """A package's version, or that it is missing."""
+    """Return a package's version, or that it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -215,13 +215,13 @@ def installed(package: str) -> str:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As people write it."""
+    """Return the name that people write."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 # ---------------------------------------------------------------------------------------------------------- exactness
 def adapters() -> dict[str, EtherConfig | LoraConfig]:
-    """Every method, side and layout, on every Linear."""
+    """Return every method, side and layout, on every Linear."""
     every = dict.fromkeys(("query", "key", "value", "projection", "mlp", "head"), True)
     found: dict[str, EtherConfig | LoraConfig] = {"LoRA": LoraConfig(r=4, **every)}
     for method, kind in METHODS.items():
@@ -246,7 +246,7 @@ def exactness(card: Card) -> Found:
 
 
 def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
-    """One case: the largest error of the logits and of the gradients, relative to the largest value of each tensor."""
+    """Yield one case: the largest errors of logits and gradients, relative to the largest value of each tensor."""
     exact, model = twins(card, adapters()[label], dtype)
     if how == "compiled":
         torch._dynamo.reset()  # the graphs of earlier cases
@@ -262,7 +262,7 @@ def compare(card: Card, label: str, dtype: torch.dtype, how: str) -> Found:
 
 
 def judge(label: str, dtype: torch.dtype, how: str, exact: Sequence[Tensor], found: Sequence[Tensor]) -> Found:
-    """Of logits or a loss, which come first, and of gradients the largest errors; a note where these are too large."""
+    """Yield the largest errors, of logits or a loss, which come first, and of gradients; a note where too large."""
     errors = [largest_error(exact[part], found[part]) for part in (slice(1), slice(1, None))]
     yield Row("", label, {f"{name_of(dtype)}, {how}": " / ".join(f"{error:.0e}" for error in errors)})
     if not all(error <= BARS[dtype] for error in errors):
@@ -270,13 +270,13 @@ def judge(label: str, dtype: torch.dtype, how: str, exact: Sequence[Tensor], fou
 
 
 def largest_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest error of any tensor, relative to the largest value of each; NaN where there is one."""
+    """Return the largest error of any tensor, relative to the largest value of each; NaN where there is one."""
     pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(exact, found, strict=True)]
     return torch.stack([(b - a).abs().max() / a.abs().max() for a, b in pairs]).max().item()
 
 
 def twins(card: Card, adapter: EtherConfig | LoraConfig, dtype: torch.dtype) -> tuple[GPT, GPT]:
-    """One random model, all weights exact in ``dtype``, as fp64 on the CPU and as ``dtype`` on the device."""
+    """Return one random model, all weights exact in ``dtype``, as fp64 on the CPU and as ``dtype`` on the device."""
     torch.manual_seed(0)
     model = attach(GPT(replace(TINY, sliding_window=32)).to(dtype), adapter)
     with torch.no_grad():
@@ -287,7 +287,7 @@ def twins(card: Card, adapter: EtherConfig | LoraConfig, dtype: torch.dtype) -> 
 
 
 def packing(card: Card) -> Found:
-    """Samples packed into one row against the same samples padded: loss and gradients."""
+    """Compare samples packed into one row with the same samples padded: loss and gradients."""
     samples = random_samples([40, 17, 64, 5], TINY.vocab_size)
     for label, dtype in product(("LoRA", *METHODS), (torch.float32, card.dtype)):
         model, results = twins(card, adapters()[label], dtype)[1], []
@@ -300,7 +300,7 @@ def packing(card: Card) -> Found:
 
 
 def random_samples(lengths: Sequence[int], vocab_size: int) -> list[Sample]:
-    """Samples of these lengths whose every token is learned, the response's from the middle on."""
+    """Return samples of these lengths whose every token is learned, the response's from the middle on."""
     generator, made = torch.Generator().manual_seed(3), []
     for n in lengths:
         ids = torch.randint(vocab_size, (n,), generator=generator, dtype=torch.int32)

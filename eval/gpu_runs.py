@@ -68,7 +68,7 @@ def at_fitting_size(
 
 
 def on_llama(measure_it: Callable[[Card, Config], Found]) -> Callable[[Card], Found]:
-    """The same of Llama-2-7B, or as many of its layers as fit."""
+    """Return a part that measures Llama-2-7B, or as many of its layers as fit."""
     return lambda card: at_fitting_size(card, card.sizes("Llama-2-7b-hf"), partial(measure_it, card))
 
 
@@ -124,7 +124,7 @@ def timed_steps(card: Card, title: str, variants: list[Variant], models: list[GP
 # --------------------------------------------------------------------------------------------------------------- PEFT
 @on_llama
 def beside_peft(card: Card, config: Config) -> Found:
-    """Optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
+    """Time optimizer steps of transformers' Llama with PEFT's adapters, and of ours."""
     n, oft, T = (1, 8, 64) if card.short else (32, 256, 2048)
     title = f"{config.name}, {name_of(card.dtype)}, q and v, T = {T}, eager, with AdamW"
     peft, ours = partial(peft_loss, card, config), partial(our_loss, card, config)
@@ -140,21 +140,17 @@ def beside_peft(card: Card, config: Config) -> Found:
 
 
 def our_loss(card: Card, config: Config, adapter: EtherConfig | LoraConfig) -> tuple[nn.Module, Loss]:
-    """A model of ours, and its loss of (1, T) ids."""
+    """Return a model of ours, and its loss of (1, T) ids."""
     (model,) = random_models(config, [Variant("", adapter)], dtype=card.dtype, device=card.device)
     return model, lambda idx: model(idx, targets=idx.roll(-1, 1))
 
 
 def peft_loss(card: Card, config: Config, kind: str, settings: dict[str, int]) -> tuple[nn.Module, Loss]:
-    """The same of transformers and PEFT; their defaults otherwise."""
+    """Return the same of transformers and PEFT; their defaults otherwise."""
     import peft
     import transformers
 
-    sizes = transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_query_groups,
-        max_position_embeddings=config.block_size, use_cache=False,
-    )  # fmt: skip
+    sizes = transformers.AutoConfig.for_model(**config.to_hf(), use_cache=False)
     with torch.device(card.device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=card.dtype)
     model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings))
@@ -162,7 +158,7 @@ def peft_loss(card: Card, config: Config, kind: str, settings: dict[str, int]) -
 
 
 def optimizer_steps(card: Card, title: str, label: str, make: Callable[[], tuple[nn.Module, Loss]], T: int) -> Found:
-    """Time and memory of whole steps, the first two discarded."""
+    """Measure time and memory of whole steps, the first two discarded."""
     free_memory(card)
     model, loss = make()
     free_memory(card)
@@ -200,7 +196,7 @@ def training(card: Card) -> Found:
 
 
 def make_work(card: Card, work: Path, config: Config) -> None:
-    """A base-shaped folder with random weights, and rows of Alpaca's lengths, in ``work``."""
+    """Write a base-shaped folder with random weights, and rows of Alpaca's lengths, into ``work``."""
     from lit_gpt.tokenizer import Tokenizer
 
     base, data = work / "base", work / "data"
@@ -220,7 +216,7 @@ def make_work(card: Card, work: Path, config: Config) -> None:
 
 
 def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
-    """A byte-level BPE, trained on the bundled questions."""
+    """Write a byte-level BPE, trained on the bundled questions."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer, lines = ByteLevelBPETokenizer(), QUESTIONS.read_text(encoding="utf-8").splitlines()
@@ -231,7 +227,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int) -> None:
 
 
 def training_command(card: Card, work: Path, name: str, *flags: str) -> list[str]:
-    """A command line of finetune/ether.py; what it writes goes to ``work / name``."""
+    """Return a command line of finetune/ether.py; what it writes goes to ``work / name``."""
     micro, batch, n_steps, n = ("2", "4", "6", "4") if card.short else ("8", "32", "24", "32")
     command = [sys.executable, str(REPO / "finetune" / "ether.py"), "--io.train_data_dir", str(work / "data")]
     command += ["--io.out_dir", str(work / name), "--precision", card.precision, "--Htype", "etherplusHH"]
@@ -240,7 +236,7 @@ def training_command(card: Card, work: Path, name: str, *flags: str) -> list[str
 
 
 def run_training(card: Card, work: Path, title: str, label: str, *flags: str) -> Found:
-    """One run: its rate in the second half, when all is compiled, and the memory estimate against the peak."""
+    """Run once: its rate in the second half, when all is compiled, and the memory estimate against the peak."""
     name = label.replace(", ", "-")
     finish(start(training_command(card, work, name, *flags)))
     summary, rows = read_json(work / name / "summary.json"), read_metrics(work / name / "metrics.csv")
@@ -291,7 +287,7 @@ def kill_and_resume(card: Card, work: Path) -> Found:
 # --------------------------------------------------------------------------------------------- generation, evaluation
 @on_llama
 def generation(card: Card, config: Config) -> Found:
-    """Tokens a second of one conversation, against the rate at which the weights can be read."""
+    """Measure the tokens a second of one conversation, against the rate at which the weights can be read."""
     n = 4 if card.short else 32
     variants = [Variant("base, or merged", None), Variant(f"ETHER+ two-sided n={n}", EtherConfig("etherplusHH", nb=n))]
     models = random_models(config, variants, dtype=card.dtype, device=card.device)
@@ -311,7 +307,7 @@ def generation(card: Card, config: Config) -> Found:
 
 @on_llama
 def evaluation(card: Card, config: Config) -> Found:
-    """Requests a second of ARC's bundled questions through the model that lm-eval sees."""
+    """Measure the requests a second of ARC's bundled questions through the model that lm-eval sees."""
     from lm_eval.api.instance import Instance
 
     from eval.harness_model import HarnessModel

@@ -14,7 +14,6 @@ range* is the same for the method's own best. A run that diverges keeps nothing.
 
 import csv
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +33,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import atomic_write, read_json, write_json
 from lit_gpt.lora import LoraConfig
+from lit_gpt.plots import picture
 from lit_gpt.report import read_metrics
 from lit_gpt.run_folder import MONITOR, SUMMARY
 from lit_gpt.settings import EvalArgs, IOArgs, Settings, TrainArgs
@@ -92,32 +92,25 @@ def setup(
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in sorted(methods)})
     config = load_config(check_checkpoint_dir(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]))
+    common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, overwrite=True)
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
     for number, (method, rate, seed) in enumerate(wanted, start=1):
         if (method, rate, seed) in done:
             continue
-        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
+        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
         settings = Settings(
             adapter=adapters[method],
             io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
             train=TrainArgs(learning_rate=rate, **train),
-            eval=EvalArgs(interval=max_steps),
-            precision=precision,
             seed=seed,
-            overwrite=True,
             resume=(folder / SUMMARY).exists(),
+            **common,
         )
-        diverged = False
-        try:
-            finetune(settings)
-        except Diverged as error:
-            print(f"diverged: {error}")
-            diverged = True
-        turned = degrees_per_step(rate, config) if method in METHODS and not METHODS[method].matrices else None
-        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | figures(folder, diverged))
+        turned = degrees_per_step(method, rate, config)
+        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | train_once(settings))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
@@ -133,26 +126,30 @@ def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
     write_json(path, before | settings)
 
 
-def degrees_per_step(rate: float, config: Config) -> float:
-    """Return the degrees by which one Adam step at this rate turns a query's u at its start.
+def degrees_per_step(method: str, rate: float, config: Config) -> float | None:
+    """Return the degrees by which one Adam step at this rate turns a query's u at its start; None without vectors.
 
     Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
     the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
     """
-    return math.degrees(rate * math.sqrt(3 * config.q_size))
+    has_vectors = method in METHODS and not METHODS[method].matrices
+    return math.degrees(rate * math.sqrt(3 * config.q_size)) if has_vectors else None
 
 
-def figures(folder: Path, diverged: bool) -> dict[str, Any]:
-    """Return what runs.json says of a run: losses before and after, and the mean change of the adapted weights."""
-    if diverged:
+def train_once(settings: Settings) -> dict[str, Any]:
+    """Train and return what runs.json says of it: losses before and after, mean change of the adapted weights."""
+    try:
+        finetune(settings)
+    except Diverged as error:
+        print(f"diverged: {error}")
         return dict.fromkeys(("untuned", "response_loss", "loss", "weight_change")) | {"diverged": True}
+    folder = Path(str(settings.io.out_dir))
     summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
-    changes = [row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]]
     return dict(
         untuned=summary["val_response_loss_before"],
         response_loss=summary["val_response_loss_after"],
         loss=summary["val_loss_after"],
-        weight_change=fmean(changes),
+        weight_change=fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]),
         diverged=False,
     )
 
@@ -210,28 +207,19 @@ def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], 
 
 def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float | None) -> None:
     """Draw a column against the learning rate: mean over seeds, a band from the least to the most."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(run["method"] for run in runs):
-        curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
-        if not curve:
-            continue
-        (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
-        seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
-        axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
-    if column == "weight_change":
-        axes.set_yscale("log")
-    elif top is not None:  # how far above the untuned model a run ends says nothing
-        axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
-        least = min(run[column] for run in runs if run[column] is not None)
-        axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
-    axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    with picture(path, size=(7.5, 4.5)) as axes:
+        for method in dict.fromkeys(run["method"] for run in runs):
+            curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
+            seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
+            (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
+            axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
+        axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
+        if column == "weight_change":
+            axes.set_yscale("log")
+        elif top is not None:  # how far above the untuned model a run ends says nothing
+            axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
+            least = min(run[column] for run in runs if run[column] is not None)
+            axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
 
 
 if __name__ == "__main__":

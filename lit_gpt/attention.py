@@ -121,7 +121,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: 
 def attend_packed_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; the forward pass is computed once more for them."""
+    """Return the gradients of q, k and v; the forward pass is computed once more for them."""
     _, pull_back = torch.func.vjp(partial(attend_each, mask=mask, lengths=bounds.diff().tolist()), q, k, v)
     dq, dk, dv = pull_back(grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

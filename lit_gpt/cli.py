@@ -57,10 +57,13 @@ def adapter_flags(setup: Callable) -> dict[str, tuple[Field, str]]:
     config_class = inspect.get_annotations(setup).get(ADAPTER)
     if config_class is None:
         return {}
-    named = {field.name: field for field in fields(config_class)}
     documented = map(docstring_parser.parse_from_object, config_class.__mro__[:-1])  # the last one is object
     helps = {param.arg_name: param.description for docstring in documented for param in docstring.params}
-    return {config_class.flag(name): (named[name], explained) for name, explained in helps.items()}
+    flags = {}
+    for field in fields(config_class):
+        assert field.name in helps, f"{config_class.__name__}.{field.name} needs a docstring, its flag's help"
+        flags[config_class.flag(field.name)] = (field, helps[field.name])
+    return flags
 
 
 def gather_adapter(setup: Callable, values: dict) -> dict:

@@ -65,6 +65,8 @@ class Config:
     proj_bias: Annotated[bool, "attention_bias"] = False
     mlp_bias: Annotated[bool, "mlp_bias"] = False
     lm_head_bias: bool = False
+    qk_norm: bool = False
+    """An RMSNorm over each head of q and of k, before they are rotated (Qwen3)."""
     rotary_percentage: Annotated[float, "partial_rotary_factor"] = 1.0
     """Share of each head that is rotated."""
     rope_base: Annotated[float, "rope_theta"] = 10000.0
@@ -145,7 +147,8 @@ class Config:
         Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
         """
         family = FAMILIES[self.architecture]
-        gelu = {"none": "gelu", "tanh": "gelu_new"}[self.gelu_approximate]
+        usual = (family.defaults["gelu_approximate"], *GELUS)
+        gelu = next(name for name in usual if GELUS.get(name) == self.gelu_approximate)
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
@@ -191,7 +194,7 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     if stored.get("scale_embeddings") or stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"):
         name, layers = stored.get("name"), stored["mlp_class"]
         raise UserError(f"{name}: layers of the original code that are not supported here ({layers}; Gemma)")
-    telling = ("norm_class", "mlp_class", "qkv_bias", "shared_attention_norm", "lm_head_bias")
+    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias shared_attention_norm qk_norm".split()
     plain = {name: getattr(Config, name) for name in telling}
     for architecture, family in FAMILIES.items():
         usual = {**plain, **family.defaults, **family.constants}
@@ -216,6 +219,8 @@ def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
         raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     if described.get("qk_layernorm"):
         raise UserError(f"{name}: qk_layernorm is not supported")
+    if described.get("use_sliding_window"):  # Qwen; its sliding_window says nothing without
+        raise UserError(f"{name}: windows in some of the layers (use_sliding_window) are not supported")
     family = FAMILIES[architecture]
     keys = _keys(family)
     found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}

@@ -237,7 +237,7 @@ class EtherLayer(AdapterLayer):
     def full_rank(self) -> str | None:
         """Return why there is no ``low_rank``, or None."""
         if self.method.matrices:
-            return "OFT rotates all of a weight, which is no change of low rank"
+            return f"{self.adapter_config.Htype} rotates all of a weight, which is no change of low rank"
         if self.published and "input" in self.sides:
             n = self.adapter_config.nb
             return f"on the input side the published block layout has a rank of up to n^2, here n = {n}"

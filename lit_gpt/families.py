@@ -52,6 +52,16 @@ _LLAMA = {
     "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.up_proj",
     "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.down_proj",
 }
+_QWEN3 = {
+    **_LLAMA,
+    "transformer.h.{i}.attn.norm_q": "model.layers.{i}.self_attn.q_norm",
+    "transformer.h.{i}.attn.norm_k": "model.layers.{i}.self_attn.k_norm",
+}
+_STARCODER2 = {
+    **_LLAMA_ATTENTION,
+    "transformer.h.{i}.mlp.fc": "model.layers.{i}.mlp.c_fc",
+    "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.c_proj",
+}
 # In files each expert is on its own, also where transformers holds them stacked in memory.
 _MIXTRAL = {
     **_LLAMA_ATTENTION,
@@ -86,6 +96,20 @@ _PHI = {
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", _LLAMA, dict(_RMS_NORM, qkv_bias=False, proj_bias=False, mlp_bias=False)),
     "MistralForCausalLM": Family("mistral", _LLAMA, dict(_RMS_NORM, n_query_groups=8, sliding_window=4096)),
+    "Qwen2ForCausalLM": Family("qwen2", _LLAMA, dict(_RMS_NORM, n_query_groups=32), constants=dict(qkv_bias=True)),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        _QWEN3,
+        dict(_RMS_NORM, n_query_groups=32, head_size=128, qkv_bias=False, proj_bias=False),
+        constants=dict(qk_norm=True),
+    ),
+    "StableLmForCausalLM": Family(
+        "stablelm",
+        _LLAMA,
+        dict(_RMS_NORM, norm_eps=1e-5, n_query_groups=32, qkv_bias=False, rotary_percentage=0.25),
+        constants=dict(norm_class="LayerNorm"),
+        own_keys=dict(norm_eps="layer_norm_eps", qkv_bias="use_qkv_bias"),
+    ),
     "MixtralForCausalLM": Family(
         "mixtral",
         _MIXTRAL,
@@ -98,6 +122,15 @@ FAMILIES = {
         _LAYER_NORM | _BIASES | dict(rotary_percentage=0.25, parallel_residual=True),
         constants=_GELU_MLP,
         own_keys=dict(norm_eps="layer_norm_eps", rotary_percentage="rotary_pct", rope_base="rotary_emb_base"),
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2",
+        _STARCODER2,
+        _LAYER_NORM
+        | dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), True)
+        | dict(n_query_groups=2, gelu_approximate="gelu_pytorch_tanh", sliding_window=None, tie_embeddings=True),
+        constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP"),
+        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "use_bias") | dict(norm_eps="norm_epsilon"),
     ),
     "PhiForCausalLM": Family(
         "phi",

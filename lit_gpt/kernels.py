@@ -37,7 +37,7 @@ def _dot(x, w):
 
 @triton.jit
 def _unit(U, offsets, inside, WORK: tl.constexpr):
-    """The unit vectors (1, BLOCKS, B) and lengths (1, BLOCKS, 1) of a program's blocks."""
+    """Return the unit vectors (1, BLOCKS, B) and lengths (1, BLOCKS, 1) of a program's blocks."""
     u = tl.load(U + offsets, mask=inside, other=0.0).to(WORK)
     length = tl.sqrt(_dot(u, u))
     return u / length, length

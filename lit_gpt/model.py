@@ -152,6 +152,8 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.attn = QKVLinear(config)
         self.proj = nn.Linear(config.q_size, config.n_embd, bias=config.proj_bias)
+        self.norm_q = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, start: int | None, packing: Packing | None) -> Tensor:
@@ -167,6 +169,8 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         config = self.config
         q, k, v = [part.view(B, T, -1, config.head_size).transpose(1, 2) for part in self.attn(x)]  # (B, H or G, T, S)
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"

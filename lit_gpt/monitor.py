@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter import AdapterLayer, Part, adapter_layers
 from lit_gpt.ether import EtherLayer
-from lit_gpt.reflections import axis_angle, cayley, working_dtype
+from lit_gpt.reflections import axis_angle, working_dtype
 
 COLUMNS = (
     "step", "part", "side", "distance_mean", "distance_max", "angle_mean", "angle_max", "weight_change",
@@ -56,7 +56,7 @@ def block_figures(layer: EtherLayer, part: Part, side: str, start: Tensor) -> di
     first, *rest = (vector.cpu() for vector in layer.vectors(part, side))
     figures = {}
     if layer.method.matrices:
-        figures["distance"] = (cayley(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1))
+        figures["distance"] = (layer.method.rotation(first) - torch.eye(first.size(-1))).norm(dim=(-2, -1))
     else:
         angle = axis_angle(first, rest[0] if rest else start)
         figures["angle"] = angle.rad2deg()

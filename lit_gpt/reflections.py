@@ -1,12 +1,13 @@
 """The mathematics of ETHER, ETHER+ and OFT: tensors in, tensors out, and nothing else (2405.20271).
 
-Per block, with hats for unit vectors:
+Per block, with u^ for the unit vector u / |u|:
 
     ETHER   R(u)    = I - 2 u^ u^T                      a Householder reflection
     ETHER+  R(u, v) = I - u^ u^T + v^ v^T               the identity where v = -u
     OFT     R(A)    = (I + S)(I - S)^-1, S = (A - A^T)/2     Cayley's rotation
 
-R - I has rank 1 or 2 in each block, so R x is two thin products (``thin_factors``), and R is never built.
+For ETHER and ETHER+ R - I has rank 1 or 2 in each block, so R x is two thin products (``thin_factors``) and R is never
+built. OFT's R is built, block by block.
 Forward passes apply R to activations; merging applies it to the rows or the columns of a weight, with these same
 functions:
 
@@ -35,7 +36,7 @@ from lit_gpt.errors import UserError
 FORMS = ("triton", "products")
 """Ways to take a reflection: the fused kernels of ``kernels.py`` where they run, or thin products; the result is one.
 
-On an H100 the kernels take a third of the products' time, and less than a LoRA branch: README, "What it costs"."""
+On an H100 the kernels take a third of the products' time, and less than a LoRA branch: README, "What a step costs"."""
 _chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
 
 
@@ -150,7 +151,7 @@ def rotate(x: Tensor, rotation: Tensor, *, center: Tensor | None = None) -> Tens
 
 
 def axis_angle(u: Tensor, v: Tensor) -> Tensor:
-    """The angle between the axes of vectors (..., b), 0 to pi / 2: (...); exact for small angles too."""
+    """Return the angle between the axes of vectors (..., b), 0 to pi / 2: (...); exact for small angles too."""
     u, v = unit(u), unit(v)
     along = _dot(u, v)
     return torch.atan2(torch.linalg.vector_norm(v - along * u, dim=-1), along.squeeze(-1).abs())
@@ -181,15 +182,17 @@ def thin_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(k: int) -> float:
-    """Return f of R - I = f sum over k of w_~k w_k^T for one or two vectors; ~k is k's partner.
+    """Return f of R - I = f sum over k of w_~k w_k^T, where w_~k is the partner of w_k.
 
-    Not a table: torch.compile takes a global number for a variable, and fails at its second use.
+    ETHER has one vector, w = u^, which is its own partner, and f = -2. ETHER+ has the sum w_1 = u^ + v^ and the
+    difference w_2 = u^ - v^, each the other's partner, and f = -1/2.
     """
+    # A function and no table: torch.compile takes a global number for a variable, and fails at its second use.
     return -2.0 if k == 1 else -0.5
 
 
 def _partners(units: Tensor) -> Tensor:
-    """Return u^ as it is, or sum, difference and sum again: (n, 1 or 3, b), of which ``_sides`` are slices."""
+    """Return all w_k in a row, of which ``_sides`` are slices: u^, or sum, difference, sum again; (n, 1 or 3, b)."""
     if units.size(-2) == 1:
         return units
     u, v = units.unbind(-2)
@@ -198,7 +201,7 @@ def _partners(units: Tensor) -> Tensor:
 
 
 def _sides(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return each vector's partner w_~k, and the vectors w_k: (n, k, b) each."""
+    """Return the partners w_~k and the vectors w_k: (n, k, b) each."""
     return w[:, -k:], w[:, :k]
 
 
@@ -288,7 +291,7 @@ class _Cayley(torch.autograd.Function):
 
 
 def published_columns(weight: Tensor, w: Tensor) -> Tensor:
-    """What the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
+    """Return what the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
     R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
@@ -371,7 +374,7 @@ def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
 def reflection_factors(
     weight: Tensor, *, output: tuple[Tensor, ...] = (), input: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """What reflecting a weight adds to it, as a LoRA: R_out W R_in - W = B A.
+    """Return what reflecting a weight adds to it, as a LoRA: R_out W R_in - W = B A.
 
     R_out W R_in - W = (R_out - I) (W R_in) + W (R_in - I): each side adds its own rank, and in general no fewer do.
 

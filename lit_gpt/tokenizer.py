@@ -109,7 +109,7 @@ class Tokenizer:
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
-        """The texts of `stop_ids`."""
+        """Return the texts of `stop_ids`."""
         return tuple(self._vocabulary.id_token(i) for i in sorted(self.stop_ids))
 
     @cached_property
@@ -120,7 +120,7 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """A fingerprint of what the ids come from: data and model belong together where it is the same."""
+        """Return a fingerprint of what the ids come from: data and model belong together where it is the same."""
         more = repr(sorted(self._vocabulary.beside.items())) if self._vocabulary.beside else ""
         return hashlib.sha256(self._vocabulary.path.read_bytes() + more.encode()).hexdigest()
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from lit_gpt import GPT, Config
-from lit_gpt.adapter import adapter_parameters, mark_only_adapter_as_trainable
+from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
 from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FRONT_ENDS = ("finetune", "scripts", "chat", "eval")
 SOURCES = [p for folder in ("lit_gpt", *FRONT_ENDS) for p in sorted((ROOT / folder).rglob("*.py"))]
 SCRIPTS = [p for p in SOURCES if "main(setup)" in p.read_text(encoding="utf-8")]
-TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -167,13 +166,13 @@ MODELS = {
         norm_class="LayerNorm", mlp_class="GptNeoxMLP", qkv_bias=True, proj_bias=True, mlp_bias=True, lm_head_bias=True
     ),
     "gqa_tied": dict(n_query_groups=2, tie_embeddings=True),
-    "mqa_odd_head": dict(n_query_groups=1, head_size=8),
+    "mqa_odd_head": dict(n_query_groups=1, head_size=8, qk_norm=True),
     # Every expert for every token: in half precision a choice may flip with the last digit of a score.
     "moe": dict(n_query_groups=2, mlp_class="LLaMAMoE", n_expert=3, n_expert_per_token=3),
 }
 ARCHITECTURES = {
     "gqa": {},
-    "window": {"sliding_window": 7},
+    "window": {"sliding_window": 7, "qk_norm": True},
     "mixture": {"mlp_class": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
     "parallel": {"parallel_residual": True, "mlp_class": "GptNeoxMLP", "norm_class": "LayerNorm", "qkv_bias": True},
 }
@@ -216,7 +215,11 @@ def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
         s = (vectors[0] - vectors[0].T) / 2
         return (eye + s) @ torch.linalg.inv(eye - s)
     outer = [torch.outer(v, v) / v.dot(v) for v in vectors]
-    return eye - 2 * outer[0] if method == "ether" else eye - outer[0] + outer[1]
+
+    def plus():
+        return eye - outer[0] + outer[1]
+
+    return {"ether": lambda: eye - 2 * outer[0], "etherplus": plus, "etherplusHH": plus}[method]()
 
 
 def etherplus_model(**overrides) -> GPT:

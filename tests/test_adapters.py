@@ -191,7 +191,9 @@ class LargestStorage(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["diagonal", "published"])
 @pytest.mark.parametrize("attention", [dict(n_query_groups=4), dict(n_query_groups=2), dict(qkv_bias=True)])
-@pytest.mark.parametrize(("method", "nb"), [(m, n) for m in METHODS for n in (1, 4) if (m, n) != ("oft", 1)])
+@pytest.mark.parametrize(
+    ("method", "nb"), [(m, n) for m in METHODS for n in (1, 4) if n > 1 or not METHODS[m].matrices]
+)
 def test_nothing_of_a_weights_size_is_made(method, nb, attention, layout, dtype):
     """Neither forward nor backward; the sequence is shorter than every side of a weight."""
     sizes = dict(n_layer=1, n_head=4, n_embd=64, intermediate_size=80, vocab_size=96, block_size=32)
@@ -208,6 +210,7 @@ def test_nothing_of_a_weights_size_is_made(method, nb, attention, layout, dtype)
 @pytest.mark.parametrize("layout", ["diagonal", "published"])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_without_a_graph_break(method, layout):
+    torch.compiler.reset()  # each method compiles the same code anew
     gpt = adapted_model("gqa_tied", method, block_layout=layout)
     gpt.transformer.h = gpt.transformer.h[:1]  # a second block is traced like the first
     mark_only_ether_as_trainable(gpt)
@@ -347,7 +350,7 @@ def test_reads_the_original_codes_files_and_reproduces_its_logits(case):
 
 
 @pytest.mark.parametrize("model", ["mha_bias", "gqa_tied"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ether", "etherplus", "etherplusHH", "oft"])  # those of the original code
 @pytest.mark.parametrize("targets", [TARGETS, ("head",), ("head", "query"), ("query",), ("projection", "mlp")])
 def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method, targets):
     """With the head's tensor first, which has one dimension less than q's, OFT was read as ETHER."""

@@ -144,6 +144,9 @@ def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained
     with pytest.raises(ValueError, match=r"prompt has \d+ tokens, the model's context holds 128"):
         talk.ask("river " * 200, lambda piece: None)
     assert talk.turns == before, "a prompt that was refused is not part of the conversation"
+    model.config.block_size = len(encode(tokenizer, "chat", [{"role": "user", "content": "river"}]))
+    with pytest.raises(ValueError, match="with its answer: shorten it"):  # an empty answer would say nothing
+        Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": 20}).ask("river", lambda piece: None)
 
 
 @pytest.mark.parametrize("text", ["The river runs.", "    def f():\n        return 1\n"])

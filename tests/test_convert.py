@@ -131,13 +131,15 @@ def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_pa
 
 
 def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_exported(llama, tmp_path, bpe_dir):
-    """As StableLM (LayerNorm with SwiGLU) and Falcon; Gemma's layers are not here at all."""
+    """As Falcon; Gemma's layers are not here at all."""
     convert(llama)
     keep = (llama / "lit_config.json").read_text()
     original_config(llama, rope_condense_ratio=4)
     assert load_config(llama).rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    (llama / "lit_config.json").write_text(keep)
+    original_config(llama, _norm_class="LayerNorm")
+    assert load_config(llama).architecture == "StableLmForCausalLM"
     for changes in (
-        {"_norm_class": "LayerNorm"},
         {"bias": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": False, "shared_attention_norm": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": True, "lm_head_bias": True},
@@ -415,6 +417,10 @@ REFUSALS = {
         "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
     ),
     "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
+    "windows in some layers": (
+        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True),
+        "windows in some of the layers .use_sliding_window. are not supported",
+    ),
     "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
     "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
     "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),
