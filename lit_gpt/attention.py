@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 
 # PyTorch prefers cuDNN's attention on an H100 and newer cards. cuDNN builds a plan for every new shape and set of
 # strides, forward and backward, in 50 to 500 ms each; lengths that vary, packed ones above all, are always new.
@@ -32,6 +33,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: b
     # While a block is compiled, comparisons of sizes are symbols, which this function refuses: the graph would break.
     flags = dict(is_causal=bool(is_causal) and mask is None, enable_gqa=bool(q.size(1) != k.size(1)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **flags)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, of shape (B, G, longest, S) each."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, k: Tensor, v: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, S) keys and values at ``start`` and return all up to ``start + T``, for B rows.
+
+        A single sequence is stored in every row of the cache, so that several can go on from it.
+        """
+        rows, end = k.size(0), start + k.size(2)
+        if end > self.k.size(2):
+            raise UserError(f"position {end} does not fit the cache of {self.k.size(2)} positions")
+        stored = slice(None if rows == 1 else rows)
+        self.k[stored, :, start:end] = k
+        self.v[stored, :, start:end] = v
+        return self.k[:rows, :, :end].to(k.dtype), self.v[:rows, :, :end].to(v.dtype)
 
 
 class Packing:

@@ -42,12 +42,6 @@ def n_targets(samples: Sequence[Sample]) -> int:
     return sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples)
 
 
-def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Cut samples into micro-batches of similar length."""
-    ordered = sorted(samples, key=length)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
 def packs(samples: Sequence[Sample], n_tokens: int, *, size: Callable[[Sample], int] = length) -> list[list[Sample]]:
     """Cut samples into packs of at most ``n_tokens`` together: the longest first, each where it leaves least room."""
     found: list[list[Sample]] = []
@@ -90,30 +84,23 @@ def collate(samples: Sequence[Sample], device: torch.device | str | None = None)
 
 @dataclass(frozen=True)
 class Batching:
-    """How samples are cut into forward passes.
+    """How samples are cut into forward passes."""
 
-    Attributes:
-        size: samples of a micro-batch.
-        n_tokens: packed, the most tokens of a pass; None for padded micro-batches.
-        rank: which process this is,
-        n_processes: of so many that share the samples.
-        pad_to_multiple_of: lengths are rounded up to it.
-    """
-
-    size: int
-    n_tokens: int | None = None
-    rank: int = 0
-    n_processes: int = 1
-    pad_to_multiple_of: int = 1
+    size: int  # samples of a micro-batch
+    n_tokens: int | None = None  # packed, the most tokens of a pass; None for padded micro-batches
+    rank: int = 0  # which process this is,
+    n_processes: int = 1  # of so many that share the samples
+    pad_to_multiple_of: int = 1  # lengths are rounded up to it
 
     def rounded(self, sample: Sample) -> int:
         """Return the number of tokens that a sample takes."""
         return round_up(length(sample), self.pad_to_multiple_of)
 
     def cut(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """Cut samples into passes."""
+        """Cut samples into passes, padded ones of similar length."""
         if self.n_tokens is None:
-            return micro_batches(samples, self.size)
+            ordered = sorted(samples, key=length)
+            return [ordered[start : start + self.size] for start in range(0, len(ordered), self.size)]
         return packs(samples, self.n_tokens, size=self.rounded)
 
     def local_micro_batches(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], int]:

@@ -265,3 +265,15 @@ def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sa
     longest = max(map(length, samples))
     if longest > config.block_size:
         raise UserError(f"samples of {longest} tokens do not fit {base_dir.name}'s context of {config.block_size}")
+
+
+def check_val_data(val_data_dir: Path | str, train_data_dir: Path | str) -> None:
+    """Raise where --io.val_data_dir was prepared otherwise than the training data: its losses would mean nothing."""
+    data, other = read_data_config(train_data_dir), read_data_config(val_data_dir)
+    for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
+        if other[key] != data[key]:
+            values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
+            raise UserError(
+                f"--io.val_data_dir {val_data_dir} was prepared with another {what}{values} than "
+                f"--io.train_data_dir {train_data_dir}; prepare it again as that was"
+            )

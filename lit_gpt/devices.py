@@ -111,11 +111,6 @@ def warn_of_slow_products(precision: str, device: torch.device) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- sharding
-def compiles_each_size(fabric: "Fabric", precision: str) -> bool:
-    """Return True where products are compiled for each size, and kept: in 16 bits on a CPU (``loss.MULTIPLE``)."""
-    return fabric.device.type == "cpu" and precision != "32-true"
-
-
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard what is frozen; copy the rest to this process's device, to which sharding moves its own alone."""
     replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}

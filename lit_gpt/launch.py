@@ -119,11 +119,7 @@ def launch_fabric(settings: Settings) -> Fabric:
 
 
 def check_alike(mine: Mapping[str, Any]) -> None:
-    """Raise unless all processes have the same settings and read the same files.
-
-    Raises:
-        ValueError: names what differs, and where.
-    """
+    """Raise ValueError, which names what differs and where, unless all processes were given the same."""
     (first_host, first), *others = gather((socket.gethostname(), mine))
     differences = {
         f"{name} is {other.get(name)} on {host} (rank {rank}), {first.get(name)} on {first_host} (rank 0)"

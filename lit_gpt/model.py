@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_gpt.attention import Packing, attend
+from lit_gpt.attention import KVCache, Packing, attend
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
@@ -30,20 +30,12 @@ Rope = tuple[Tensor, Tensor]
 
 
 class GPT(nn.Module):
-    """The language model.
-
-    Args:
-        config: its sizes. Weights start at PyTorch's defaults; ``checkpoint.load_model`` fills in pretrained ones.
-
-    Attributes:
-        activation_checkpointing: keep no more than each block's input for the backward pass, which computes the rest
-            again.
-    """
+    """The language model; weights start at PyTorch's defaults, ``checkpoint.load_model`` fills in pretrained ones."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = False  # if true, the backward pass computes all but each block's input again
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         wte = TokenEmbedding(config.padded_vocab_size, config.n_embd)
         blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -219,27 +211,6 @@ class QKVLinear(nn.Linear):
             if prefix + name in state_dict:
                 state_dict[prefix + name] = deinterleave_qkv(state_dict[prefix + name], self.config)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class KVCache:
-    """Keys and values of the positions seen so far, of shape (B, G, longest, S) each."""
-
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-    def update(self, k: Tensor, v: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, S) keys and values at ``start`` and return all up to ``start + T``, for B rows.
-
-        A single sequence is stored in every row of the cache, so that several can go on from it.
-        """
-        rows, end = k.size(0), start + k.size(2)
-        if end > self.k.size(2):
-            raise UserError(f"position {end} does not fit the cache of {self.k.size(2)} positions")
-        stored = slice(None if rows == 1 else rows)
-        self.k[stored, :, start:end] = k
-        self.v[stored, :, start:end] = v
-        return self.k[:rows, :, :end].to(k.dtype), self.v[:rows, :, :end].to(v.dtype)
 
 
 class GptNeoxMLP(nn.Module):

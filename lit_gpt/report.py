@@ -9,6 +9,7 @@ import resource
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ class Reporter:
             self.bar.close()
         for logger in self.loggers:
             logger.finalize("success")
+
+
+def check_logger(package: str) -> None:
+    """Raise UserError unless a logger's package can be imported."""
+    try:
+        if import_module(package).__file__ is None:
+            raise ImportError("a folder of that name")
+    except ImportError as error:
+        raise UserError(f"--io.{package} true cannot import {package} ({error}): pip install {package}") from error
 
 
 def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step: int) -> list[Logger]:

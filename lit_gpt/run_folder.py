@@ -67,16 +67,11 @@ def is_run(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path, *, expected: bool, sources: Iterable[Path | str | None] = ()) -> None:
-    """Raise unless a run may begin in a folder, or go on: it is new, empty, or a run of ours that may go or go on.
-
-    Args:
-        folder: the run folder, which need not be there.
-        expected: a run in it is to go on, or may be lost.
-        sources: files that the run reads.
+    """Raise unless a run may begin in a folder or go on: it is new, empty, or a run that is ``expected`` there.
 
     Raises:
         FileExistsError: says what the folder holds, and which flag allows to go on with that.
-        ValueError: a source lies in the folder.
+        ValueError: one of the ``sources``, which the run reads, lies in the folder.
     """
     files.settled_folder(folder)
     # Hidden files are never ours to replace; a batch system's logs are there before the run.
@@ -212,14 +207,7 @@ def set_aside(folder: Path) -> Path:
 
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Iterator[Path]:
-    """Yield an empty folder that becomes checkpoints/step-N; older ones go once it is there.
-
-    Args:
-        run_dir: the run folder.
-        step: optimizer steps done.
-        keep: how many checkpoints stay, this one among them.
-        best: the step of one more that stays; 0 where there is none.
-    """
+    """Yield an empty folder that becomes checkpoints/step-N; then the ``keep`` newest stay, and the ``best`` step's."""
     folder = checkpoint_folder(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = files.temporary_name(folder)
@@ -241,7 +229,7 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for old in checkpoint_folders(run_dir)[:-keep]:
-        if old != checkpoint_folder(run_dir, best):
+        if old != checkpoint_folder(run_dir, best):  # no checkpoint is of step 0
             files.remove(old)
 
 
@@ -280,11 +268,6 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[str, str]) -> None:
     """Raise where going on from a checkpoint would not give what the run was to give.
-
-    Args:
-        folder: the checkpoint.
-        settings: this run's, as in hparams.yaml.
-        input_hashes: of what the run reads, by name.
 
     Raises:
         ValueError: names each setting and input that has changed, with both values.
@@ -338,10 +321,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None]:
     """Turn a lack of memory or of disk, and the end of another process, into one line that says what to do.
 
-    Args:
-        run_dir: the run folder.
-        tried: what needs the memory.
-        remedies: what would need less.
+    For memory, it says what was ``tried``, and what takes less.
     """
     try:
         yield

@@ -9,7 +9,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from lit_gpt.adapter import AdapterConfig
 from lit_gpt.adapter_files import KINDS, AdapterFile, check_base, load_adapter
 from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state
 from lit_gpt.config import Config
-from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_fit, length, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, TRAIN_FILE, Sample, check_fit, check_val_data, length, load_split, read_data_config
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.ether import METHODS
@@ -28,6 +27,7 @@ from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
 from lit_gpt.reflections import check_form
+from lit_gpt.report import check_logger
 from lit_gpt.run_folder import check_run_folder, flatten
 from lit_gpt.tokenizer import Tokenizer
 
@@ -171,27 +171,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
-    """What a run does: its settings, checked together, and what follows from them and from the data.
-
-    Attributes:
-        settings: the options, those of an ``init_from`` file among them.
-        init_adapter: the ``init_from`` file.
-        base_dir: folder of the base model.
-        base: name and fingerprint of the base.
-        config: the base's.
-        run_dir: the run folder.
-        prompt_style: the data's.
-        input_hashes: hashes of the base and of the data, which a resumed run must find unchanged.
-        train_set: samples to train on.
-        val_set: held-out samples.
-        longest: tokens of the longest sample to train on.
-        n_samples: samples of all steps, repeated ones counted.
-        n_steps: optimizer steps.
-        n_warmup: steps of linear warm-up.
-        weight_decay: AdamW's.
-        max_seconds: after which a run ends.
-        sample_ids: the prompt of sample generations.
-    """
+    """What a run does: its settings, checked together, and what follows from them and from the data."""
 
     def __init__(self, settings: Settings, *, given: Collection[str] = (), problems: Sequence[str] = ()) -> None:
         """Check all settings together and work out the rest.
@@ -208,18 +188,19 @@ class Plan:
         self.init_adapter = settings.init_from and problems.attempt(load_adapter, settings.init_from, settings.kind)
         if self.init_adapter:
             settings = problems.attempt(settle_adapter, settings, self.init_adapter, given) or settings
-        self.settings = settings
+        self.settings = settings  # those of the init_from file among them
         data = problems.attempt(read_data_config, io.train_data_dir) or {}
-        train_file = Path(io.train_data_dir) / TRAIN_FILE
-        val_file = Path(io.val_data_dir or io.train_data_dir) / TEST_FILE
+        val_data_dir = io.val_data_dir or io.train_data_dir
+        train_file, val_file = Path(io.train_data_dir) / TRAIN_FILE, Path(val_data_dir) / TEST_FILE
         self.train_set = (data and problems.attempt(load_split, train_file)) or []
         self.val_set = (data and problems.attempt(load_split, val_file)) or []
-        self.longest = max(map(length, self.train_set), default=0)
+        self.longest = max(map(length, self.train_set), default=0)  # in tokens
         checkpoint_dir = io.checkpoint_dir or data.get("checkpoint_dir")
         base_dir = self.base_dir = checkpoint_dir and problems.attempt(check_checkpoint_dir, checkpoint_dir)
         self.config = base_dir and problems.attempt(load_config, base_dir)
         weights = base_dir and problems.attempt(load_state, base_dir / WEIGHTS)  # mapped: read where it is asked for
-        name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, io.jobnum or timestamp()]
+        jobnum = io.jobnum or f"{datetime.now():%Y%m%d-%H%M%S}"
+        name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, jobnum]
         self.run_dir = settled(io.out_dir or Path(io.log_dir) / "-".join(map(str, name)))
         sources = [settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file]
         expected = settings.resume or settings.overwrite
@@ -229,7 +210,7 @@ class Plan:
         self.max_seconds = problems.attempt(parse_duration, settings.train.max_time)
         if self.config and self.train_set and self.val_set:
             problems.attempt(check_fit, base_dir, self.config, data=data, samples=self.train_set + self.val_set)
-            problems.attempt(check_validation, io, data)
+            problems.attempt(check_val_data, val_data_dir, io.train_data_dir)
             style = self.prompt_style = data["prompt_style"]
             self.sample_ids = problems.attempt(sample_prompt, settings.eval, base_dir, self.config, style, self.val_set)
         problems.attempt(weights_dtype, settings.precision, mixed=True)
@@ -239,6 +220,7 @@ class Plan:
             problems.attempt(check_base, self.init_adapter, base_dir)
         problems.check()
         self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
+        # A resumed run must find these unchanged.
         self.input_hashes = {"base model": self.base["fingerprint"]}
         self.input_hashes |= {file.name: file_sha256(file) for file in (train_file, val_file)}
         if settings.quantize:
@@ -246,7 +228,7 @@ class Plan:
 
     def count_steps(self, train: TrainArgs, problems: Problems) -> None:
         """Work out samples, steps, warm-up and weight decay."""
-        self.n_samples = train.epochs * (train.epoch_size or len(self.train_set))
+        self.n_samples = train.epochs * (train.epoch_size or len(self.train_set))  # repeated ones counted
         self.n_steps = math.ceil(self.n_samples / max(1, train.global_batch_size))
         if train.max_steps is not None:
             self.n_steps = min(self.n_steps, train.max_steps)
@@ -316,36 +298,20 @@ def check_values(settings: Settings, problems: Problems) -> None:
     if settings.strategy == "fsdp":
         problems.expect(adapter, "--strategy fsdp shards a frozen base; full finetuning has none: take ddp")
         problems.expect(not train.monitor, "--train.monitor needs whole weights, which --strategy fsdp has nowhere")
-        if settings.quantize:
-            problems.append(
-                f"--strategy fsdp cannot shard a quantized base: drop --quantize {settings.quantize}, or take ddp"
-            )
-
-
-def check_logger(package: str) -> None:
-    """Raise UserError unless a logger's package can be imported."""
-    try:
-        if import_module(package).__file__ is None:
-            raise ImportError("a folder of that name")
-    except ImportError as error:
-        raise UserError(f"--io.{package} true cannot import {package} ({error}): pip install {package}") from error
-
-
-def timestamp() -> str:
-    """Return the time now, for the name of a folder."""
-    return datetime.now().strftime("%Y%m%d-%H%M%S")
+        quantized = f"--strategy fsdp cannot shard a quantized base: drop --quantize {settings.quantize}, or take ddp"
+        problems.expect(not settings.quantize, quantized)
 
 
 def parse_duration(text: str | float | None) -> float:
     """Return the seconds of a number of minutes or of h:m:s; infinity for None."""
     if text is None:
         return math.inf
+    parts = str(text).split(":")
+    units = {1: (60,), 3: (3600, 60, 1)}.get(len(parts), ())
     try:
-        parts = [float(part) for part in str(text).split(":")]
-    except ValueError:
-        parts = []
-    seconds = {1: (60,), 3: (3600, 60, 1)}.get(len(parts), ())
-    total = sum(part * unit for part, unit in zip(parts, seconds, strict=False))
+        total = sum(float(part) * unit for part, unit in zip(parts, units, strict=True))
+    except ValueError:  # no number, or too few or many of them
+        total = math.nan
     if not 0 < total < math.inf:
         raise UserError(f"--train.max_time {text}: expected minutes, as 90, or hours, minutes and seconds, as 1:30:00")
     return total
@@ -365,18 +331,6 @@ def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, sa
     if len(ids) >= config.block_size:
         raise UserError(f"--eval.sample_prompt has {len(ids)} tokens; the context is {config.block_size}")
     return ids
-
-
-def check_validation(io: IOArgs, data: dict[str, Any]) -> None:
-    """Raise where --io.val_data_dir was prepared otherwise than the training data: its losses would mean nothing."""
-    other = read_data_config(io.val_data_dir or io.train_data_dir)
-    for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
-        if other[key] != data[key]:
-            values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
-            raise UserError(
-                f"--io.val_data_dir {io.val_data_dir} was prepared with another {what}{values} than "
-                f"--io.train_data_dir {io.train_data_dir}; prepare it again as that was"
-            )
 
 
 def check_adapter(settings: Settings, config: Config) -> None:

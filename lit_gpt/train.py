@@ -31,7 +31,7 @@ from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_traina
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
-from lit_gpt.devices import average_gradients, compiles_each_size, gather, is_sharded, share_start, together, unsharded
+from lit_gpt.devices import average_gradients, gather, is_sharded, share_start, together, unsharded
 from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
@@ -97,8 +97,9 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
 def make_batching(plan: Plan, fabric: Fabric) -> Batching:
     """Return how this process cuts samples into passes."""
     train = plan.settings.train
+    compiles_each_size = fabric.device.type == "cpu" and plan.settings.precision != "32-true"  # see ``loss.MULTIPLE``
     fits = plan.config.block_size % MULTIPLE == 0  # also a sample as long as the context
-    multiple = MULTIPLE if compiles_each_size(fabric, plan.settings.precision) and fits else 1
+    multiple = MULTIPLE if compiles_each_size and fits else 1
     n_tokens = train.micro_batch_size * round_up(plan.longest, multiple) if train.packing else None
     return Batching(train.micro_batch_size, n_tokens, fabric.global_rank, fabric.world_size, multiple)
 
@@ -253,16 +254,13 @@ class Trainer:
             run_folder.clear_run(run_dir)
         with atomic_write(run_dir / run_folder.SETTINGS) as temporary:
             temporary.write_text(yaml.safe_dump(hparams, sort_keys=False), encoding="utf-8")
-        n_steps, step = self.plan.n_steps, self.position.step
-        self.reporter = Reporter(
-            run_dir, settings=hparams, n_steps=n_steps, step=step, state=state and state["reporter"]
-        )
+        progress = dict(n_steps=self.plan.n_steps, step=self.position.step, state=state and state["reporter"])
+        self.reporter = Reporter(run_dir, settings=hparams, **progress)
 
     def train(self) -> bool:
         """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
 
-        Returns:
-            True where the run is complete; False where it was stopped and is to be resumed.
+        Return True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.options, self.plan.n_steps
         with run_folder.StopSignal() as stop:
@@ -295,9 +293,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Take one optimizer step; return its mean loss, learning rate and gradient norm (before it is clipped)."""
         position, plan, size = self.position, self.plan, self.options.global_batch_size
-        rate = learning_rate(
-            position.step - 1, peak=self.options.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps
-        )
+        schedule = dict(peak=self.options.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps)
+        rate = learning_rate(position.step - 1, **schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = self.order[(position.step - 1) * size : position.step * size]

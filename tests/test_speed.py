@@ -22,14 +22,7 @@ from helpers import (
 from torch import nn
 
 from lit_gpt import loss as loss_module
-from lit_gpt.batches import (
-    EMPTY_MICRO_BATCH,
-    Batching,
-    micro_batches,
-    n_targets,
-    packs,
-    round_up,
-)
+from lit_gpt.batches import EMPTY_MICRO_BATCH, Batching, n_targets, packs, round_up
 from lit_gpt.data import length
 from lit_gpt.loss import chunked_cross_entropy
 from lit_gpt.train import compile_blocks
@@ -248,4 +241,4 @@ def test_what_cannot_be_sharded_is_refused(work, tmp_path, capsys):
 
 
 def test_micro_batches_of_a_step_are_of_similar_length(work):
-    assert [len(micro) for micro in micro_batches(samples_of(4, 9, 5, 8, 7), 2)] == [2, 2, 1]
+    assert [len(micro) for micro in Batching(2).cut(samples_of(4, 9, 5, 8, 7))] == [2, 2, 1]

@@ -18,7 +18,7 @@ from helpers import ROOT, command, losses_of, refusal, script, train, write_base
 
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
-from lit_gpt.batches import micro_batches, n_targets, sample_order
+from lit_gpt.batches import Batching, n_targets, sample_order
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
@@ -164,7 +164,7 @@ def test_every_sample_comes_once_before_any_comes_twice():
 
 def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
     samples = load_split(work / "data" / "train.pt")[:10]
-    batches = list(micro_batches(samples, 4))
+    batches = Batching(4).cut(samples)
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sum(map(n_targets, batches)) == n_targets(samples)
     lengths = [len(sample["input_ids"]) for batch in batches for sample in batch]
