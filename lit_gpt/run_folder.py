@@ -4,7 +4,7 @@ A checkpoint is a folder, checkpoints/step-N/, with the result so far (the adapt
 that the rest of the run depends on) and manifest.json (size and SHA-256 of each file).
 
 - It is written under a temporary name, flushed to the disk and renamed: a kill or a full disk leaves the one before.
-- What does not fit its manifest is not used: the newest checkpoint that does is, and it is said.
+- A checkpoint that does not fit its manifest is never used: the newest intact one is, and a line says so.
 - A run folder belongs to one process at a time, by a lock that the kernel drops with the process.
 """
 
@@ -43,14 +43,14 @@ SUMMARY = "summary.json"
 METRICS, MONITOR, LOSS_CURVE, TENSORBOARD = "metrics.csv", "monitor.csv", "loss.png", "tensorboard"
 RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{files.WEIGHTS}", SUMMARY)
 """What a run has made: none of it is replaced without --overwrite."""
-HARMLESS = (
+RESUME_MAY_CHANGE = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
-"""How the names of settings begin that a resumed run may change: they do not alter what comes out."""
+"""Beginnings of the names of settings that a resumed run may change: they do not alter its result."""
 REMOVED = {"train.group_by_length": False}
 """Options of earlier versions, which their checkpoints hold, with the value that every run has now."""
 REPEATED = 2.0
-"""Seconds after which the same signal, if not Ctrl-C's, is a second one."""
+"""Seconds after which the same signal ends the run; one that comes earlier is a launcher's echo."""
 
 
 # ---------------------------------------------------------------------------------------------- whose folder it is
@@ -66,8 +66,8 @@ def is_run(folder: Path) -> bool:
     return False
 
 
-def check_run_folder(folder: Path, *, expected: bool, sources: Iterable[Path | str | None] = ()) -> None:
-    """Raise unless a run may begin in a folder or go on: it is new, empty, or a run that is ``expected`` there.
+def check_run_folder(folder: Path, *, may_hold_run: bool, sources: Iterable[Path | str | None] = ()) -> None:
+    """Raise unless a run may begin in a folder or be resumed there: it is new, empty, or ``may_hold_run`` and does.
 
     Raises:
         FileExistsError: says what the folder holds, and which flag allows to go on with that.
@@ -83,9 +83,9 @@ def check_run_folder(folder: Path, *, expected: bool, sources: Iterable[Path | s
             "empty one"
         )
     results = [str(path.relative_to(folder)) for name in RUN_RESULTS for path in sorted(folder.glob(name))]
-    if results and not expected:
+    if results and not may_hold_run:
         raise FileExistsError(f"{folder} already holds {results[0]}; choose another folder or give --overwrite true")
-    if checkpoint_folders(folder) and not expected:
+    if checkpoint_folders(folder) and not may_hold_run:
         raise FileExistsError(
             f"{folder} holds checkpoints of a run: --resume true goes on with it, --overwrite true starts it anew"
         )
@@ -184,7 +184,7 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first, whole or not.
 
-    A folder of another name (a copy) is none, nor one of anybody else's files.
+    Folders of other names (copies), and those without our files, are ignored.
     """
     found = (run_dir / CHECKPOINTS).glob("step-*") if is_run(run_dir) else ()
     named = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name)]
@@ -198,7 +198,7 @@ def last_checkpoint(run_dir: Path) -> str:
     return f"the last checkpoint is {folders[-1]}: --resume true goes on from it" if folders else "no checkpoint yet"
 
 
-def set_aside(folder: Path) -> Path:
+def rename_damaged(folder: Path) -> Path:
     """Give what has a checkpoint's name another one, which no checkpoint has; return the new path."""
     target = folder.with_name(f"aside-{folder.name}.{secrets.token_hex(2)}")
     files.move(folder, target)
@@ -223,7 +223,7 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
         for path in (*staging.rglob("*"), staging):
             files.flush(path)
         if os.path.lexists(folder):  # somebody's own
-            print(f"{folder} is no checkpoint of this run: it is {set_aside(folder).name} now")
+            print(f"{folder} is no checkpoint of this run: it is {rename_damaged(folder).name} now")
         files.move(staging, folder)
         files.flush(folder.parent)
     finally:
@@ -233,7 +233,7 @@ def new_checkpoint(run_dir: Path, step: int, *, keep: int, best: int = 0) -> Ite
             files.remove(old)
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where they are as they were written."""
     try:
         for name, written in files.read_json(folder / MANIFEST).items():
@@ -254,10 +254,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """
     damaged: dict[Path, str] = {}
     for folder in reversed(checkpoint_folders(run_dir)):
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
             for bad, why in damaged.items():
-                print(f"{bad} is damaged ({why}): going on from {folder.name} instead; it is {set_aside(bad).name} now")
+                now = rename_damaged(bad).name
+                print(f"{bad} is damaged ({why}): going on from {folder.name} instead; it is {now} now")
             return folder
         damaged[folder] = problem
     if damaged:
@@ -275,10 +276,10 @@ def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[st
     state = load_state(folder / STATE)
     then = REMOVED | flatten(state["settings"]) | state["facts"]
     now = REMOVED | flatten(settings) | input_hashes
-    changed = [
-        f"{name} was {then.get(name)}, is {now.get(name)}"
+    changed = [  # an option that the checkpoint does not know is newer than it
+        f"{name} was {then[name]}, is {now.get(name)}"
         for name in dict.fromkeys([*then, *now])
-        if not name.startswith(HARMLESS) and then.get(name) != now.get(name)
+        if not name.startswith(RESUME_MAY_CHANGE) and name in then and then[name] != now.get(name)
     ]
     if changed:
         raise UserError(
@@ -346,7 +347,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # SLURM warns with the last
-            # nohup has the end of its terminal ignored: so it stays.
+            # Under nohup SIGHUP is ignored, and stays so.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self

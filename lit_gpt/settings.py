@@ -49,7 +49,7 @@ class IOArgs:
     log_dir: str = "logs"
     """New run folders are made in here."""
     out_dir: str | None = None
-    """The run folder itself; by default a new one under log_dir, named for people."""
+    """The run folder itself; by default a new one under log_dir, named base-data-method-time."""
     jobnum: str | None = None
     """Ends the name of the new run folder; the time by default."""
     tensorboard: bool = False
@@ -67,7 +67,7 @@ class TrainArgs:
     global_batch_size: int = 16
     """Samples of an optimizer step."""
     micro_batch_size: int = 4
-    """Samples of one forward and backward pass; changes memory and speed, not the result."""
+    """Samples of one forward and backward pass; changes memory and speed, not the result (of loss_average token)."""
     epochs: int = 1
     """How often to go through epoch_size samples."""
     epoch_size: int | None = None
@@ -79,7 +79,7 @@ class TrainArgs:
     weight_decay: float | None = None
     """AdamW's; by default 0 for ETHER and ETHER+, 0.01 for the others."""
     loss_average: Literal["token", "sequence"] = "token"
-    """token: over the target tokens of a step; sequence: the mean of micro-batch means, as published."""
+    """A step's loss: the mean over its target tokens (token), or of micro-batch means, as published (sequence)."""
     packing: bool = False
     """Put samples into rows without padding, each attending to itself alone, of as many tokens as micro_batch_size of
     the longest; changes speed, not the result."""
@@ -110,7 +110,7 @@ class EvalArgs:
     sample_interval: int | None = None
     """Show an answer, greedily generated, every so many steps; never by default."""
     sample_prompt: str | None = None
-    """What it answers, rendered in the data's prompt style; the first held-out sample's prompt by default."""
+    """The prompt to answer, rendered in the data's prompt style; the first held-out sample's prompt by default."""
     sample_tokens: int = 64
     """The most tokens of such an answer."""
 
@@ -164,7 +164,7 @@ class Settings:
         return self.devices * self.num_nodes
 
     def hparams(self) -> dict[str, Any]:
-        """Return what hparams.yaml holds: every option but those of this call alone."""
+        """Return what hparams.yaml holds: every option but resume and overwrite."""
         values = {"method": self.method} | asdict(self)
         return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
 
@@ -203,8 +203,8 @@ class Plan:
         name = [base_dir and base_dir.name, Path(io.train_data_dir).name, settings.method, jobnum]
         self.run_dir = settled(io.out_dir or Path(io.log_dir) / "-".join(map(str, name)))
         sources = [settings.init_from, base_dir, base_dir and base_dir / WEIGHTS, train_file, val_file]
-        expected = settings.resume or settings.overwrite
-        problems.attempt(check_run_folder, self.run_dir, expected=expected, sources=sources)
+        may_hold_run = settings.resume or settings.overwrite
+        problems.attempt(check_run_folder, self.run_dir, may_hold_run=may_hold_run, sources=sources)
         self.count_steps(settings.train, problems)
         check_values(settings, problems)
         self.max_seconds = problems.attempt(parse_duration, settings.train.max_time)
@@ -233,7 +233,7 @@ class Plan:
         if train.max_steps is not None:
             self.n_steps = min(self.n_steps, train.max_steps)
         self.n_warmup = min(1000, self.n_steps // 10) if train.lr_warmup_steps is None else train.lr_warmup_steps
-        # ETHER's and ETHER+'s vectors have lengths that mean nothing.
+        # R depends on the direction of ETHER's and ETHER+'s vectors alone: decay would not change it.
         no_decay = self.settings.kind == "ether" and not METHODS[self.settings.method].matrices
         usual = 0.0 if no_decay else 0.01
         self.weight_decay = usual if train.weight_decay is None else train.weight_decay

@@ -171,9 +171,9 @@ class Trainer:
 
     def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float) -> None:
         self.fabric, self.plan, self.deadline = fabric, plan, deadline
-        self.settings, self.options = plan.settings, plan.settings.train
+        self.settings, self.train_args = plan.settings, plan.settings.train
         self.batching = make_batching(plan, fabric)
-        largest = self.batching.largest(plan.train_set, self.options.global_batch_size // fabric.world_size)
+        largest = self.batching.largest(plan.train_set, self.train_args.global_batch_size // fabric.world_size)
         self.largest_batch = self.batching.collate(largest, fabric.device)
         self.memory = estimate_memory(plan, self.largest_batch, fabric=fabric)
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=plan.settings.seed)
@@ -183,10 +183,10 @@ class Trainer:
         self.tokenizer = Tokenizer(plan.base_dir) if plan.settings.eval.sample_interval else None
 
     def describe(self) -> str:
-        """Say what a pass takes."""
-        size, precision, device = self.options.micro_batch_size, self.settings.precision, self.fabric.device
-        in_all = f", {self.memory} in all" if self.memory else ""
-        return f"micro-batches of {size} samples of up to {self.plan.longest} tokens, {precision}, {device}{in_all}"
+        """Return what a pass takes, in words."""
+        size, precision, device = self.train_args.micro_batch_size, self.settings.precision, self.fabric.device
+        memory = f", {self.memory} in all" if self.memory else ""
+        return f"micro-batches of {size} samples of up to {self.plan.longest} tokens, {precision}, {device}{memory}"
 
     def set_up(self) -> None:
         """Build the model and the optimizer of what trains, say what they are, and try them on the largest batch."""
@@ -203,9 +203,9 @@ class Trainer:
             fabric.print("compiling the model's blocks: a minute or more")
             compile_blocks(model)
         share_start(trained)
-        optimizer = torch.optim.AdamW(trained, lr=self.options.learning_rate, weight_decay=self.plan.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=self.train_args.learning_rate, weight_decay=self.plan.weight_decay)
         self.optimizer = fabric.setup_optimizers(optimizer)
-        # A discarded pass shows a lack of memory at once.
+        # A trial pass on the largest batch: what lacks memory fails now, not at step 900.
         idx, targets, lengths = self.largest_batch
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self.model.train()
@@ -215,21 +215,21 @@ class Trainer:
 
     def announce(self, model: GPT) -> None:
         """Say what was worked out, before it costs anything."""
-        plan, settings, options, told = self.plan, self.settings, self.options, self.fabric.print
+        plan, settings, options, say = self.plan, self.settings, self.train_args, self.fabric.print
         if settings.quantize is not None:
-            told(describe_size(model, settings.quantize, settings.precision))
-        told(
+            say(describe_size(model, settings.quantize, settings.precision))
+        say(
             f"{settings.method} on {plan.base_dir}: {self.n_trained:,} of {n_parameters(model):,} parameters train, "
             f"{settings.precision}\n{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; "
             f"{plan.n_steps} steps of {options.global_batch_size} samples, {plan.n_warmup} of them warm-up to "
             f"{options.learning_rate:g}, weight decay {plan.weight_decay:g}\nrun folder: {plan.run_dir}"
         )
         if plan.n_steps < (options.max_steps or 0):
-            told(f"the data ends before --train.max_steps {options.max_steps}: more --train.epochs make a longer run")
+            say(f"the data ends before --train.max_steps {options.max_steps}: more --train.epochs make a longer run")
         if settings.method == "ether":
-            told("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
+            say("ETHER starts at a reflection, not at the identity: the first losses are above the base model's")
         if self.memory:
-            told(f"memory: {self.memory}, estimated{' for blocks that are not compiled' if settings.compile else ''}")
+            say(f"memory: {self.memory}, estimated{' for blocks that are not compiled' if settings.compile else ''}")
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
@@ -244,7 +244,7 @@ class Trainer:
             run_folder.restore_random_state(state["random"][self.fabric.global_rank])
             self.fabric.print(f"going on from {checkpoint}")
         else:
-            if self.options.monitor:
+            if self.train_args.monitor:
                 self.start = adapter_state(self.model.module)
             # From here on processes draw differently: each has a dropout of its own.
             self.fabric.seed_everything(self.settings.seed + self.fabric.global_rank, verbose=False)
@@ -262,7 +262,7 @@ class Trainer:
 
         Return True where the run is complete; False where it was stopped and is to be resumed.
         """
-        position, options, n_steps = self.position, self.options, self.plan.n_steps
+        position, options, n_steps = self.position, self.train_args, self.plan.n_steps
         with run_folder.StopSignal() as stop:
             if position.step == 0:
                 with nullcontext() if self.settings.init_from else adapters_off(self.model):
@@ -292,8 +292,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- one step
     def train_step(self) -> dict[str, float]:
         """Take one optimizer step; return its mean loss, learning rate and gradient norm (before it is clipped)."""
-        position, plan, size = self.position, self.plan, self.options.global_batch_size
-        schedule = dict(peak=self.options.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps)
+        position, plan, size = self.position, self.plan, self.train_args.global_batch_size
+        schedule = dict(peak=self.train_args.learning_rate, n_warmup=plan.n_warmup, n_steps=plan.n_steps)
         rate = learning_rate(position.step - 1, **schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -303,7 +303,7 @@ class Trainer:
         total = self.forward_backward(batch, targets)
         with self.clock("computing"):
             norm = self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.options.max_grad_norm or math.inf, error_if_nonfinite=False
+                self.model, self.optimizer, max_norm=self.train_args.max_grad_norm or math.inf, error_if_nonfinite=False
             )
             total = self.fabric.all_reduce(total, reduce_op="sum")
             loss, grad_norm = torch.stack([total.float(), norm.float()]).tolist()  # waits for the device
@@ -323,18 +323,18 @@ class Trainer:
         position.targets += targets
         return values
 
-    def forward_backward(self, batch: Sequence[Sample], targets_in_all: int) -> torch.Tensor:
+    def forward_backward(self, batch: Sequence[Sample], n_targets_in_all: int) -> torch.Tensor:
         """Leave the gradient of a step's mean loss; return this process's share of that loss."""
-        micros, in_all = self.batching.local_micro_batches(batch)
+        micros, n_micros = self.batching.local_micro_batches(batch)
         total = torch.zeros((), device=self.fabric.device)
         for index, micro in enumerate(micros):
             idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
             with self.clock("computing"), self.fabric.no_backward_sync(self.model, enabled=index + 1 < len(micros)):
                 loss = self.model(idx, lengths=lengths, targets=targets)
-                if self.options.loss_average == "token":
-                    share = loss / targets_in_all
+                if self.train_args.loss_average == "token":
+                    share = loss / n_targets_in_all
                 else:
-                    share = loss / max(1, n_targets(micro)) / in_all
+                    share = loss / max(1, n_targets(micro)) / n_micros
                 # Data-parallel processes average their gradients; ours are shares of one sum.
                 self.fabric.backward(share * self.fabric.world_size)
             total += share.detach()
@@ -345,7 +345,7 @@ class Trainer:
 
     def skip(self, values: dict[str, float], rows: Sequence[int]) -> None:
         """Count a step that cannot be used; raise where there were enough of them."""
-        position, allowed = self.position, self.options.skip_nonfinite
+        position, allowed = self.position, self.train_args.skip_nonfinite
         position.skipped += 1
         text = (
             f"step {position.step} has a loss of {values['loss']:.4g} and a gradient of norm {values['grad_norm']:.4g},"
@@ -382,7 +382,7 @@ class Trainer:
             sums = self.fabric.all_reduce(sums.to(self.fabric.device), reduce_op="sum").cpu()
         of_all, of_responses = (sums[:, 0] / sums[:, 1]).tolist()  # nan where every response was cut away
         self.record(val_loss=of_all, val_response_loss=of_responses)
-        if self.options.monitor and self.reporter:
+        if self.train_args.monitor and self.reporter:
             self.reporter.record_monitor(self.position.step, list(measure(self.model.module, self.start)))
         return of_all, of_responses
 
@@ -426,7 +426,7 @@ class Trainer:
         return received or (0 if over else None)
 
     def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N, from which ``begin`` goes on as if nothing had been."""
+        """Write checkpoints/step-N, from which ``begin`` resumes to the same bits."""
         state = dict(
             position=vars(self.position),
             start=self.start,
@@ -440,7 +440,7 @@ class Trainer:
         if self.reporter is None:
             return
         state["reporter"] = self.reporter.state()
-        step, keep, best = self.position.step, self.options.keep_checkpoints, self.position.best_step
+        step, keep, best = self.position.step, self.train_args.keep_checkpoints, self.position.best_step
         with run_folder.new_checkpoint(self.plan.run_dir, step, keep=keep, best=best) as folder:
             save_result(self.model.module, folder, self.plan)
             save_state(state, folder / run_folder.STATE)
@@ -452,7 +452,7 @@ class Trainer:
             return
         self.reporter.close()
         run_dir = self.plan.run_dir
-        why = signal.Signals(received).name if received else f"--train.max_time {self.options.max_time} is over"
+        why = signal.Signals(received).name if received else f"--train.max_time {self.train_args.max_time} is over"
         print(
             f"{why}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
             f"--io.out_dir {shlex.quote(str(run_dir))} --resume true goes on from there"
@@ -467,17 +467,17 @@ class Trainer:
             self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
             return
         kept = f"step {position.step}, since {folder} is damaged"
-        if run_folder.damage(folder) is None:
+        if run_folder.find_damage(folder) is None:
             load_result(self.model.module, folder, self.settings)
             position.last_losses = position.best_losses
             kept = f"step {position.best_step}, the best"
         since = position.since_best
-        ended = f"no lower response loss in {since} validation(s): " if since == self.options.patience else ""
+        ended = f"no lower response loss in {since} validation(s): " if since == self.train_args.patience else ""
         self.say(f"{ended}the result is that of {kept}")
 
     def finish(self) -> None:
         """Save the result and say what came of it."""
-        if self.options.patience is not None:
+        if self.train_args.patience is not None:
             self.take_best()
         if self.reporter is None:
             return
@@ -486,7 +486,7 @@ class Trainer:
         peak = peak_memory_bytes()
         summary = dict(
             method=self.settings.method,
-            learning_rate=self.options.learning_rate,
+            learning_rate=self.train_args.learning_rate,
             trainable_parameters=self.n_trained,
             adapter_bytes=n_bytes,
             val_loss_before=position.first_losses[0],
@@ -517,8 +517,8 @@ def save_result(model: GPT, folder: Path, plan: Plan) -> int:
     if plan.settings.adapter is not None:
         kind = plan.settings.kind
         path = folder / KINDS[kind].file_name
-        what = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
-        save_adapter(path, model, **what)
+        about = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
+        save_adapter(path, model, **about)
         return path.stat().st_size
     with staged_dir(folder / run_folder.FINAL, overwrite=True) as staging:
         copy_side_files(plan.base_dir, staging)

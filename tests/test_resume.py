@@ -30,7 +30,7 @@ from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
 from lit_gpt.files import file_sha256, read_json, write_json
-from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, damage, flatten, locked
+from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, find_damage, flatten, locked
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
@@ -132,7 +132,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, ca
     data[len(data) // 2] ^= 1
     (flipped / ADAPTER).write_bytes(data)
     os.truncate(cut / "state.pth", 100)
-    assert "other bytes" in damage(flipped) and "another size" in damage(cut) and damage(good) is None
+    assert "other bytes" in find_damage(flipped) and "another size" in find_damage(cut) and find_damage(good) is None
     capsys.readouterr()
     train(work, "etherplusHH", out, *LONG, "--resume", "true")
     told = capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(work, whole, tmp_path):
         assert code == 1 and "Traceback" not in text
         assert f"cannot write {disk / 'run'}" in text.splitlines()[-1]
         folders = checkpoint_folders(disk / "run")
-        assert str(folders[-1]) in text and all(damage(folder) is None for folder in folders)
+        assert str(folders[-1]) in text and all(find_damage(folder) is None for folder in folders)
         assert not list((disk / "run" / "checkpoints").glob(".*"))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         code, text = Training(
