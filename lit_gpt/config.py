@@ -162,7 +162,10 @@ class Config:
     def from_json(cls, path: Path | str) -> "Config":
         """Read a ``lit_config.json``, ours or one written by the original code (whose extra fields are dropped)."""
         with reading(path):
-            return cls.from_dict(read_json(path))
+            stored = read_json(path)
+            if not isinstance(stored, dict):
+                raise UserError(f"{path} is not a JSON object; convert the checkpoint again")
+            return cls.from_dict(stored)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Config":

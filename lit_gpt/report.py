@@ -44,17 +44,19 @@ class Metrics:
     """
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
-        self.path, self.columns, self.rows = path, columns, parse_metrics(text)
+        self.path, self.rows = path, parse_metrics(text)
         with atomic_write(path) as temporary:
             temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
+        # Stays open: a run goes on also where its folder is renamed.
+        self._file = path.open("a", newline="", encoding="utf-8", buffering=1)  # a row is written with its end of line
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, **values: Any) -> None:
         """Add a row; columns that are not given stay empty."""
         self.rows.append(values)
         # Words, and counters to the last digit; six digits of what was measured.
         row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        self._writer.writerow(row)
 
     def text(self) -> str:
         """Return the file's content."""
@@ -153,7 +155,7 @@ class Reporter:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar and the loggers."""
+        """Finish the bar and the loggers; metrics.csv has each row already."""
         if self.bar is not None:
             self.bar.close()
         for logger in self.loggers:

@@ -223,7 +223,15 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def large_key(base: Path) -> None:
+    """Make a row of the first head's key, which no adapter of q and v changes, too large for fp16."""
+    weight = load_state(base / "lit_model.pth")[QKV.replace("__", ".")].clone()
+    weight[8] = 1e6  # in files: the head's eight rows of q, then k
+    edit_base(base, **{QKV: weight})
+
+
 NORM, FC = "transformer__h__1__norm_1__weight", "transformer__h__1__mlp__fc_1__weight"
+QKV = "transformer__h__1__attn__attn__weight"
 FAULTS = {  # before the adapter is written; what it is filled with; after; what the line says
     "zero vector": (None, 0.0, None, r"transformer.h.0.attn.attn.ether_Rq holds a zero vector, which has no direction"),
     "NaN": (None, float("nan"), None, r"adapter.pth: transformer.h.0.attn.attn.ether_Rq is not finite"),
@@ -232,6 +240,10 @@ FAULTS = {  # before the adapter is written; what it is filled with; after; what
                         r"transformer.h.1.mlp.fc_1.weight of the base model holds NaN or infinity"),
     "too large": (lambda b: edit_base(b, **{FC: torch.full((48, 32), 1e6)}), None, None,
                   r"transformer.h.1.mlp.fc_1.weight has values too large for --precision 16-true"),
+    "too large, not adapted": (lambda b: large_key(b), None, None,
+                               r"transformer.h.1.attn.attn has values too large for torch.float16; --precision bf16"),
+    "no object": (None, None, lambda b: (b / "lit_config.json").write_text("[]"),
+                  r"lit_config.json is not a JSON object; convert the checkpoint again"),
     "truncated base": (None, None, lambda b: cut(b / "lit_model.pth"), r"lit_model.pth is corrupt, cut short"),
     "truncated adapter": (None, None, lambda b: cut(b.parent / "adapter.pth"), r"adapter.pth is corrupt, cut short"),
     "another base": (None, None, lambda b: edit_base(b, **{NORM: torch.ones(32) * 2}), "belongs to another base model"),

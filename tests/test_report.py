@@ -24,6 +24,17 @@ def write_run(folder: Path, losses: list[float]) -> Path:
     return folder
 
 
+def test_metrics_are_written_on_where_the_folder_is_renamed(tmp_path):
+    """A run ended at its next row."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metrics = Metrics(folder / "metrics.csv")
+    metrics.write(step=1, loss=2.0)
+    folder.rename(tmp_path / "renamed")
+    metrics.write(step=2, loss=1.0)
+    assert [row["step"] for row in read_metrics(tmp_path / "renamed" / "metrics.csv")] == [1, 2]
+
+
 def test_metrics_are_cut_back_to_what_a_checkpoint_held(tmp_path):
     metrics = Metrics(tmp_path / "metrics.csv")
     metrics.write(step=1, loss=2.5, grad_norm=float("nan"))
