@@ -226,7 +226,8 @@ def cut(path: Path) -> None:
 def large_key(base: Path) -> None:
     """Make a row of the first head's key, which no adapter of q and v changes, too large for fp16."""
     weight = load_state(base / "lit_model.pth")[QKV.replace("__", ".")].clone()
-    weight[8] = 1e6  # in files: the head's eight rows of q, then k
+    config = Config.from_json(base / "lit_config.json")
+    weight[config.q_size // config.n_query_groups] = 1e6  # in files a group's rows of q come first, then its k
     edit_base(base, **{QKV: weight})
 
 
@@ -241,7 +242,7 @@ FAULTS = {  # before the adapter is written; what it is filled with; after; what
     "too large": (lambda b: edit_base(b, **{FC: torch.full((48, 32), 1e6)}), None, None,
                   r"transformer.h.1.mlp.fc_1.weight has values too large for --precision 16-true"),
     "too large, not adapted": (lambda b: large_key(b), None, None,
-                               r"transformer.h.1.attn.attn has values too large for torch.float16; --precision bf16"),
+                               r"transformer.h.1.attn.attn.weight has values too large for torch.float16; --precision bf16"),
     "no object": (None, None, lambda b: (b / "lit_config.json").write_text("[]"),
                   r"lit_config.json is not a JSON object; convert the checkpoint again"),
     "truncated base": (None, None, lambda b: cut(b / "lit_model.pth"), r"lit_model.pth is corrupt, cut short"),
