@@ -234,7 +234,9 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
         f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding, "
         f"{summary['overhead']:.1%} outside forward and backward"
     )
-    estimated = f" (estimated {gib(summary['estimated_memory_bytes'])})" if summary["estimated_memory_bytes"] else ""
+    least = "" if torch.cuda.is_available() else "at least "
+    n_bytes = summary["estimated_memory_bytes"]
+    estimated = f" (estimated: {least}{gib(n_bytes)})" if n_bytes else ""
     print(
         f"{'peak memory':<32} {gib(summary['peak_memory_bytes'])} GiB, "
         f"{gib(summary['run_memory_bytes'])} of them for this run{estimated}"

@@ -170,7 +170,7 @@ def test_a_run_tells_estimate_and_measure(work, tmp_path, capsys):
     summary = train(work, "etherplusHH", tmp_path / "run")
     told = capsys.readouterr().out
     assert re.search(r"memory: at least 0\.\d\d GiB \(frozen 0\.00, trained 0\.00, working 0\.\d\d\), estimated", told)
-    assert re.search(r"peak memory +\d.\d\d GiB, \d\.\d\d of them for this run \(estimated \d\.\d\d\)", told)
+    assert re.search(r"peak memory +\d.\d\d GiB, \d\.\d\d of them for this run \(estimated: at least \d\.\d\d\)", told)
     assert 0 < summary["estimated_memory_bytes"] < summary["peak_memory_bytes"]
     assert 0 <= summary["run_memory_bytes"] < summary["peak_memory_bytes"]
 
