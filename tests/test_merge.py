@@ -242,7 +242,7 @@ FAULTS = {  # before the adapter is written; what it is filled with; after; what
     "too large": (lambda b: edit_base(b, **{FC: torch.full((48, 32), 1e6)}), None, None,
                   r"transformer.h.1.mlp.fc_1.weight has values too large for --precision 16-true"),
     "too large, not adapted": (lambda b: large_key(b), None, None,
-                               r"transformer.h.1.attn.attn.weight has values too large for torch.float16; --precision bf16"),
+                               r"attn.attn.weight has values too large for torch.float16; --precision bf16"),
     "no object": (None, None, lambda b: (b / "lit_config.json").write_text("[]"),
                   r"lit_config.json is not a JSON object; convert the checkpoint again"),
     "truncated base": (None, None, lambda b: cut(b / "lit_model.pth"), r"lit_model.pth is corrupt, cut short"),
