@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from eval.costs import METHOD_NAMES, table
 from lit_gpt.adapter import AdapterConfig
-from lit_gpt.checkpoint import check_checkpoint_dir, load_config
+from lit_gpt.checkpoint import load_config
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
@@ -90,15 +90,14 @@ def setup(
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
-    keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in sorted(methods)})
-    config = load_config(check_checkpoint_dir(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]))
+    keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
+    config = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"])
     common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, overwrite=True)
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
+    wanted = [run for run in wanted if run not in done]
     for number, (method, rate, seed) in enumerate(wanted, start=1):
-        if (method, rate, seed) in done:
-            continue
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
         folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
         settings = Settings(
@@ -109,8 +108,8 @@ def setup(
             resume=(folder / SUMMARY).exists(),
             **common,
         )
-        turned = degrees_per_step(method, rate, config)
-        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turned) | train_once(settings))
+        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, config))
+        runs.append(run | train_once(settings))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
