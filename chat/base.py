@@ -43,7 +43,7 @@ ENDS = {
     "context": "; cut where the model's context ends",
     "interrupted": "; interrupted",
 }
-"""Why an answer ended (the model ended it; it grew too long; the context is full; Ctrl-C), and how that is told."""
+"""Reasons for which an answer ended (by the model, its length, a full context, Ctrl-C), with the words that tell it."""
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -52,7 +52,7 @@ class Reply:
     """An answer and how it came about."""
 
     text: str
-    """What was written, without the token that ended it."""
+    """The answer, without the token that ended it."""
     tokens: int
     prompt_tokens: int
     seconds: float
@@ -138,7 +138,7 @@ def with_system(system: str | None, turns: list[Message]) -> list[Message]:
 
 @dataclass
 class Conversation:
-    """What was said so far; the oldest turns go where it outgrows the context."""
+    """The conversation so far; the oldest turns go where it outgrows the context."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -149,7 +149,7 @@ class Conversation:
     turns: list[Message] = field(default_factory=list)
     """User and assistant by turns."""
     cached: list[int] = field(default_factory=list)
-    """What the model's cache holds of it, so that a turn costs its own tokens and not the whole conversation's."""
+    """The ids that the model's cache holds: a turn costs its own tokens and not the whole conversation's."""
 
     def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
         """Answer the next prompt, and remember both where the style is "chat".

@@ -56,7 +56,7 @@ Found = Iterator[Row | str]
 
 @dataclass(frozen=True)
 class Card:
-    """Where a part runs, at what size, and until when."""
+    """The device of a part, its sizes and its deadline."""
 
     device: torch.device
     dtype: torch.dtype

@@ -33,9 +33,9 @@ RESULTS, PICTURE, LOG = "report.json", "report.png", "log.txt"
 SOFT = 0.85
 """Share of its time after which a part begins nothing new; at the end of it, it is stopped."""
 FAULTS = ("failed: ", "WRONG", "ended early")
-"""What the notes on faults hold: with one of them the command ends with exit code 1, after all parts."""
+"""Words of the notes on faults: with one of them the command ends with exit code 1, after all parts."""
 UNFINISHED = (LATE, "stopped after", "left out: no time")
-"""What the notes hold on what merely took too long."""
+"""Words of the notes on what merely took too long."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import csv
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -92,7 +93,7 @@ def setup(
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
     config = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"])
-    common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, overwrite=True)
+    common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision)
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
@@ -105,7 +106,6 @@ def setup(
             io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
             train=TrainArgs(learning_rate=rate, **train),
             seed=seed,
-            resume=(folder / SUMMARY).exists(),
             **common,
         )
         run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, config))
@@ -137,19 +137,20 @@ def degrees_per_step(method: str, rate: float, config: Config) -> float | None:
 
 def train_once(settings: Settings) -> dict[str, Any]:
     """Train and return what runs.json says of it: losses before and after, mean change of the adapted weights."""
+    folder = Path(str(settings.io.out_dir))
+    is_done = (folder / SUMMARY).exists()  # the sweep was stopped before it could note the run
     try:
-        finetune(settings)
+        finetune(replace(settings, resume=is_done, overwrite=not is_done))
     except Diverged as error:
         print(f"diverged: {error}")
         return dict.fromkeys(("untuned", "response_loss", "loss", "weight_change")) | {"diverged": True}
-    folder = Path(str(settings.io.out_dir))
     summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
     return dict(
         untuned=summary["val_response_loss_before"],
         response_loss=summary["val_response_loss_after"],
         loss=summary["val_loss_after"],
         weight_change=fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]),
-        diverged=False,
+        diverged=summary["val_response_loss_after"] is None,  # no number, in the last step alone
     )
 
 
@@ -167,9 +168,11 @@ def usable_decades(curve: Mapping[float, float], limit: float) -> float:
     total = 0.0
     for (left, a), (right, b) in pairwise(points):
         low, high = sorted((a, b))
+        if math.isinf(high):  # nothing is known of the way to a run that diverged
+            continue
         if high <= limit:
             total += right - left
-        elif low <= limit and not math.isinf(high):  # the way from the good end to where the line crosses the limit
+        elif low <= limit:  # the way from the good end to where the line crosses the limit
             total += (right - left) * (limit - low) / (high - low)
     return total
 
@@ -182,11 +185,11 @@ def report(out_dir: Path, runs: Sequence[Run]) -> None:
         writer.writerows(runs)
     losses = {method: mean_curve(runs, method, "response_loss") for method in dict.fromkeys(r["method"] for r in runs)}
     untuned = [run["untuned"] for run in runs if run["untuned"] is not None]
-    if untuned:
-        with atomic_write(out_dir / TABLE) as temporary:
-            temporary.write_text(summarise(losses, runs, untuned[0]) + "\n", encoding="utf-8")
-    for column, (name, label) in PICTURES.items():
-        draw(out_dir / name, runs, column=column, label=label, top=max(untuned, default=None))
+    with atomic_write(out_dir / TABLE) as temporary:
+        text = summarise(losses, runs, untuned[0]) if untuned else "Every run diverged."
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    for column, (name, label) in PICTURES.items() if untuned else ():
+        draw(out_dir / name, runs, column=column, label=label, top=untuned[0])
 
 
 def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], untuned: float) -> str:
@@ -204,7 +207,7 @@ def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], 
     return f"Response loss, untuned {untuned:.4f}; {len(runs)} runs\n\n{table(header, lines)}"
 
 
-def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float | None) -> None:
+def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float) -> None:
     """Draw a column against the learning rate: mean over seeds, a band from the least to the most."""
     with picture(path, size=(7.5, 4.5)) as axes:
         for method in dict.fromkeys(run["method"] for run in runs):
@@ -215,7 +218,7 @@ def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float
         axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
         if column == "weight_change":
             axes.set_yscale("log")
-        elif top is not None:  # how far above the untuned model a run ends says nothing
+        else:  # how far above the untuned model a run ends says nothing
             axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
             least = min(run[column] for run in runs if run[column] is not None)
             axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)

@@ -79,13 +79,12 @@ class Packing:
         """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
-            options: dict[str, Any] = {"window_size": self.window, "enable_gqa": True}
+            options: dict[str, Any] = {"enable_gqa": True} if HAS_GQA else {}
             if not HAS_GQA:  # every query head gets a copy of its group's keys and values
-                del options["enable_gqa"]
                 k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
             rows = (tensor.transpose(1, 2).squeeze(0) for tensor in (q, k, v))  # (T, H or G, S)
             sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
-            return varlen_attn(*rows, *sizes, **options).transpose(0, 1).unsqueeze(0)
+            return varlen_attn(*rows, *sizes, window_size=self.window, **options).transpose(0, 1).unsqueeze(0)
         if torch.compiler.is_compiling():
             return attend_packed(q, k, v, mask, self.bounds)
         return attend_each(q, k, v, mask, lengths=self.lengths)

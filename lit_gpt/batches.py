@@ -84,7 +84,7 @@ def collate(samples: Sequence[Sample], device: torch.device | str | None = None)
 
 @dataclass(frozen=True)
 class Batching:
-    """How samples are cut into forward passes."""
+    """A way to cut samples into forward passes."""
 
     size: int  # samples of a micro-batch
     n_tokens: int | None = None  # packed, the most tokens of a pass; None for padded micro-batches

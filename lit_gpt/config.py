@@ -16,7 +16,7 @@ from lit_gpt.files import read_json
 SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
 """Fields that every ``config.json`` tells. Of other whole numbers 0 stands for another field's value, or for none."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-"""What ``config.json`` may call a GELU, and what PyTorch calls its approximation."""
+"""Names of a GELU in ``config.json``, with PyTorch's name of its approximation."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
 
 

@@ -22,7 +22,7 @@ from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 Piece = tuple[list[int], bool]  # ids, and whether they are a response's
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Where data sets keep reasoning apart from the content."""
+"""Keys under which data sets keep reasoning apart from the content."""
 OPENING_TAG = re.compile(r"<[^<>\s]+>\s*$")
 AS_WRITTEN = (
     "the chat template shows answers otherwise than they stand here (its prompt opens the reasoning, or it leaves text "
@@ -35,13 +35,13 @@ class Answer(NamedTuple):
     """An answer that is learned."""
 
     prompt: str
-    """What the model gets when it is asked for it."""
+    """The text that the model gets when it is asked for the answer."""
     text: str
-    """What the model is to write, the token that ends the turn included."""
+    """The text that the model is to write, with the token that ends the turn."""
     eos: bool
     """EOS comes behind the text, since the template ends the turn with no token."""
     notes: tuple[str, ...] = ()
-    """What the chat template does to the conversation."""
+    """Notes on what the chat template does to the conversation."""
 
 
 def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> list[Answer]:

@@ -1,4 +1,4 @@
-"""What processes tell each other, and how they share a base that is too large for one of them.
+"""Choose dtype and device; let processes tell each other things, and share a base that is too large for one.
 
 A base is sharded by PyTorch's FSDP2, block by block: each process holds a part of every frozen weight and collects the
 others' parts as its forward and backward pass come by. The adapter is small and in another precision: every process
@@ -81,7 +81,7 @@ def share_start(parameters: Iterable[Tensor]) -> None:
 
 # ------------------------------------------------------------------------------------------------ dtype and device
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""What ``--precision`` may say, and the dtype of the weights."""
+"""Choices of ``--precision``, with the dtype of the weights."""
 MIXED_PRECISIONS = ("bf16-mixed", "16-mixed")
 """For training also: fp32 weights, products in half precision."""
 

@@ -11,14 +11,14 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What was given cannot work, and whoever gave it can change that: ``cli`` shows its text in one line.
+    """A mistake in what was given, which whoever gave it can mend: ``cli`` shows its text in one line.
 
     Any other ``ValueError`` is a bug of ours, which keeps its traceback.
     """
 
 
 class Problems(list[str]):
-    """What is wrong with the settings of a command, gathered so that one error names all of it."""
+    """Problems with the settings of a command, gathered so that one error names all of it."""
 
     def expect(self, holds: bool, problem: str) -> None:
         """Note a problem where what is expected does not hold."""

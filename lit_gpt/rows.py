@@ -29,7 +29,7 @@ NO_TOOLS = (
     ": chat offers no tools, so they can't be learned; leave the row out or write the calls as text under content"
 )
 CONTEXT_KEYS = ("system", "system_prompt", "history")
-"""What belongs to a conversation and stands beside it, or beside an instruction."""
+"""Keys of what belongs to a conversation and stands beside it, or beside an instruction."""
 NO_CONTEXT = ", which would be left out; put it into messages, or take it away"
 CHAT_KEYS = ("messages", "conversations")
 SHAREGPT = {"human": "user", "gpt": "assistant"}

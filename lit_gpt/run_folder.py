@@ -42,7 +42,7 @@ SUMMARY = "summary.json"
 """The last file that a run writes: what has it is finished."""
 METRICS, MONITOR, LOSS_CURVE, TENSORBOARD = "metrics.csv", "monitor.csv", "loss.png", "tensorboard"
 RUN_RESULTS = ("lit_model_*_finetuned.pth", f"{FINAL}/{files.WEIGHTS}", SUMMARY)
-"""What a run has made: none of it is replaced without --overwrite."""
+"""Results of a run: none of them is replaced without --overwrite."""
 RESUME_MAY_CHANGE = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
@@ -274,12 +274,11 @@ def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[st
         ValueError: names each setting and input that has changed, with both values.
     """
     state = load_state(folder / STATE)
-    then = REMOVED | flatten(state["settings"]) | state["facts"]
     now = REMOVED | flatten(settings) | input_hashes
     changed = [  # an option that the checkpoint does not know is newer than it
-        f"{name} was {then[name]}, is {now.get(name)}"
-        for name in dict.fromkeys([*then, *now])
-        if not name.startswith(RESUME_MAY_CHANGE) and name in then and then[name] != now.get(name)
+        f"{name} was {then}, is {now.get(name)}"
+        for name, then in (flatten(state["settings"]) | state["facts"]).items()
+        if not name.startswith(RESUME_MAY_CHANGE) and then != now.get(name)
     ]
     if changed:
         raise UserError(

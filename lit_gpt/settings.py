@@ -171,7 +171,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
-    """What a run does: its settings, checked together, and what follows from them and from the data."""
+    """A run's settings, checked together, and all that follows from them and from the data."""
 
     def __init__(self, settings: Settings, *, given: Collection[str] = (), problems: Sequence[str] = ()) -> None:
         """Check all settings together and work out the rest.

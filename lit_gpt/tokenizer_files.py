@@ -20,7 +20,7 @@ FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an a
 
 
 class TokenizerFiles:
-    """What the JSON files of a folder say, each read once; {} for one that is not there.
+    """Contents of a folder's JSON files, each read once; {} for one that is not there.
 
     Attributes:
         config, generation, model: tokenizer_config.json, generation_config.json, config.json.

@@ -136,7 +136,7 @@ def learning_rate(step: int, *, peak: float, n_warmup: int, n_steps: int) -> flo
 
 @dataclass
 class Position:
-    """Where a run stands; a checkpoint holds all of it. Losses are those over all targets and over responses."""
+    """The position of a run; a checkpoint holds all of it. Losses are those over all targets and over responses."""
 
     step: int = 0
     samples: int = 0

@@ -37,7 +37,7 @@ from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
 OUR_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-"""What ``write_weights`` calls its files."""
+"""The names that ``write_weights`` gives its files."""
 
 
 def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:

@@ -4,14 +4,16 @@ import json
 import re
 import shlex
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers import SOURCES, refusal, relative_path, script, train, write_base
 from helpers import command as train_command
 
+from lit_gpt.adapter import AdapterConfig
 from lit_gpt.checkpoint import load_state, save_state
-from lit_gpt.cli import main
+from lit_gpt.cli import adapter_flags, main
 from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
 from lit_gpt.errors import UserError, command, reading
@@ -260,3 +262,18 @@ def test_reading_names_the_file_and_passes_our_own_words_on():
         _ = {}["x"]
     with pytest.raises(UserError, match=r"^mine$"), reading("a.json"):
         raise UserError("mine")
+
+
+def test_a_field_of_an_adapter_without_help_is_an_error_and_no_missing_flag():
+    @dataclass
+    class Config(AdapterConfig):
+        """Settings."""
+
+        kind = "new"
+        gate: bool = False
+
+    def setup(*, adapter: Config):
+        """Train."""
+
+    with pytest.raises(AssertionError, match=r"Config.gate needs a docstring"):
+        adapter_flags(setup)

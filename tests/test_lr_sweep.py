@@ -15,7 +15,8 @@ def test_decades_are_counted_along_straight_lines_between_the_rates():
     assert usable_decades(curve, 2.0) == pytest.approx(1.0)
     assert usable_decades(curve, 2.5) == pytest.approx(0.5 + 1.0 + 0.25)
     assert usable_decades(curve, 9.0) == pytest.approx(3.0) and usable_decades(curve, 1.9) == 0.0
-    assert usable_decades({1e-3: 2.0, 1e-2: math.inf}, 2.0) == 0.0  # nothing is known of the way to a run that diverged
+    for limit in (2.0, math.inf):  # nothing is known of the way to a run that diverged
+        assert usable_decades({1e-3: 2.0, 1e-2: math.inf, 1e-1: math.inf}, limit) == 0.0
 
 
 def test_a_method_is_measured_by_the_best_of_all_and_by_its_own():
@@ -51,6 +52,10 @@ def test_a_sweep_goes_on_adds_what_is_new_and_refuses_other_settings(work, tmp_p
     out = tmp_path / "out"
     assert {"loss.png", "weight_change.png", "sweep.csv", "sweep.md"} <= {path.name for path in out.iterdir()}
     assert len((out / "sweep.csv").read_text().splitlines()) == 5
+    (out / "runs.json").write_text(json.dumps(both[:1]))  # stopped before the second run was noted
+    assert sweep("--methods", '["ether", "lora"]', "--rates", "[0.01]") == both[:2]
+    sweep("--methods", '["lora"]', "--rates", "[1e30]", "--out_dir", str(tmp_path / "lost"))
+    assert (tmp_path / "lost" / "sweep.md").read_text() == "Every run diverged.\n"
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         sweep("--methods", '["ether"]', "--max_steps", "3")

@@ -30,7 +30,16 @@ from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
 from lit_gpt.files import file_sha256, read_json, write_json
-from lit_gpt.run_folder import REPEATED, StopSignal, checkpoint_folders, find_damage, flatten, locked
+from lit_gpt.run_folder import (
+    REPEATED,
+    StopSignal,
+    check_same_run,
+    checkpoint_folders,
+    environment,
+    find_damage,
+    flatten,
+    locked,
+)
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
@@ -324,3 +333,12 @@ def test_settings_have_the_names_of_their_flags():
     assert flatten({"seed": 1, "train": {"epochs": 2}, "adapter": None}) == {
         "seed": 1, "train.epochs": 2, "adapter": None
     }  # fmt: skip
+
+
+def test_an_option_newer_than_a_checkpoint_does_not_forbid_to_go_on(tmp_path):
+    """A new field of an adapter's config made every earlier run unresumable."""
+    before = {"settings": {"adapter": {"nb": 2}}, "facts": {"train.pt": "a"}, "environment": environment()}
+    save_state(before, tmp_path / "state.pth")
+    check_same_run(tmp_path, {"adapter": {"nb": 2, "new": False}}, {"train.pt": "a"})
+    with pytest.raises(ValueError, match=r"adapter.nb was 2, is 4; train.pt was a, is b"):
+        check_same_run(tmp_path, {"adapter": {"nb": 4, "new": False}}, {"train.pt": "b"})
