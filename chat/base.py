@@ -97,8 +97,9 @@ def answer(
     tokenizer.check_ids(prompt, model.config.padded_vocab_size)
     context = model.config.block_size
     if len(prompt) >= context:
-        text = f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
-        raise UserError(text)
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
+        )
     text, times = "", [time.perf_counter()]
 
     def timed(tokens: Iterator[int]) -> Iterator[int]:
