@@ -5,9 +5,10 @@ nobody listed works when its class is in ``families``: ``Config.from_hf`` reads 
 of known models says what their ``config.json`` says, for whoever needs a model's sizes without its files.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.families import FAMILIES, Family
@@ -15,9 +16,35 @@ from lit_gpt.files import read_json
 
 SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
 """Fields that every ``config.json`` tells. Of other whole numbers 0 stands for another field's value, or for none."""
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+ROPE_SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", ORIGINAL_LENGTH),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH),
+    "yarn": ("factor", ORIGINAL_LENGTH),
+    "longrope": ("factor", "short_factor", "long_factor", ORIGINAL_LENGTH),
+}
+"""Types of ``rope_scaling``, each with the values that it needs."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """Names of a GELU in ``config.json``, with PyTorch's name of its approximation."""
+MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+"""Classes whose text model can be read alone."""
+REFUSED = {
+    "qk_layernorm": "norms of q and k",
+    "alibi": "models with ALiBi in place of rotary positions (falcon-rw)",
+    "use_bidirectional_attention": "models whose attention looks ahead",
+    "mlp_only_layers": "models with experts in some layers alone",
+}
+"""Keys of ``config.json`` that no known class may set."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
+
+
+class LayerKind(NamedTuple):
+    """Attention of a layer: ``window`` is None where it sees all positions; ``rope`` is global, local or none."""
+
+    window: int | None
+    rope: str
 
 
 @dataclass
@@ -49,31 +76,60 @@ class Config:
     intermediate_size: Annotated[int, "intermediate_size"] = 11008
     """Width of the MLP."""
     mlp_class: str = "LLaMAMLP"
-    """``LLaMAMLP`` (SwiGLU), ``GptNeoxMLP`` (GELU) or ``LLaMAMoE`` (SwiGLU experts)."""
+    """``LLaMAMLP`` (SwiGLU), ``GemmaMLP`` (its gate a GELU), ``GptNeoxMLP`` (GELU) or ``LLaMAMoE`` (SwiGLU experts)."""
     gelu_approximate: Annotated[str, "hidden_act"] = "none"
-    """``none`` or ``tanh``, for ``GptNeoxMLP``."""
+    """``none`` or ``tanh``, of a GELU."""
     n_expert: Annotated[int, "num_local_experts"] = 0
     n_expert_per_token: Annotated[int, "num_experts_per_tok"] = 0
+    norm_expert_weights: Annotated[bool, "norm_topk_prob"] = True
+    """The weights of a token's experts sum up to 1."""
     norm_class: str = "RMSNorm"
-    """``RMSNorm`` or ``LayerNorm``."""
+    """``RMSNorm``, ``LayerNorm``, ``OffsetRMSNorm`` (its factor is 1 + weight: Gemma), ``PlainLayerNorm`` (no weight)."""
     norm_eps: Annotated[float, "rms_norm_eps"] = 1e-5
     parallel_residual: Annotated[bool, "use_parallel_residual"] = False
     """Attention and MLP read the same residual stream instead of following each other."""
     shared_attention_norm: bool = False
-    """The MLP of a parallel block reads the attention's norm (Phi)."""
+    """The MLP of a parallel block reads the attention's norm (Phi, Falcon-7B)."""
+    pre_norm: bool = True
+    """Attention and MLP each read a norm of the residual stream."""
+    post_norm: bool = False
+    """What attention and MLP give is normed before it is added (Gemma 2 and 3; OLMo 2 has this norm alone)."""
     qkv_bias: Annotated[bool, "attention_bias"] = False
     proj_bias: Annotated[bool, "attention_bias"] = False
     mlp_bias: Annotated[bool, "mlp_bias"] = False
     lm_head_bias: bool = False
+    qkv_clip: Annotated[float | None, "clip_qkv"] = None
+    """Largest absolute value of q, k and v (OLMo 1)."""
     qk_norm: bool = False
-    """An RMSNorm over each head of q and of k, before they are rotated (Qwen3)."""
+    """q and k are normed before they are rotated."""
+    qk_norm_over: str = "head"
+    """One RMSNorm for the ``head`` of each (Qwen 3), a LayerNorm for each of the ``heads`` (StableLM 2), or an RMSNorm
+    over the ``row`` of all heads (OLMo 2)."""
+    attention_scale: Annotated[float, "attention_multiplier"] = 0.0
+    """Factor of the attention's scores; 0 means ``1 / sqrt(head_size)``."""
+    attention_softcap: Annotated[float | None, "attn_logit_softcapping"] = None
+    """Scores of attention are bent by a tanh to stay below this (Gemma 2)."""
+    embedding_scale: Annotated[float, "embedding_multiplier"] = 1.0
+    """Factor of the embedding; 0 means ``sqrt(n_embd)`` (Gemma)."""
+    residual_scale: Annotated[float, "residual_multiplier"] = 1.0
+    """Factor of what attention and MLP add (Granite)."""
+    logits_scale: Annotated[float, "logits_scaling"] = 1.0
+    """Logits are divided by it (Granite)."""
+    logits_softcap: Annotated[float | None, "final_logit_softcapping"] = None
+    """Logits are bent by a tanh to stay below this (Gemma 2)."""
     rotary_percentage: Annotated[float, "partial_rotary_factor"] = 1.0
     """Share of each head that is rotated."""
     rope_base: Annotated[float, "rope_theta"] = 10000.0
     rope_scaling: Annotated[dict[str, Any] | None, "rope_scaling"] = None
-    """Hugging Face's ``rope_scaling`` of type ``linear`` or ``llama3``."""
+    """Hugging Face's ``rope_scaling``, of a type that ``rope`` knows."""
+    local_rope_base: Annotated[float, "rope_local_base_freq"] = 0.0
+    """Base of the layers with a window, which then know no scaling; 0: they rotate as the others do."""
+    rope_layers: Annotated[list[bool] | None, "no_rope_layers"] = None
+    """True for the layers that rotate q and k; all of them when absent (SmolLM 3 leaves some out)."""
     sliding_window: Annotated[int | None, "sliding_window"] = None
     """A query sees this many positions, itself included; all of them when absent."""
+    sliding_layers: Annotated[list[bool] | None, "layer_types"] = None
+    """True for the layers with that window; all of them when absent."""
     tie_embeddings: Annotated[bool, "tie_word_embeddings"] = False
     """Embedding and head are one tensor."""
 
@@ -92,9 +148,31 @@ class Config:
         self.head_size = self.head_size or self.n_embd // self.n_head
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
-        kind = (self.rope_scaling or {}).get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"{name}: rope scaling '{kind}' is not supported (linear and llama3 are)")
+        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
+        scaling = {"rope_type": "default", **(self.rope_scaling or {})}
+        kind, choices = scaling["rope_type"], ", ".join(ROPE_SCALING)
+        if kind not in ROPE_SCALING:
+            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
+        if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
+            raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
+        for flags in ("sliding_layers", "rope_layers"):
+            if (given := getattr(self, flags)) is not None:
+                if len(given) < self.n_layer:
+                    raise UserError(f"{name}: {flags} tells of {len(given)} layers; the model has {self.n_layer}")
+                setattr(self, flags, [bool(flag) for flag in given[: self.n_layer]])
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """Attention of each layer."""
+        windowed = self.sliding_layers or [True] * self.n_layer
+        rotated = self.rope_layers or [True] * self.n_layer
+        return [
+            LayerKind(
+                window=self.sliding_window if slides else None,
+                rope="none" if not rotates else "local" if slides and self.local_rope_base else "global",
+            )
+            for slides, rotates in zip(windowed, rotated, strict=True)
+        ]
 
     @property
     def q_size(self) -> int:
@@ -115,6 +193,11 @@ class Config:
     def rope_n_elem(self) -> int:
         """Number of elements of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
+
+    @property
+    def rope_moves(self) -> bool:
+        """True where the rotary embedding of a position depends on the length of the text."""
+        return (self.rope_scaling or {}).get("rope_type") in ("dynamic", "longrope")
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
@@ -147,15 +230,20 @@ class Config:
         Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
         """
         family = FAMILIES[self.architecture]
-        usual = (family.defaults["gelu_approximate"], *GELUS)
+        usual = (family.defaults.get("gelu_approximate"), *GELUS)
         gelu = next(name for name in usual if GELUS.get(name) == self.gelu_approximate)
+        told = {key: getattr(self, ours) for ours, key in _keys(family).items()}
+        for key in told.keys() & FORMS.keys():
+            told[key] = None if told[key] is None else FORMS[key].write(told[key])
+        activation = _keys(family)["gelu_approximate"]
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
-            **{key: getattr(self, ours) for ours, key in _keys(family).items()},
+            **family.written,
+            **told,
             "rope_theta": self.rope_base,
             "vocab_size": self.padded_vocab_size,
-            "hidden_act": gelu if self.mlp_class == "GptNeoxMLP" else "silu",
+            activation: "silu" if self.mlp_class in ("LLaMAMLP", "LLaMAMoE") else gelu,
         }
 
     @classmethod
@@ -175,6 +263,8 @@ class Config:
             for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
                 stored[new] = stored.pop(old)
             stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
+            if stored.get("scale_embeddings"):  # Gemma
+                stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
             stored["architecture"] = _original_architecture(stored)
             if stored.get("rope_condense_ratio", 1) != 1:
                 stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
@@ -194,14 +284,15 @@ def _keys(family: Family) -> dict[str, str]:
 
 def _original_architecture(stored: dict[str, Any]) -> str:
     """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
-    if stored.get("scale_embeddings") or stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"):
-        name, layers = stored.get("name"), stored["mlp_class"]
-        raise UserError(f"{name}: layers of the original code that are not supported here ({layers}; Gemma)")
-    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias shared_attention_norm qk_norm".split()
+    if stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP", "GemmaMLP"):
+        raise UserError(f"{stored.get('name')}: layers of the original code that are not known ({stored['mlp_class']})")
+    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias qk_norm post_norm".split()
     plain = {name: getattr(Config, name) for name in telling}
     for architecture, family in FAMILIES.items():
         usual = {**plain, **family.defaults, **family.constants}
-        if all(stored.get(name, plain[name]) == usual[name] for name in telling):
+        parallel = stored["parallel_residual"] and stored.get("shared_attention_norm", False)
+        fits = not parallel or {"parallel_residual", "shared_attention_norm"} <= usual.keys()
+        if fits and all(stored.get(name, plain[name]) == usual[name] for name in telling):
             return architecture
     return ""
 
@@ -214,38 +305,125 @@ def check_unquantized(hf: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
-def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of ``Config`` that a ``config.json`` tells; ``name`` is for errors."""
+class Form(NamedTuple):
+    """A value of ``config.json`` in another form than ours: how to read and to write it."""
+
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
+
+
+def _read_layer_types(kinds: list[str]) -> list[bool]:
+    if others := set(kinds) - {SLIDING, FULL}:
+        raise UserError(f"layers of type {', '.join(sorted(others))} are not supported")
+    return [kind == SLIDING for kind in kinds]
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+FORMS = {
+    "query_pre_attn_scalar": Form(lambda scalar: scalar**-0.5, lambda scale: round(scale**-2)),
+    "num_ln_in_parallel_attn": Form(lambda count: count == 1, lambda shared: 1 if shared else 2),
+    "layer_types": Form(_read_layer_types, lambda flags: [SLIDING if flag else FULL for flag in flags]),
+    "no_rope_layers": Form(lambda flags: [bool(flag) for flag in flags], lambda flags: [int(flag) for flag in flags]),
+}
+"""By the key of ``config.json``."""
+
+
+def text_config(described: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Return the ``config.json`` of a folder's text model, whose ``architectures`` is a known class alone.
+
+    Args:
+        described: the parsed file. A multimodal model keeps that of its text model under ``text_config``.
+        name: the model's name, for errors.
+    """
     listed = described.get("architectures")
     architecture = listed if isinstance(listed, str) else (listed or [None])[0]
+    if architecture in MULTIMODAL:
+        text = described.get("text_config") or {}
+        classes = {family.model_type: known for known, family in FAMILIES.items()}
+        architecture = classes.get(text.get("model_type"), f"{architecture} ({text.get('model_type')})")
+        outer = {key: described[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in described}
+        described = {**outer, **text}
     if architecture not in FAMILIES:
         raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
-    if described.get("qk_layernorm"):
-        raise UserError(f"{name}: qk_layernorm is not supported")
-    if described.get("use_sliding_window"):  # Qwen; its sliding_window says nothing without
-        raise UserError(f"{name}: windows in some of the layers (use_sliding_window) are not supported")
+    return {**described, "architectures": [architecture]}
+
+
+def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of ``Config`` that a ``config.json`` tells; ``name`` is for errors."""
+    described = text_config(described, name)
+    architecture = described["architectures"][0]
     family = FAMILIES[architecture]
+    for key, reason in REFUSED.items():
+        if described.get(key) and key not in family.own_keys.values():
+            raise UserError(f"{name}: {reason} ({key}) are not supported")
+    described = family.prepare(described)
     keys = _keys(family)
     found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
     absent = ", ".join(key for ours, key in keys.items() if ours in SIZES and found[ours] is None)
     if absent:
         raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
-    found.setdefault("rotary_percentage", described.get("partial_rotary_factor") or 1.0)
-    # transformers 5 keeps all of the rotary embedding in rope_parameters, older versions the rest of it at the top.
-    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
-    for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
-        found[ours] = rope.pop(key, found[ours])
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    found["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    lists = _layer_lists(described, family, found)
+    for ours, key in keys.items():
+        if key in FORMS and found[ours] is not None and ours not in lists:
+            found[ours] = FORMS[key].read(found[ours])
+    found |= lists
+    found |= _rotary(described, family, found, name)
     activation = found["gelu_approximate"]
-    known = GELUS if family.constants.get("mlp_class") == "GptNeoxMLP" else {"silu": "none"}
+    known = {"silu": "none"} if family.constants.get("mlp_class", "LLaMAMLP").startswith("LLaMA") else GELUS
     if activation not in known:
         choices = ", ".join(known)
         raise UserError(f"{name}: hidden_act '{activation}' of a {architecture} is not supported; supported: {choices}")
     found["gelu_approximate"] = known[activation]
     # null means no window, or that a size follows from the others; our fields say so with None, 0 or False.
     told = {ours: value for ours, value in found.items() if value is not None or getattr(Config, ours)}
-    return {"architecture": architecture, **family.constants, **told}
+    return {"architecture": architecture, **told, **family.constants}
+
+
+def _layer_lists(described: dict[str, Any], family: Family, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs by layer, where the file does not list it: a rule of the class says which layers do."""
+    lists: dict[str, Any] = {}
+    layers = range(found["n_layer"])
+    for ours, key in (("sliding_layers", "sliding_window_pattern"), ("rope_layers", "no_rope_layer_interval")):
+        every = described.get(key) or family.defaults.get(ours)
+        if isinstance(every, int) and _keys(family)[ours] not in described:
+            lists[ours] = [(i + 1) % every != 0 for i in layers]
+    if not described.get("use_sliding_window", family.windowed):  # Qwen; its sliding_window says nothing without
+        return {**lists, "sliding_window": None, "sliding_layers": None}
+    if "max_window_layers" in described and "layer_types" not in described:
+        lists["sliding_layers"] = [i >= described["max_window_layers"] for i in layers]
+    return lists
+
+
+def _rotary(described: dict[str, Any], family: Family, found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of the rotary embedding, and the context where scaling makes it longer.
+
+    transformers 5 keeps all of it in ``rope_parameters``, for each type of layer where they differ; older versions keep
+    scaling alone in ``rope_scaling``, the rest at the top.
+    """
+    told = {"rotary_percentage": described.get("partial_rotary_factor") or 1.0, **found}
+    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
+    local = rope.pop(SLIDING, None)
+    rope = dict(rope.pop(FULL, None) or rope or local or {})
+    fields_ = {"block_size": found["block_size"], "rotary_percentage": told["rotary_percentage"]}
+    for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
+        fields_[ours] = rope.pop(key, told[ours])
+    kind = rope.pop("type", "default")  # the older spelling
+    kind = rope.setdefault("rope_type", kind)
+    if kind in ("su", "longrope"):  # the first Phi-3 spelled it su
+        kind = rope["rope_type"] = "longrope"
+    if ORIGINAL_LENGTH in ROPE_SCALING.get(kind, ()):
+        original = described.get(ORIGINAL_LENGTH) or rope.get(ORIGINAL_LENGTH) or found["block_size"]
+        rope[ORIGINAL_LENGTH] = original
+        rope["factor"] = rope.get("factor") or found["block_size"] / original
+        if kind in ("dynamic", "yarn"):  # their max_position_embeddings may be of the time before scaling
+            fields_["block_size"] = max(found["block_size"], int(rope["factor"] * original))
+    fields_["rope_scaling"] = rope if kind != "default" else None
+    if "local_rope_base" in family.defaults or (local and local != (described["rope_parameters"] or {}).get(FULL)):
+        if (local or {}).get("rope_type", "default") != "default":
+            raise UserError(f"{name}: scaled rotary embeddings in layers with a window are not supported")
+        base = (local or {}).get("rope_theta") or found.get("local_rope_base") or fields_["rope_base"]
+        fields_["local_rope_base"] = base
+    return fields_
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:

@@ -111,7 +111,7 @@ def _stream(
             for _ in range(limit):
                 hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
                 held += new
-                logits = model.lm_head(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
+                logits = model.logits(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
                 idx = choose(logits).view(1, 1)
                 new = [idx.item()]
                 if new[0] in stop_ids:

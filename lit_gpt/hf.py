@@ -54,12 +54,13 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
             f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
             f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
         )
-    modules = {}
-    for ours, theirs in FAMILIES[config.architecture].modules.items():
+    family, modules = FAMILIES[config.architecture], {}
+    two_norms = {} if config.shared_attention_norm else family.two_norms
+    for ours, theirs in (family.modules | two_norms).items():
         names = (theirs,) if isinstance(theirs, str) else theirs
         layers, experts = config.n_layer if "{i}" in ours else 1, config.n_expert if "{e}" in ours else 1
         for i, e in product(range(layers), range(experts)):
-            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e) for name in names)
+            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e, h="{h}") for name in names)
     return modules
 
 
