@@ -194,10 +194,11 @@ class Config:
         """Number of elements of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
 
-    @property
-    def rope_moves(self) -> bool:
-        """True where the rotary embedding of a position depends on the length of the text."""
-        return (self.rope_scaling or {}).get("rope_type") in ("dynamic", "longrope")
+    def rope_stretch(self, length: int) -> int:
+        """Return the same number for all lengths of text at which a position is rotated alike."""
+        scaling = self.rope_scaling or {}
+        beyond = length > scaling.get(ORIGINAL_LENGTH, length)
+        return {"longrope": int(beyond), "dynamic": length * beyond}.get(scaling.get("rope_type"), 0)
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
@@ -236,6 +237,10 @@ class Config:
         for key in told.keys() & FORMS.keys():
             told[key] = None if told[key] is None else FORMS[key].write(told[key])
         activation = _keys(family)["gelu_approximate"]
+        if (self.rope_scaling or {}).get("rope_type") == "dynamic":  # its word for the context before scaling
+            told["max_position_embeddings"] = self.rope_scaling[ORIGINAL_LENGTH]
+        if not family.windowed:
+            told["use_sliding_window"] = self.sliding_window is not None
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,

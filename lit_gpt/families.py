@@ -232,7 +232,7 @@ FAMILIES = {
         "smollm3",
         _LLAMA,
         _LLAMA_DEFAULTS
-        | dict(n_query_groups=4, tie_embeddings=True, rope_layers=4)
+        | dict(n_query_groups=4, rope_base=2e6, tie_embeddings=True, rope_layers=4)
         | _WINDOWS
         | dict(sliding_window=None),
         windowed=False,

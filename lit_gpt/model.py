@@ -103,9 +103,7 @@ class GPT(nn.Module):
     ) -> tuple[Rope | None, Tensor | None, int | None, Packing | None]:
         """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
         start, longest = input_pos or 0, max(lengths) if lengths else x.size(1)
-        # Angles that change with the length are those of all keys, which the cache holds before they are rotated.
-        first = 0 if self.config.rope_moves else start
-        positions = torch.arange(first, start + longest, device=x.device)
+        positions = torch.arange(start, start + longest, device=x.device)
         packing = None
         if lengths:
             packing = Packing(lengths, self.config, window=kind.window, device=x.device, dtype=x.dtype)
@@ -200,14 +198,10 @@ class CausalSelfAttention(nn.Module):
         if config.attention_scale:
             q = q * (config.attention_scale * config.head_size**0.5)  # attend divides by that root
         if rope is not None:
-            q = apply_rope(q, *(part[-T:] for part in rope))
-        if rope is not None and not config.rope_moves:
-            k = apply_rope(k, *rope)
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
             k, v = self.kv_cache.update(k, v, start=start)  # (B, G, start + T, S)
-        if rope is not None and config.rope_moves:
-            k = apply_rope(k, *rope)
         if T == 1 and packing is None:
             # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)

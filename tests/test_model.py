@@ -36,8 +36,8 @@ def test_every_architecture_has_a_case():
 
 @torch.inference_mode()
 def test_logits_equal_those_of_transformers(pair):
-    theirs, ours = pair
     """Beyond every window, and beyond the context that a scaled rotary embedding was trained with."""
+    theirs, ours = pair
     for length in (20, 40):
         idx = prompts(2, length)
         torch.testing.assert_close(ours(idx), theirs(idx).logits)
@@ -53,9 +53,12 @@ def test_greedy_tokens_are_the_same_with_and_without_cache_and_in_transformers(p
         whole = list(prompt)
         for _ in range(n):
             whole.append(ours(torch.tensor([whole]))[0, -1].argmax().item())
-        # transformers' own cache keeps keys at the angles of a shorter text, where those depend on its length.
-        flags = dict(max_new_tokens=n, do_sample=False, pad_token_id=0, use_cache=not ours.config.rope_moves)
-        expected = theirs.generate(row[None], **flags)[0].tolist()
+        expected = list(prompt)
+        if ours.config.rope_stretch(99):  # transformers' cache keeps keys at the angles of a shorter text
+            for _ in range(n):
+                expected.append(theirs(torch.tensor([expected])).logits[0, -1].argmax().item())
+        else:
+            expected = theirs.generate(row[None], max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
         assert prompt + cached == whole == expected
         seen |= set(cached)
     assert len(seen) > 3, "the model repeats itself: this test would see little"
@@ -87,12 +90,14 @@ def test_synthesised_config_json_means_the_same_to_transformers(pair, tmp_path):
     import transformers
 
     theirs, ours = pair
-    (tmp_path / "config.json").write_text(json.dumps(ours.config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(ours.config.to_hf() | {"pad_token_id": None}))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     rebuilt = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     rebuilt.load_state_dict(theirs.state_dict())
     idx = prompts(1, 40)
-    torch.testing.assert_close(rebuilt(idx).logits, theirs(idx).logits, rtol=0, atol=0)
+    # Falcon has two forms for one group of heads: the other one adds up in another order.
+    exact = {} if theirs.config.model_type == "falcon" else dict(rtol=0, atol=0)
+    torch.testing.assert_close(rebuilt(idx).logits, theirs(idx).logits, **exact)
 
 
 def test_loss_is_the_sum_over_targets(pair):
