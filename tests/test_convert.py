@@ -16,7 +16,8 @@ from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json, write_json
-from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes, split_qkv
+from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes
+from lit_gpt.model import deinterleave_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
 # Fields that the original code's lit_config.json has under our names.
@@ -263,7 +264,7 @@ def test_attention_rows_lie_interleaved_by_group(llama):
     q, k, v = (getattr(attention, f"{part}_proj").weight.split(size) for part in "qkv")
     expected = [q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]]
     assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
-    parts = split_qkv(state["transformer.h.1.attn.attn.weight"], config)
+    parts = deinterleave_qkv(state["transformer.h.1.attn.attn.weight"], config).split(config.qkv_sizes)
     assert all(torch.equal(part, torch.cat(heads)) for part, heads in zip(parts, (q, k, v), strict=True))
 
 
@@ -436,7 +437,7 @@ REFUSALS = {
     "tensor missing": (lambda d: change(d, NORM), f"1 missing .{NORM}"),
     "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),
     "shape": (lambda d: change(d, **{NORM: torch.zeros(5)}), rf"{NORM} has shape \(5,\); .* \(24,\)"),
-    "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"q_proj.* have \[24, 12, 12\] rows"),
+    "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"k_proj.weight has shape \(12, 24\); .* \(24, 24\)"),
     "quantized": (lambda d: edit_config(d, quantization_config=GPTQ), r"quantized .gptq.; get the unquantized model"),
     "quantized, other files": (
         lambda d: (edit_config(d, quantization_config={"load_in_4bit": True}), (d / "model.safetensors").unlink()),

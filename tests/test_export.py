@@ -78,7 +78,9 @@ def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, t
         tied = ours.config.tie_embeddings
         merge_adapter_weights(ours)
         own = adapter_parameters(ours)
-        weights = lit_to_hf({key: tensor for key, tensor in ours.state_dict().items() if key not in own}, ours.config)
+        base = {key: tensor for key, tensor in ours.state_dict().items() if key not in own}
+        names, make = lit_to_hf(base, ours.config)
+        weights = {name: make(name) for name in names}
         merged = theirs.merge_and_unload().state_dict()
     for on_disk, in_memory in (("embed_out", "lm_head"), ("block_sparse_moe.gate", "mlp.gate")):
         weights = {key.replace(on_disk, in_memory): tensor for key, tensor in weights.items()}
