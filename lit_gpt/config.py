@@ -159,7 +159,8 @@ class Config:
             if (given := getattr(self, flags)) is not None:
                 if len(given) < self.n_layer:
                     raise UserError(f"{name}: {flags} tells of {len(given)} layers; the model has {self.n_layer}")
-                setattr(self, flags, [bool(flag) for flag in given[: self.n_layer]])
+                given = [bool(flag) for flag in given[: self.n_layer]]
+                setattr(self, flags, None if all(given) else given)
 
     @property
     def layer_kinds(self) -> list[LayerKind]:
@@ -237,8 +238,9 @@ class Config:
         for key in told.keys() & FORMS.keys():
             told[key] = None if told[key] is None else FORMS[key].write(told[key])
         activation = _keys(family)["gelu_approximate"]
-        if (self.rope_scaling or {}).get("rope_type") == "dynamic":  # its word for the context before scaling
-            told["max_position_embeddings"] = self.rope_scaling[ORIGINAL_LENGTH]
+        scaling = self.rope_scaling or {}
+        if before := {"dynamic": "max_position_embeddings", "longrope": ORIGINAL_LENGTH}.get(scaling.get("rope_type")):
+            told[before] = scaling[ORIGINAL_LENGTH]  # the class's own word for the context before scaling
         if not family.windowed:
             told["use_sliding_window"] = self.sliding_window is not None
         return {
@@ -290,14 +292,14 @@ def _keys(family: Family) -> dict[str, str]:
 def _original_architecture(stored: dict[str, Any]) -> str:
     """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
     if stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP", "GemmaMLP"):
-        raise UserError(f"{stored.get('name')}: layers of the original code that are not known ({stored['mlp_class']})")
-    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias qk_norm post_norm".split()
-    plain = {name: getattr(Config, name) for name in telling}
+        raise UserError(
+            f"{stored.get('name')}: layers of the original code that are not supported here ({stored['mlp_class']})"
+        )
+    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias parallel_residual shared_attention_norm"
+    plain = {name: getattr(Config, name) for name in [*telling.split(), "qk_norm", "post_norm"]}
     for architecture, family in FAMILIES.items():
-        usual = {**plain, **family.defaults, **family.constants}
-        parallel = stored["parallel_residual"] and stored.get("shared_attention_norm", False)
-        fits = not parallel or {"parallel_residual", "shared_attention_norm"} <= usual.keys()
-        if fits and all(stored.get(name, plain[name]) == usual[name] for name in telling):
+        usual = {**plain, **family.constants}
+        if all(stored.get(name, plain[name]) == usual[name] or name in family.defaults for name in plain):
             return architecture
     return ""
 

@@ -184,7 +184,7 @@ FAMILIES = {
         constants=dict(qk_norm=True, mlp_class="LLaMAMoE"),
         own_keys=dict(intermediate_size="moe_intermediate_size"),
         # transformers 5 writes num_local_experts.
-        prepare=lambda described: {"num_local_experts": described.get("num_experts"), **described},
+        prepare=lambda described: {"num_local_experts": described.get("num_experts", 128), **described},
         windowed=False,
     ),
     "GemmaForCausalLM": Family("gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS),
@@ -251,23 +251,6 @@ FAMILIES = {
         own_keys=dict(norm_eps="layer_norm_eps", qkv_bias="use_qkv_bias", qk_norm="qk_layernorm")
         | dict(shared_attention_norm="use_parallel_residual"),
     ),
-    "FalconForCausalLM": Family(
-        "falcon",
-        _FALCON,
-        _LAYER_NORM
-        | dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "shared_attention_norm"), False)
-        | dict(block_size=2048, tie_embeddings=True),
-        constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", parallel_residual=True),
-        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "bias")
-        | dict(n_query_groups="num_kv_heads", shared_attention_norm="num_ln_in_parallel_attn")
-        | dict(norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", gelu_approximate="activation"),
-        two_norms={
-            "transformer.h.{i}.norm_1": "transformer.h.{i}.ln_attn",
-            "transformer.h.{i}.norm_2": "transformer.h.{i}.ln_mlp",
-        },
-        prepare=_new_falcon,
-        written=dict(new_decoder_architecture=True),
-    ),
     "MixtralForCausalLM": Family(
         "mixtral",
         _MIXTRAL,
@@ -296,6 +279,23 @@ FAMILIES = {
         _LAYER_NORM | dict(rotary_percentage=0.5, gelu_approximate="gelu_new"),
         constants=_GELU_MLP | _BIASES | dict(parallel_residual=True, shared_attention_norm=True, lm_head_bias=True),
         own_keys=dict(norm_eps="layer_norm_eps"),
+    ),
+    "FalconForCausalLM": Family(
+        "falcon",
+        _FALCON,
+        _LAYER_NORM
+        | dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "shared_attention_norm"), False)
+        | dict(block_size=2048, tie_embeddings=True),
+        constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", parallel_residual=True),
+        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "bias")
+        | dict(n_query_groups="num_kv_heads", shared_attention_norm="num_ln_in_parallel_attn")
+        | dict(norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", gelu_approximate="activation"),
+        two_norms={
+            "transformer.h.{i}.norm_1": "transformer.h.{i}.ln_attn",
+            "transformer.h.{i}.norm_2": "transformer.h.{i}.ln_mlp",
+        },
+        prepare=_new_falcon,
+        written=dict(new_decoder_architecture=True),
     ),
 }
 """Each class by its name under ``architectures`` in ``config.json``."""

@@ -104,16 +104,21 @@ def test_export_works_without_a_config_json(llama, tmp_path, bpe_dir):
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
 
+ORIGINAL_CASES = "llama llama_tied_gqa mixtral neox_parallel phi gemma falcon_7b falcon_40b".split()
+
+
 def original_config(folder: Path, **changes) -> None:
     """Make a folder one of the original code's: its lit_config.json, and no config.json."""
     config = load_config(folder).to_dict()
     stored = {key: config[key] for key in ORIGINAL_FIELDS} | {"bias": config["qkv_bias"], "rope_condense_ratio": 1}
-    stored |= {"_norm_class": config["norm_class"], "_mlp_class": config["mlp_class"], "scale_embeddings": False}
+    gemma = config["mlp_class"] == "GemmaMLP"
+    stored |= {"_norm_class": "RMSNorm" if gemma else config["norm_class"], "_mlp_class": config["mlp_class"]}
+    stored |= {"scale_embeddings": gemma} | ({"gelu_approximate": "none"} if gemma else {})
     write_json(folder / "lit_config.json", stored | changes)
     (folder / "config.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_tied_gqa", "mixtral", "neox_parallel", "phi"])
+@pytest.mark.parametrize("case", ORIGINAL_CASES)
 @torch.inference_mode()
 def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_path, bpe_dir):
     """Phi was exported as a GPT-NeoX, and Mixtral as a Llama: transformers loaded other models than they are."""
@@ -132,7 +137,6 @@ def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_pa
 
 
 def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_exported(llama, tmp_path, bpe_dir):
-    """As Falcon; Gemma's layers are not here at all."""
     convert(llama)
     keep = (llama / "lit_config.json").read_text()
     original_config(llama, rope_condense_ratio=4)
@@ -141,7 +145,7 @@ def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_expor
     original_config(llama, _norm_class="LayerNorm")
     assert load_config(llama).architecture == "StableLmForCausalLM"
     for changes in (
-        {"bias": True},
+        {"_norm_class": "LayerNorm", "bias": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": False, "shared_attention_norm": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": True, "lm_head_bias": True},
     ):
@@ -151,11 +155,10 @@ def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_expor
         with pytest.raises(ValueError, match="has no Hugging Face class that is known here"):
             export(llama, tmp_path / "out", bpe_dir)
         assert not (tmp_path / "out").exists()
-    for changes in ({"scale_embeddings": True}, {"_mlp_class": "GemmaMLP"}):
-        (llama / "lit_config.json").write_text(keep)
-        original_config(llama, **changes)
-        with pytest.raises(ValueError, match=r"not supported here .*Gemma"):
-            load_config(llama)
+    (llama / "lit_config.json").write_text(keep)
+    original_config(llama, _mlp_class="AnotherMLP")
+    with pytest.raises(ValueError, match=r"not supported here .*AnotherMLP"):
+        load_config(llama)
 
 
 def test_export_in_shards_loads_and_replaces_what_was_there(llama, tmp_path, bpe_dir, monkeypatch):
@@ -351,7 +354,11 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
     left_out = (
         "rms_norm_eps layer_norm_eps rope_parameters head_dim num_key_value_heads sliding_window attention_bias "
         "mlp_bias hidden_act tie_word_embeddings num_local_experts num_experts_per_tok qk_layernorm "
-        "use_parallel_residual partial_rotary_factor rotary_pct rope_theta rope_scaling dtype"
+        "use_parallel_residual partial_rotary_factor rotary_pct rope_theta rope_scaling dtype query_pre_attn_scalar "
+        "attn_logit_softcapping final_logit_softcapping layer_types no_rope_layers embedding_multiplier "
+        "residual_multiplier attention_multiplier logits_scaling clip_qkv activation bias num_kv_heads multi_query "
+        "num_ln_in_parallel_attn new_decoder_architecture ffn_hidden_size norm_topk_prob num_experts use_bias "
+        "norm_epsilon layer_norm_epsilon use_qkv_bias hidden_activation use_sliding_window rope_local_base_freq"
     ).split()
     architecture = next(name for name, family in FAMILIES.items() if family.model_type == default.model_type)
     full = {**default.to_dict(), "architectures": [architecture]}
@@ -418,11 +425,16 @@ REFUSALS = {
         "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
     ),
     "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
-    "windows in some layers": (
-        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True),
-        "windows in some of the layers .use_sliding_window. are not supported",
+    "kinds of layers": (
+        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True, layer_types=["linear"]),
+        "layers of type linear are not supported",
     ),
-    "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "mrope", "factor": 2.0}), "mrope"),
+    "incomplete rope scaling": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "longrope", "short_factor": [1.0]}),
+        "rope scaling 'longrope' has no long_factor",
+    ),
+    "alibi": (lambda d: edit_config(d, architectures=["FalconForCausalLM"], alibi=True), "falcon-rw"),
     "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
     "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),
     "truncated bin": (lambda d: cut(bin_instead(d)), "pytorch_model.bin is corrupt"),
