@@ -84,7 +84,7 @@ class Config:
     norm_expert_weights: Annotated[bool, "norm_topk_prob"] = True
     """The weights of a token's experts sum up to 1."""
     norm_class: str = "RMSNorm"
-    """``RMSNorm``, ``LayerNorm``, ``OffsetRMSNorm`` (its factor is 1 + weight: Gemma), ``PlainLayerNorm`` (no weight)."""
+    """``RMSNorm``, ``LayerNorm``, ``OffsetRMSNorm`` (factor 1 + weight: Gemma), ``PlainLayerNorm`` (no weight)."""
     norm_eps: Annotated[float, "rms_norm_eps"] = 1e-5
     parallel_residual: Annotated[bool, "use_parallel_residual"] = False
     """Attention and MLP read the same residual stream instead of following each other."""

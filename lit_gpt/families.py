@@ -1,7 +1,8 @@
 """Describe the Hugging Face classes that are known here: what their ``config.json`` says, how their weights are named.
 
-Data, but for Falcon's two forms. ``config`` reads and writes ``config.json`` by these rows, ``hf`` converts weights by them in both
-directions, and the LoRA export names its modules by them. A class that computes what another does is some rows more.
+Data, but for Falcon's two forms. ``config`` reads and writes ``config.json`` by these rows, ``hf`` converts weights by
+them in both directions, and the LoRA export names its modules by them. A class that computes what another does is some
+rows more.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,19 @@
 """Our model computes what transformers computes on the same weights, through the real converter."""
 
+import copy
+
 import pytest
 import torch
+from helpers import TARGETS, relative
 from hf_models import CASES, save
 
+from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.checkpoint import load_config, load_state
 from lit_gpt.config import Config
+from lit_gpt.ether import METHODS, EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.families import FAMILIES
 from lit_gpt.generate import generate
+from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.model import GPT
 from scripts import convert_hf_checkpoint
 
@@ -74,6 +80,46 @@ def test_cached_logits_equal_those_of_one_pass(pair):
     pieces = [ours(idx[:, a:b], input_pos=a) for a, b in ((0, 9), (9, 10), (10, 17), (17, 24))]
     ours.clear_kv_cache()
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+
+
+@torch.inference_mode()
+def test_packed_samples_have_the_logits_of_each_alone(pair):
+    _, ours = pair
+    lengths = [15, 3, 20]
+    row = prompts(1, sum(lengths))
+    packed = ours(row, lengths=lengths).split(lengths, dim=1)
+    for sample, logits in zip(row.split(lengths, dim=1), packed, strict=True):
+        if not ours.config.rope_stretch(max(lengths)):  # else the longest sample's length is that of all
+            torch.testing.assert_close(logits, ours(sample))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora"])
+def test_every_method_trains_on_every_family_and_merges_to_its_own_logits(method, pair):
+    ours = copy.deepcopy(pair[1])
+    targets = dict.fromkeys(TARGETS, True)
+    torch.manual_seed(0)
+    if method == "lora":
+        add_lora(ours, LoraConfig(r=2, **targets))
+    else:
+        add_ether(ours, EtherConfig(method, nb=2, **targets))
+    mark_only_ether_as_trainable(ours)
+    base = {name: p.detach().clone() for name, p in ours.named_parameters() if not p.requires_grad}
+    own = adapter_parameters(ours)
+    optimizer = torch.optim.AdamW(own.values(), lr=0.1)
+    idx = prompts(2, 12)
+    for _ in range(2):  # LoRA's A has a gradient from the second step on
+        before = {name: p.detach().clone() for name, p in own.items()}
+        optimizer.zero_grad()
+        ours(idx, targets=idx).backward()
+        optimizer.step()
+    touched = {name for name, p in own.items() if not torch.equal(p, before[name])}
+    assert touched == set(own)
+    assert all(torch.equal(p, base[name]) for name, p in ours.named_parameters() if name in base)
+    with torch.inference_mode():
+        unmerged = ours(idx)
+        assert relative(unmerged, pair[1](idx)) > 1e-3
+        merge_adapter_weights(ours)
+        assert relative(ours(idx), unmerged) < 1e-5
 
 
 def test_config_json_made_from_our_config_reads_back_the_same(pair):
