@@ -10,9 +10,9 @@ Nothing here knows a format of file: tensors come from a dict or a function.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A model's tensors on both sides, by name, and all rows of ours with the rows of Hugging Face's."""
+    """A model's tensors on both sides, and the rows of ours with those of Hugging Face's; none of a tied head."""
 
     ours: dict[str, torch.Size]
     theirs: dict[str, torch.Size]
@@ -112,21 +112,17 @@ def hf_names(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def hf_layout(config: Config) -> Layout:
-    """Return which rows of our tensors are which rows of Hugging Face's; a tied head is left to the embedding.
+    """Return which rows of our tensors are which rows of Hugging Face's.
 
     A name of theirs that several parts of ours have is one tensor, in which these lie one after another as listed.
     """
-    ours, height, theirs, pieces = parameter_shapes(config), Counter(), {}, []
-    if config.tie_embeddings:
-        del ours[HEAD]
-    order = deinterleave_qkv(torch.arange(sum(config.qkv_sizes)), config)
-    ends = [*accumulate(config.qkv_sizes)]
-    qkv = [order[end - size : end] for end, size in zip(ends, config.qkv_sizes, strict=True)]
+    ours, theirs, height, pieces = parameter_shapes(config), {}, Counter(), []
+    qkv = deinterleave_qkv(torch.arange(sum(config.qkv_sizes)), config).split(config.qkv_sizes)
     for key, names in hf_names(config).items():
-        if key not in ours:
+        if key == HEAD and config.tie_embeddings:
             continue
         size = ours[key][0] // len(names)
-        parts: list[Rows] = [slice(part * size, (part + 1) * size) for part in range(len(names))]
+        parts: Sequence[Rows] = [slice(start, start + size) for start in range(0, ours[key][0], size)]
         if ".attn.attn." in key and len(names) == len(qkv):
             parts = qkv
         for name, rows in zip(names, parts, strict=True):
@@ -134,7 +130,8 @@ def hf_layout(config: Config) -> Layout:
             pieces.append(Piece(key, rows, name, slice(height[name], height[name] + n_rows)))
             height[name] += n_rows
             theirs[name] = torch.Size((height[name], *ours[key][1:]))
-    return Layout(ours, theirs, pieces)
+    place = {key: n for n, key in enumerate(ours)}  # layer by layer, for shards that are whole layers
+    return Layout(ours, theirs, sorted(pieces, key=lambda piece: place[piece.name]))
 
 
 def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config, path: Path) -> State:
@@ -156,7 +153,7 @@ def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config
     _check(f"a {config.architecture}", {key: t for key, t in blanks.items() if not _BUFFERS.search(key)}, layout.theirs)
     template, make = _assemble(layout.ours, layout.pieces, blanks, read)
     stands_for = {HEAD: EMBEDDING} if config.tie_embeddings else {}
-    template = {key: template[stands_for.get(key, key)] for key in parameter_shapes(config)}
+    template = {key: template[stands_for.get(key, key)] for key in layout.ours}
     stream_state(template, lambda key: make(stands_for.get(key, key)), path)
     return template
 
@@ -176,7 +173,7 @@ def lit_to_hf(weights: State, config: Config) -> tuple[State, Callable[[str], to
             contradicts the config.
     """
     layout = hf_layout(config)
-    _check("this lit_config.json", weights, parameter_shapes(config))
+    _check("this lit_config.json", weights, layout.ours)
     return _assemble(layout.theirs, [piece.reversed() for piece in layout.pieces], weights, weights.__getitem__)
 
 
@@ -191,9 +188,9 @@ def _assemble(
     for piece in pieces:
         made_of[piece.name].append(piece)
     blanks = {}
-    for name, shape in shapes.items():
-        dtype = reduce(torch.promote_types, (sources[piece.source].dtype for piece in made_of[name]))
-        blanks[name] = torch.empty(shape, dtype=dtype, device="meta")
+    for name, parts in made_of.items():
+        dtype = reduce(torch.promote_types, (sources[piece.source].dtype for piece in parts))
+        blanks[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
 
     def make(name: str) -> torch.Tensor:
         dtype = blanks[name].dtype

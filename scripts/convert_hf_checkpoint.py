@@ -138,9 +138,11 @@ def settle_ties(weights: State, config: Config) -> Config:
 
     Where config.json ties head and embedding and they differ, the weights are believed, as in transformers.
     """
+    if not config.tie_embeddings:
+        return config
     names = hf_names(config)
     (head,), (embedding,) = names[HEAD], names[EMBEDDING]
-    if not config.tie_embeddings or head not in weights:
+    if head not in weights:
         return config
     if embedding in weights and not torch.equal(weights[head], weights[embedding]):
         print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")

@@ -4,19 +4,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
-from hf_models import CASES, build, save
+from hf_models import CASES, SIZES, build, save
 from safetensors.torch import load_file, save_file
 
 from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json, write_json
-from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes
+from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes, write_lit
 from lit_gpt.model import deinterleave_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
@@ -60,7 +61,7 @@ def test_round_trip_is_bit_exact_and_loads_in_transformers(case, tmp_path, bpe_d
     theirs, folder, out = save(case, tmp_path / "hf"), tmp_path / "hf", tmp_path / "out"
     convert(folder)
     export(folder, out, bpe_dir)
-    assert same(load_file(out / "model.safetensors"), load_file(folder / "model.safetensors"))
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     assert same(loaded.state_dict(), theirs.state_dict())
@@ -189,6 +190,131 @@ def test_export_of_weights_with_an_adapter_is_refused(llama):
     state["transformer.h.0.attn.attn.ether_Rq"] = torch.zeros(1, 2, 12)
     with pytest.raises(ValueError, match="ether_Rq"):
         lit_to_hf(state, load_config(llama))
+
+
+# ---- fused tensors, norms head by head, models of more than text
+
+
+PHI3 = {
+    "transformer.h.{i}.attn.attn": ("model.layers.{i}.self_attn.qkv_proj",) * 3,
+    "transformer.h.{i}.mlp.fc_1": "model.layers.{i}.mlp.gate_up_proj",
+    "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.gate_up_proj",
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_name_listed_more_than_once_is_one_tensor_of_these_rows(tmp_path, bpe_dir, monkeypatch, dtype):
+    """Phi-3's q, k and v, and its gate and up: split on the way in, stacked on the way back."""
+    import transformers
+
+    llama = FAMILIES["LlamaForCausalLM"]
+    fused = replace(llama, model_type="phi3", modules=llama.modules | PHI3)
+    monkeypatch.setitem(FAMILIES, "Phi3ForCausalLM", fused)
+    monkeypatch.setitem(CASES, "phi3", ("Phi3Config", dict(num_key_value_heads=2, pad_token_id=0)))
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    theirs = save("phi3", folder)
+    state = convert(folder, dtype=dtype)
+    stored = theirs.to(getattr(torch, dtype or "float32")).state_dict()
+    gate, up = stored["model.layers.1.mlp.gate_up_proj.weight"].chunk(2)
+    assert torch.equal(state["transformer.h.1.mlp.fc_1.weight"], gate)
+    assert torch.equal(state["transformer.h.1.mlp.fc_2.weight"], up)
+    export(folder, out, bpe_dir)
+    if dtype is None:
+        idx = torch.arange(1, 30)[None]
+        torch.testing.assert_close(load_model(folder)(idx), theirs(idx).logits)
+    assert same(load_file(out / "model.safetensors"), stored)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert same(loaded.state_dict(), stored)
+    change(folder, **{"model.layers.0.mlp.gate_up_proj.weight": torch.zeros(79, 24)})
+    with pytest.raises(ValueError, match=r"gate_up_proj.weight has shape \(79, 24\).* \(80, 24\)"):
+        convert(folder)
+    change(folder, "model.layers.0.mlp.gate_up_proj.weight")
+    with pytest.raises(ValueError, match=r"a Phi3ForCausalLM: 1 missing .model.layers.0.mlp.gate_up_proj.weight"):
+        convert(folder)
+
+
+def test_norms_kept_head_by_head_are_one_of_ours(tmp_path, monkeypatch):
+    """As StableLM-2-12B has them: q_layernorm.norms.0 and so on."""
+    qwen3 = FAMILIES["Qwen3ForCausalLM"]
+    names = {part: f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{h}}" for part in "qk"}
+    norms = {f"transformer.h.{{i}}.attn.norm_{part}": name for part, name in names.items()}
+    monkeypatch.setitem(FAMILIES, "Heads", replace(qwen3, modules=qwen3.modules | norms))
+    config = Config(architecture="Heads", n_layer=2, n_embd=32, n_head=4, n_query_groups=2, vocab_size=8)
+    shapes = parameter_shapes(config) | {
+        f"transformer.h.{i}.attn.norm_{part}.weight": torch.Size((heads * 8,))
+        for i in range(2)
+        for part, heads in (("q", 4), ("k", 2))
+    }
+    monkeypatch.setattr("lit_gpt.hf.parameter_shapes", lambda config: shapes)
+    ours = {key: torch.randn(shape) for key, shape in shapes.items()}
+    blanks, make = lit_to_hf(ours, config)
+    theirs = {name: make(name) for name in blanks}
+    for part, heads in (("q", 4), ("k", 2)):
+        found = [theirs[f"model.layers.1.self_attn.{part}_layernorm.norms.{head}.weight"] for head in range(heads)]
+        assert torch.equal(torch.cat(found), ours[f"transformer.h.1.attn.norm_{part}.weight"])
+    write_lit({key: tensor.to("meta") for key, tensor in theirs.items()}, theirs.get, config, tmp_path / "lit.pth")
+    assert same(load_state(tmp_path / "lit.pth"), ours)
+
+
+# As it is now in memory, as it is in files, and as older versions wrote it.
+NESTED = ("model.language_model.", "language_model.model.")
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
+)  # fmt: skip
+
+
+def with_vision(folder: Path, kind: str, nested: str, *, text_type: str, **fields) -> torch.nn.Module:
+    """Save a model that sees, and the config.json of its text part alone; ``nested`` is how that is called in files."""
+    import transformers
+
+    text = dict(SIZES, num_key_value_heads=2, head_dim=8, model_type=text_type)
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=VISION, **fields)
+    torch.manual_seed(1)
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    whole.save_pretrained(folder)
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if nested == "model.language_model.":
+            name = re.sub(r"^language_model.model", "model.language_model", name).replace("language_model.lm", "lm")
+            name = re.sub(r"^(vision_tower|multi)", r"model.\1", name)
+        weights[name] = tensor
+    assert any(name.startswith(nested) for name in weights)
+    save_file(weights, folder / "model.safetensors")
+    write_json(folder / "config.json", config.text_config.to_dict() | {"architectures": ["MistralForCausalLM"]})
+    return whole
+
+
+@pytest.mark.parametrize("nested", NESTED)
+@torch.inference_mode()
+def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested):
+    import transformers
+
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    whole = with_vision(folder, "Mistral3", nested, text_type="mistral", tie_word_embeddings=False)
+    capsys.readouterr()
+    convert(folder)
+    prefix = nested.partition("language_model.")[0]
+    expected = f"without 4 tensors of {prefix}multi_modal_projector, 11 tensors of {prefix}vision_tower"
+    assert expected in capsys.readouterr().out
+    export(folder, out, bpe_dir)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    idx = torch.arange(1, 30)[None]
+    torch.testing.assert_close(loaded(idx).logits, whole(idx).logits)
+    torch.testing.assert_close(load_model(folder)(idx), whole(idx).logits)
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_the_text_of_gemma_3_has_the_names_of_its_own_class(tmp_path, nested):
+    import transformers
+
+    whole = with_vision(tmp_path / "whole", "Gemma3", nested, text_type="gemma3_text")
+    transformers.Gemma3ForCausalLM(whole.config.text_config).save_pretrained(tmp_path / "text")
+    found = convert_hf_checkpoint.text_weights(load_file(tmp_path / "whole" / "model.safetensors"))
+    assert found.keys() == load_file(tmp_path / "text" / "model.safetensors").keys()
+    twice = {"model.norm.weight": torch.ones(1), f"{nested}norm.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"hold model.norm.weight twice"):
+        convert_hf_checkpoint.text_weights(twice)
 
 
 # ---- formats
