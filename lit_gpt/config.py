@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, Family
+from lit_gpt.families import FAMILIES, ROUTE, UNSUPPORTED, Family
 from lit_gpt.files import read_json
 
 SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
@@ -206,9 +206,10 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     return ""
 
 
-def check_unquantized(hf: dict[str, Any], name: str) -> None:
-    """Raise where a ``config.json`` says that the weights beside it are quantized."""
-    how = isinstance(hf, dict) and (hf.get("quantization_config") or hf.get("compression_config"))
+def check_supported(hf: dict[str, Any], name: str) -> None:
+    """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
+    Config.from_hf(hf, name)
+    how = hf.get("quantization_config") or hf.get("compression_config")
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
@@ -219,7 +220,12 @@ def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
     listed = described.get("architectures")
     architecture = listed if isinstance(listed, str) else (listed or [None])[0]
     if architecture not in FAMILIES:
-        raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+        reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
+        reasons += (
+            ["its code comes with it (trust_remote_code), and none but ours is run"] if "auto_map" in described else []
+        )
+        because = f": {reasons[0]}; {ROUTE}" if reasons else ""
+        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}")
     if described.get("qk_layernorm"):
         raise UserError(f"{name}: qk_layernorm is not supported")
     if described.get("use_sliding_window"):  # Qwen; its sliding_window says nothing without
