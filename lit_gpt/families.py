@@ -159,7 +159,5 @@ UNSUPPORTED = {
 }  # fmt: skip
 """Reasons why a class is not built here, each with how the names of such classes begin; the first that fits is said."""
 REMOTE_CODE = "its code comes with it (trust_remote_code), and none but ours is run"
-ROUTE = (
-    "others can be finetuned in transformers, with PEFT's LoRA or with ETHER as lit_gpt/peft_ether.py adds it to PEFT"
-)
+ROUTE = "finetune others in transformers, with PEFT's LoRA or with ETHER, which lit_gpt/peft_ether.py adds to PEFT"
 """What does work for them."""

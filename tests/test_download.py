@@ -52,7 +52,7 @@ OTHERS = {
     "tiny/gemma-4": ({"architectures": ["Gemma4ForConditionalGeneration"]}, "share keys and values"),
     "tiny/gpt-oss": (
         {"architectures": ["GptOssForCausalLM"]} | MXFP4,
-        "MXFP4.*sinks; .* can be finetuned in transformers",
+        "MXFP4.*sinks; .*in transformers",
     ),
     "tiny/nemotron-h": ({"architectures": ["NemotronHForCausalLM"]} | REMOTE, "it mixes attention with Mamba"),
     "tiny/granite-4": ({"architectures": ["GraniteMoeHybridForCausalLM"]}, "it mixes attention with Mamba"),
