@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, ROUTE, UNSUPPORTED, Family
+from lit_gpt.families import FAMILIES, REMOTE_CODE, ROUTE, UNSUPPORTED, Family
 from lit_gpt.files import read_json
 
 SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
@@ -221,11 +221,9 @@ def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
     architecture = listed if isinstance(listed, str) else (listed or [None])[0]
     if architecture not in FAMILIES:
         reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
-        reasons += (
-            ["its code comes with it (trust_remote_code), and none but ours is run"] if "auto_map" in described else []
-        )
-        because = f": {reasons[0]}; {ROUTE}" if reasons else ""
-        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}")
+        reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")
+        because = reason and f": {reason}"
+        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}; {ROUTE}")
     if described.get("qk_layernorm"):
         raise UserError(f"{name}: qk_layernorm is not supported")
     if described.get("use_sliding_window"):  # Qwen; its sliding_window says nothing without
