@@ -29,6 +29,7 @@ from lit_gpt.devices import warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import WEIGHTS, Progress, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
+from lit_gpt.tokenizer_files import NAMES
 
 CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
@@ -41,10 +42,7 @@ SAFETENSORS_DTYPES = {
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-    "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
-)  # fmt: skip
+SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:

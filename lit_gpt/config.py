@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, Family
+from lit_gpt.families import FAMILIES, REMOTE_CODE, ROUTE, UNSUPPORTED, Family
 from lit_gpt.files import read_json
 
 SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
@@ -304,9 +304,10 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     return ""
 
 
-def check_unquantized(hf: dict[str, Any], name: str) -> None:
-    """Raise where a ``config.json`` says that the weights beside it are quantized."""
-    how = isinstance(hf, dict) and (hf.get("quantization_config") or hf.get("compression_config"))
+def check_supported(hf: dict[str, Any], name: str) -> None:
+    """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
+    Config.from_hf(hf, name)
+    how = hf.get("quantization_config") or hf.get("compression_config")
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
@@ -351,7 +352,10 @@ def text_config(described: dict[str, Any], name: str = "") -> dict[str, Any]:
         outer = {key: described[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in described}
         described = {**outer, **text}
     if architecture not in FAMILIES:
-        raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+        reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
+        reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")
+        because = reason and f": {reason}"
+        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}; {ROUTE}")
     return {**described, "architectures": [architecture]}
 
 

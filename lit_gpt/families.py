@@ -300,3 +300,23 @@ FAMILIES = {
     ),
 }
 """Each class by its name under ``architectures`` in ``config.json``."""
+
+UNSUPPORTED = {
+    "most of its layers have linear attention": ("Qwen3Next", "Qwen3_5", "Qwen4", "KimiLinear", "OlmoHybrid"),
+    "it mixes attention with Mamba, convolutions or other recurrent layers": (
+        "Mamba", "FalconMamba", "FalconH1", "NemotronH", "GraniteMoeHybrid", "Jamba", "Bamba", "Zamba", "Lfm2", "Lfm3",
+        "RecurrentGemma", "Rwkv", "xLSTM",
+    ),
+    "its layers share keys and values, and have embeddings or head sizes of their own": ("Gemma3n", "Gemma4"),
+    "its weights are MXFP4, and its attention has sinks": ("GptOss",),
+    "its attention keeps keys and values compressed (MLA)": ("Deepseek", "Kimi", "MiniCPM3", "Longcat", "GlmMoeDsa"),
+    "it routes to experts in a way that is not known here": (
+        "GraniteMoe", "Qwen2Moe", "Phimoe", "Olmoe", "Llama4", "Glm4Moe", "Dbrx", "Ernie4_5_Moe", "MiniMax",
+    ),
+    "it has no rotary embedding": ("GPT2", "GPTNeoFor", "GPTBigCode", "OPT", "Bloom", "Mpt", "MPT"),
+    "it is no decoder alone": ("Bert", "Roberta", "XLMRoberta", "ModernBert", "T5", "Bart", "MBart", "Whisper"),
+}  # fmt: skip
+"""Reasons why a class is not built here, each with how the names of such classes begin; the first that fits is said."""
+REMOTE_CODE = "its code comes with it (trust_remote_code), and none but ours is run"
+ROUTE = "finetune others in transformers, with PEFT's LoRA or with ETHER, which lit_gpt/peft_ether.py adds to PEFT"
+"""What does work for them."""

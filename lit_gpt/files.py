@@ -183,7 +183,7 @@ def check_space(path: Path, needed: int) -> None:
     """Raise unless the disk of ``path`` has room for ``needed`` bytes."""
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise OSError(
+        raise UserError(
             f"{path.parent} is on a disk with {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
             "make room there or choose a folder on another disk"
         )

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
 from lit_gpt.cli import main
-from lit_gpt.config import Config, check_unquantized
+from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
@@ -76,7 +76,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
-    check_unquantized(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
+    check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
     for whole in (checkpoint_dir / "model.safetensors", checkpoint_dir / "pytorch_model.bin"):
         index = whole.with_name(f"{whole.name}.index.json")
         if whole.is_file():  # before an index, as in transformers

@@ -548,7 +548,7 @@ REFUSALS = {
     "index of numbers": (lambda d: only_an_index(d, {"weight_map": {"a": 1}}), f"{INDEX} does not hold what it should"),
     "architecture": (
         lambda d: edit_config(d, architectures=["OPTForCausalLM"]),
-        "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
+        "OPTForCausalLM is not supported: it has no rotary embedding; supported: LlamaForCausalLM, .*PhiForCausalLM",
     ),
     "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
     "kinds of layers": (
