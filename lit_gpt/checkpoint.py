@@ -25,7 +25,7 @@ from torch import Tensor
 from lit_gpt.config import Config
 from lit_gpt.devices import warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
+from lit_gpt.files import WEIGHTS, Progress, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 
 CONFIG = "lit_config.json"
@@ -178,8 +178,9 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
     # Never touched, so there is no memory behind them.
     blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
-    with atomic_write(path) as temporary:
-        check_space(temporary, sum(blank.nbytes for blank in blanks.values()))
+    size = sum(blank.nbytes for blank in blanks.values())
+    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=size, unit="B") as bar:
+        check_space(temporary, size)
         with torch.serialization.skip_data():  # all of the file but the tensors' bytes
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
@@ -188,6 +189,7 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
                 tensor = make(first[key])
                 assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
                 _fill_record(file, records[f"data/{index}"], tensor)
+                bar.update(tensor.nbytes)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 
 

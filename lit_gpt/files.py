@@ -1,4 +1,4 @@
-"""Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes.
+"""Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes; and the bar of long work.
 
 Knows nothing of tensors and models. Notable choices:
 - A file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from lit_gpt.errors import UserError
 
 T = TypeVar("T")
@@ -33,6 +35,30 @@ REFUSALS = {
     errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOLCK, errno.EBADF,
     errno.ENOTTY, errno.EISDIR, errno.ENODEV,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- progress
+class Progress(tqdm):
+    """A bar on a terminal, gone when the work is done; elsewhere a line a minute. Work that takes less shows nothing.
+
+    To be used in a ``with``, so that an error's line does not end up behind a bar:
+
+        with Progress(desc="converting", total=n_bytes, unit="B") as bar:
+            bar.update(n)
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.live = sys.stderr.isatty()
+        pace = {"delay": 1, "mininterval": 0.5} if self.live else {"delay": 60, "mininterval": 60, "ncols": 0}
+        super().__init__(*args, **{"leave": False, "miniters": 1, "unit_scale": True, **pace, **options})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """Draw the bar, or print it as a line of its own; tqdm takes an old bar away with an empty text."""
+        if self.live:
+            return super().display(msg, pos)
+        if msg != "":
+            print(self if msg is None else msg, file=self.fp, flush=True)
+        return None
 
 
 # --------------------------------------------------------------------------------------- what may be refused
@@ -240,8 +266,10 @@ def read_json(path: Path | str) -> Any:
 
 def file_sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    path, digest = Path(path), hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file, Progress(desc=f"hashing {path.name}", total=size, unit="B") as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
