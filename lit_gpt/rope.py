@@ -29,14 +29,14 @@ def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype, *, length
         local: of the layers with a window, where they have a base of their own and no scaling.
     """
     base, scaling = (config.local_rope_base, None) if local else (config.rope_base, config.rope_scaling)
-    frequencies, factor = scaled_frequencies(base, config.rope_n_elem, scaling, length, positions.device)
+    frequencies, factor = scaled_frequencies(base, config.rope_n_elem, scaling, length=length, device=positions.device)
     angles = torch.outer(positions.float(), frequencies).repeat(1, 2)  # (T, n): both halves turn alike
     cos, sin = angles.cos(), angles.sin()
     return (cos.to(dtype), sin.to(dtype)) if factor == 1 else ((cos * factor).to(dtype), (sin * factor).to(dtype))
 
 
 def scaled_frequencies(
-    base: float, n: int, scaling: dict[str, Any] | None, length: int, device: torch.device
+    base: float, n: int, scaling: dict[str, Any] | None, *, length: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
     """Return the (n / 2,) turns a position, in radians, and a factor of cosines and sines."""
     scaling = scaling or {"rope_type": "default"}

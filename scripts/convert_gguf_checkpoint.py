@@ -33,7 +33,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
 from lit_gpt.hf import hf_names, write_lit
-from lit_gpt.model import scale_frequencies
+from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -204,11 +204,11 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
-    exponents = torch.arange(0, 2 * len(divisors), 2).float() / (2 * len(divisors))
-    frequencies = 1.0 / sizes["rope.freq_base"] ** exponents
+    base, n = sizes["rope.freq_base"], 2 * len(divisors)
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
-    if not torch.allclose(frequencies / scale_frequencies(frequencies, scaling), divisors, rtol=1e-5):
+    plain, scaled = (scaled_frequencies(base, n, each)[0] for each in (None, scaling))
+    if not torch.allclose(plain / scaled, divisors, rtol=1e-5):
         raise UserError(f"{path}: its rope_freqs are not those of Llama 3's scaling; {HF_ROUTE}")
     return scaling
 

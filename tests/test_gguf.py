@@ -24,7 +24,7 @@ from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, lo
 from lit_gpt.cli import main
 from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
-from lit_gpt.model import scale_frequencies
+from lit_gpt.rope import scaled_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint
 
 # Facts published with the original model: the checksum of its tokenizer.json (revision 12fd25f of the Hub's repo).
@@ -108,10 +108,10 @@ def write_gguf(
             writer.add_tensor(gguf_name(key), numpy.ascontiguousarray(data))
             stored[key] = tensor
     if config.rope_parameters["rope_type"] == "llama3":
-        n = config.head_dim
-        frequencies = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, n, 2).float() / n)
         scaling = {"rope_type": "llama3", **config.rope_parameters}
-        writer.add_tensor("rope_freqs.weight", (frequencies / scale_frequencies(frequencies, scaling)).numpy())
+        base, n = scaling["rope_theta"], config.head_dim
+        plain, scaled = (scaled_frequencies(base, n, each)[0] for each in (None, scaling))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
