@@ -5,38 +5,15 @@ nobody listed works when its class is in ``families``: ``Config.from_hf`` reads 
 of known models says what their ``config.json`` says, for whoever needs a model's sizes without its files.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, REMOTE_CODE, ROUTE, UNSUPPORTED, Family
+from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
 
-SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
-"""Fields that every ``config.json`` tells. Of other whole numbers 0 stands for another field's value, or for none."""
-ORIGINAL_LENGTH = "original_max_position_embeddings"
-ROPE_SCALING = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", ORIGINAL_LENGTH),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH),
-    "yarn": ("factor", ORIGINAL_LENGTH),
-    "longrope": ("factor", "short_factor", "long_factor", ORIGINAL_LENGTH),
-}
-"""Types of ``rope_scaling``, each with the values that it needs."""
-GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-"""Names of a GELU in ``config.json``, with PyTorch's name of its approximation."""
-MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
-"""Classes whose text model can be read alone."""
-REFUSED = {
-    "qk_layernorm": "norms of q and k",
-    "alibi": "models with ALiBi in place of rotary positions (falcon-rw)",
-    "use_bidirectional_attention": "models whose attention looks ahead",
-    "mlp_only_layers": "models with experts in some layers alone",
-}
-"""Keys of ``config.json`` that no known class may set."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
 
 
@@ -212,7 +189,7 @@ class Config:
         for repo_id, described in KNOWN_MODELS.items():
             if name in (repo_id, repo_id.split("/")[1]):
                 known = {"name": repo_id.split("/")[1], "padded_vocab_size": described.get("padded_vocab_size", 0)}
-                return cls(**{**known, **_fields_of(described, repo_id), **overrides})
+                return cls(**{**known, **read_config(described, repo_id, USUAL), **overrides})
         raise UserError(f"'{name}' is not a known model; `python scripts/download.py` lists those known")
 
     @classmethod
@@ -224,34 +201,11 @@ class Config:
             name: the model's name, for people.
         """
         with reading(f"config.json of {name or 'a model'}"):
-            return cls(name=name, **_fields_of(described, name or "model"))
+            return cls(name=name, **read_config(described, name or "model", USUAL))
 
     def to_hf(self) -> dict[str, Any]:
-        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none.
-
-        Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
-        """
-        family = FAMILIES[self.architecture]
-        usual = (family.defaults.get("gelu_approximate"), *GELUS)
-        gelu = next(name for name in usual if GELUS.get(name) == self.gelu_approximate)
-        told = {key: getattr(self, ours) for ours, key in _keys(family).items()}
-        for key in told.keys() & FORMS.keys():
-            told[key] = None if told[key] is None else FORMS[key].write(told[key])
-        activation = _keys(family)["gelu_approximate"]
-        scaling = self.rope_scaling or {}
-        if before := {"dynamic": "max_position_embeddings", "longrope": ORIGINAL_LENGTH}.get(scaling.get("rope_type")):
-            told[before] = scaling[ORIGINAL_LENGTH]  # the class's own word for the context before scaling
-        if not family.windowed:
-            told["use_sliding_window"] = self.sliding_window is not None
-        return {
-            "architectures": [self.architecture],
-            "model_type": family.model_type,
-            **family.written,
-            **told,
-            "rope_theta": self.rope_base,
-            "vocab_size": self.padded_vocab_size,
-            activation: "silu" if self.mlp_class in ("LLaMAMLP", "LLaMAMoE") else gelu,
-        }
+        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none."""
+        return write_config(self.to_dict(), USUAL)
 
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
@@ -283,12 +237,6 @@ class Config:
         return asdict(self)
 
 
-def _keys(family: Family) -> dict[str, str]:
-    """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
-    keys = {each.name: each.type.__metadata__[0] for each in fields(Config) if get_origin(each.type) is Annotated}
-    return {name: key for name, key in (keys | family.own_keys).items() if name in SIZES or name in family.defaults}
-
-
 def _original_architecture(stored: dict[str, Any]) -> str:
     """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
     if stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP", "GemmaMLP"):
@@ -304,6 +252,14 @@ def _original_architecture(stored: dict[str, Any]) -> str:
     return ""
 
 
+def _told_fields() -> Usual:
+    annotated = (each for each in fields(Config) if get_origin(each.type) is Annotated)
+    return {each.name: (each.type.__metadata__[0], each.default) for each in annotated}
+
+
+USUAL = _told_fields()
+
+
 def check_supported(hf: dict[str, Any], name: str) -> None:
     """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
     Config.from_hf(hf, name)
@@ -311,130 +267,6 @@ def check_supported(hf: dict[str, Any], name: str) -> None:
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
-
-
-class Form(NamedTuple):
-    """A value of ``config.json`` in another form than ours: how to read and to write it."""
-
-    read: Callable[[Any], Any]
-    write: Callable[[Any], Any]
-
-
-def _read_layer_types(kinds: list[str]) -> list[bool]:
-    if others := set(kinds) - {SLIDING, FULL}:
-        raise UserError(f"layers of type {', '.join(sorted(others))} are not supported")
-    return [kind == SLIDING for kind in kinds]
-
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-FORMS = {
-    "query_pre_attn_scalar": Form(lambda scalar: scalar**-0.5, lambda scale: round(scale**-2)),
-    "num_ln_in_parallel_attn": Form(lambda count: count == 1, lambda shared: 1 if shared else 2),
-    "layer_types": Form(_read_layer_types, lambda flags: [SLIDING if flag else FULL for flag in flags]),
-    "no_rope_layers": Form(lambda flags: [bool(flag) for flag in flags], lambda flags: [int(flag) for flag in flags]),
-}
-"""By the key of ``config.json``."""
-
-
-def text_config(described: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Return the ``config.json`` of a folder's text model, whose ``architectures`` is a known class alone.
-
-    Args:
-        described: the parsed file. A multimodal model keeps that of its text model under ``text_config``.
-        name: the model's name, for errors.
-    """
-    listed = described.get("architectures")
-    architecture = listed if isinstance(listed, str) else (listed or [None])[0]
-    if architecture in MULTIMODAL:
-        text = described.get("text_config") or {}
-        classes = {family.model_type: known for known, family in FAMILIES.items()}
-        architecture = classes.get(text.get("model_type"), f"{architecture} ({text.get('model_type')})")
-        outer = {key: described[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in described}
-        described = {**outer, **text}
-    if architecture not in FAMILIES:
-        reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
-        reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")
-        because = reason and f": {reason}"
-        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}; {ROUTE}")
-    return {**described, "architectures": [architecture]}
-
-
-def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of ``Config`` that a ``config.json`` tells; ``name`` is for errors."""
-    described = text_config(described, name)
-    architecture = described["architectures"][0]
-    family = FAMILIES[architecture]
-    for key, reason in REFUSED.items():
-        if described.get(key) and key not in family.own_keys.values():
-            raise UserError(f"{name}: {reason} ({key}) are not supported")
-    described = family.prepare(described)
-    keys = _keys(family)
-    found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
-    absent = ", ".join(key for ours, key in keys.items() if ours in SIZES and found[ours] is None)
-    if absent:
-        raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
-    lists = _layer_lists(described, family, found)
-    for ours, key in keys.items():
-        if key in FORMS and found[ours] is not None and ours not in lists:
-            found[ours] = FORMS[key].read(found[ours])
-    found |= lists
-    found |= _rotary(described, family, found, name)
-    activation = found["gelu_approximate"]
-    known = {"silu": "none"} if family.constants.get("mlp_class", "LLaMAMLP").startswith("LLaMA") else GELUS
-    if activation not in known:
-        choices = ", ".join(known)
-        raise UserError(f"{name}: hidden_act '{activation}' of a {architecture} is not supported; supported: {choices}")
-    found["gelu_approximate"] = known[activation]
-    # null means no window, or that a size follows from the others; our fields say so with None, 0 or False.
-    told = {ours: value for ours, value in found.items() if value is not None or getattr(Config, ours)}
-    return {"architecture": architecture, **told, **family.constants}
-
-
-def _layer_lists(described: dict[str, Any], family: Family, found: dict[str, Any]) -> dict[str, Any]:
-    """Return what differs by layer, where the file does not list it: a rule of the class says which layers do."""
-    lists: dict[str, Any] = {}
-    layers = range(found["n_layer"])
-    for ours, key in (("sliding_layers", "sliding_window_pattern"), ("rope_layers", "no_rope_layer_interval")):
-        every = described.get(key) or family.defaults.get(ours)
-        if isinstance(every, int) and _keys(family)[ours] not in described:
-            lists[ours] = [(i + 1) % every != 0 for i in layers]
-    if not described.get("use_sliding_window", family.windowed):  # Qwen; its sliding_window says nothing without
-        return {**lists, "sliding_window": None, "sliding_layers": None}
-    if "max_window_layers" in described and "layer_types" not in described:
-        lists["sliding_layers"] = [i >= described["max_window_layers"] for i in layers]
-    return lists
-
-
-def _rotary(described: dict[str, Any], family: Family, found: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of the rotary embedding, and the context where scaling makes it longer.
-
-    transformers 5 keeps all of it in ``rope_parameters``, for each type of layer where they differ; older versions keep
-    scaling alone in ``rope_scaling``, the rest at the top.
-    """
-    told = {"rotary_percentage": described.get("partial_rotary_factor") or 1.0, **found}
-    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
-    local = rope.pop(SLIDING, None)
-    rope = dict(rope.pop(FULL, None) or rope or local or {})
-    fields_ = {"block_size": found["block_size"], "rotary_percentage": told["rotary_percentage"]}
-    for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
-        fields_[ours] = rope.pop(key, told[ours])
-    kind = rope.pop("type", "default")  # the older spelling
-    kind = rope.setdefault("rope_type", kind)
-    if kind in ("su", "longrope"):  # the first Phi-3 spelled it su
-        kind = rope["rope_type"] = "longrope"
-    if ORIGINAL_LENGTH in ROPE_SCALING.get(kind, ()):
-        original = described.get(ORIGINAL_LENGTH) or rope.get(ORIGINAL_LENGTH) or found["block_size"]
-        rope[ORIGINAL_LENGTH] = original
-        rope["factor"] = rope.get("factor") or found["block_size"] / original
-        if kind in ("dynamic", "yarn"):  # their max_position_embeddings may be of the time before scaling
-            fields_["block_size"] = max(found["block_size"], int(rope["factor"] * original))
-    fields_["rope_scaling"] = rope if kind != "default" else None
-    if "local_rope_base" in family.defaults or (local and local != (described["rope_parameters"] or {}).get(FULL)):
-        if (local or {}).get("rope_type", "default") != "default":
-            raise UserError(f"{name}: scaled rotary embeddings in layers with a window are not supported")
-        base = (local or {}).get("rope_theta") or found.get("local_rope_base") or fields_["rope_base"]
-        fields_["local_rope_base"] = base
-    return fields_
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:
