@@ -36,6 +36,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
+from lit_gpt.hf_config import text_config
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -55,7 +56,7 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     names = ["config.json", *side_files(checkpoint_dir)]
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     config, path = load_config(checkpoint_dir), checkpoint_dir / "config.json"
-    described = read_json(path) if path.is_file() else None
+    described = text_config(read_json(path), config.name) if path.is_file() else None
     if described is not None:
         config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
     weights = load_state(checkpoint_dir / "lit_model.pth")

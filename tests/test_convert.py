@@ -264,7 +264,7 @@ VISION = dict(
 
 
 def with_vision(folder: Path, kind: str, nested: str, *, text_type: str, **fields) -> torch.nn.Module:
-    """Save a model that sees, and the config.json of its text part alone; ``nested`` is how that is called in files."""
+    """Save a model that sees; ``nested`` is the name of its text part in files."""
     import transformers
 
     text = dict(SIZES, num_key_value_heads=2, head_dim=8, model_type=text_type)
@@ -280,22 +280,22 @@ def with_vision(folder: Path, kind: str, nested: str, *, text_type: str, **field
         weights[name] = tensor
     assert any(name.startswith(nested) for name in weights)
     save_file(weights, folder / "model.safetensors")
-    write_json(folder / "config.json", config.text_config.to_dict() | {"architectures": ["MistralForCausalLM"]})
     return whole
 
 
+@pytest.mark.parametrize(("kind", "text_type"), [("Mistral3", "mistral"), ("Gemma3", "gemma3_text")])
 @pytest.mark.parametrize("nested", NESTED)
 @torch.inference_mode()
-def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested):
+def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested, kind, text_type):
     import transformers
 
     folder, out = tmp_path / "hf", tmp_path / "out"
-    whole = with_vision(folder, "Mistral3", nested, text_type="mistral", tie_word_embeddings=False)
+    whole = with_vision(folder, kind, nested, text_type=text_type, tie_word_embeddings=kind == "Gemma3")
     capsys.readouterr()
     convert(folder)
     prefix = nested.partition("language_model.")[0]
-    expected = f"without 4 tensors of {prefix}multi_modal_projector, 11 tensors of {prefix}vision_tower"
-    assert expected in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(rf"without \d tensors of {prefix}multi_modal_projector, \d+ tensors of {prefix}vision_tower", said)
     export(folder, out, bpe_dir)
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
@@ -315,6 +315,17 @@ def test_the_text_of_gemma_3_has_the_names_of_its_own_class(tmp_path, nested):
     twice = {"model.norm.weight": torch.ones(1), f"{nested}norm.weight": torch.ones(1)}
     with pytest.raises(ValueError, match=r"hold model.norm.weight twice"):
         convert_hf_checkpoint.text_weights(twice)
+
+
+def test_a_multimodal_config_that_leaves_out_the_defaults_of_its_text_model_is_read():
+    """As google/gemma-3-4b-it was published."""
+    import transformers
+
+    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024)
+    text |= dict(model_type="gemma3_text", rope_scaling=dict(factor=8.0, rope_type="linear"))
+    full = transformers.Gemma3TextConfig(**text).to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    whole = dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", text_config=text)
+    assert Config.from_hf(whole) == Config.from_hf(full)
 
 
 # ---- formats
