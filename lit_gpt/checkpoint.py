@@ -2,13 +2,14 @@
 
 Notable choices:
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
-- A file larger than memory can be written too, one tensor at a time (``stream_state``).
+- A file larger than memory can be written too, one tensor at a time (``stream_state``, ``stream_safetensors``).
 - A base-shaped folder holds ``lit_model.pth``, ``lit_config.json`` and a tokenizer; what a merge or a full finetuning
   writes has the same shape, so that every script takes either.
 """
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -32,6 +34,12 @@ from lit_gpt.tokenizer_files import NAMES
 CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
 SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
@@ -193,7 +201,7 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
 
 def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> None:
     """Write a tensor's bytes where an archive has left room for them, and their checksum behind and into ``record``."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    data = _bytes_of(tensor)
     assert record.file_size == data.nbytes
     file.seek(record.header_offset + 26)  # the last four of a header's 30 bytes are the lengths of what follows it
     file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
@@ -202,6 +210,44 @@ def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> Non
     if data.nbytes:
         file.seek(4, os.SEEK_CUR)  # a signature
         file.write(struct.pack("<I", record.CRC))
+
+
+def _bytes_of(tensor: Tensor) -> numpy.ndarray:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Tensor], path: Path | str) -> None:
+    """Write the file that ``safetensors.torch.save_file`` would write, holding one tensor at a time.
+
+    The format: the header's length in eight bytes, the header as JSON, the tensors' bytes. Those of the wider types
+    come first, so that each begins at a multiple of its own size.
+
+    Args:
+        template: what to write, as tensors on the meta device: names, shapes, dtypes.
+        make: gives the tensor of a name.
+        path: the file.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    blanks = dict(sorted(template.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, blank in blanks.items():
+        start, end = end, end + blank.nbytes
+        dtype = SAFETENSORS_DTYPES[blank.dtype]
+        header[name] = {"dtype": dtype, "shape": list(blank.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=end, unit="B") as bar:
+        check_space(temporary, end)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, blank in blanks.items():
+                tensor = make(name)
+                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
+                file.write(_bytes_of(tensor))
+                bar.update(tensor.nbytes)
 
 
 def side_files(folder: Path | str) -> list[str]:

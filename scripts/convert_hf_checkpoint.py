@@ -7,7 +7,9 @@ tensor: memory holds no more than a layer's attention, whatever the model's size
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
 """
 
+import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,9 @@ from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
+
+NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
+"""The beginning of the names of what a multimodal model has beside its model of text."""
 
 
 def setup(
@@ -45,8 +50,9 @@ def setup(
         if twice := weights.keys() & found:
             raise UserError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
+    weights = text_weights(weights)
     check_unquantized_weights(weights)
-    config = untie_where_different(weights, config)
+    config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
     blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
     lit = write_lit(blanks, weights.__getitem__, config, checkpoint_dir / WEIGHTS)
@@ -80,6 +86,9 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         if index.is_file():
             with reading(index):
                 shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+                outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
+                if outside:
+                    raise UserError(f"{index} names {outside[0]}, outside the folder: nothing is read there; {again}")
                 absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
             if absent or not shards:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
@@ -112,13 +121,33 @@ def read_weights(path: Path) -> State:
     return state
 
 
-def untie_where_different(weights: State, config: Config) -> Config:
-    """Believe the weights where config.json ties head and embedding and they differ, as transformers does."""
+def text_weights(weights: State) -> State:
+    """Return the weights of a multimodal model's text part, named as in a model of text; say what is left out."""
+    left = Counter(found[0] for found in map(NOT_TEXT.match, weights) if found)
+    if left:
+        parts = ", ".join(f"{count} tensors of {part}" for part, count in left.items())
+        print(f"note: the model of text alone is converted, without {parts}")
+    names = {name: re.sub(r"^(model\.)?language_model\.", r"\1", name) for name in weights if not NOT_TEXT.match(name)}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise UserError(f"the weights hold {twice[0]} twice, under language_model and without: remove one")
+    return {text_name: weights[name] for name, text_name in names.items()}
+
+
+def settle_ties(weights: State, config: Config) -> Config:
+    """Leave the embedding alone of a tied pair, by whichever name it is there.
+
+    Where config.json ties head and embedding and they differ, the weights are believed, as in transformers.
+    """
+    if not config.tie_embeddings:
+        return config
     names = hf_names(config)
-    pair = [weights[name] for key in (HEAD, EMBEDDING) for name in names[key] if name in weights]
-    if config.tie_embeddings and len(pair) == 2 and not torch.equal(*pair):
+    (head,), (embedding,) = names[HEAD], names[EMBEDDING]
+    if head not in weights:
+        return config
+    if embedding in weights and not torch.equal(weights[head], weights[embedding]):
         print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
         return replace(config, tie_embeddings=False)
+    weights.setdefault(embedding, weights.pop(head))
     return config
 
 
