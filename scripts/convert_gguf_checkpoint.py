@@ -32,7 +32,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_names, write_lit
+from lit_gpt.hf import hf_layout, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
@@ -217,7 +217,7 @@ def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the tensors by Hugging Face's names; one without keeps its own, which ``write_lit`` refuses."""
     kind = next(kind for kind, architecture in ARCHITECTURES.items() if architecture == config.architecture)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.n_layer)
-    known = {names.get_name(name, (".weight", ".bias")): name for group in hf_names(config).values() for name in group}
+    known = {names.get_name(name, (".weight", ".bias")): name for name in hf_layout(config).theirs}
     return {known.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
 
 

@@ -38,7 +38,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import reading
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
-from lit_gpt.hf_config import text_config
+from lit_gpt.hf_config import SPECIAL_IDS, text_config
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -103,16 +103,11 @@ def cut_padding(weights: State, used: int, rows: int) -> State:
 def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
     """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
 
-    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json. Of a model
-    of more than text it is that of its part of text.
+    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
     """
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     if described is None:
         generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-        described = config.to_hf() | {key: generation[key] for key in ids if key in generation}
-    if "text_config" in described:
-        told = {key: described[key] for key in ids if described.get(key) is not None}
-        described = described["text_config"] | told | {"architectures": [config.architecture]}
+        described = config.to_hf() | {key: generation[key] for key in SPECIAL_IDS if key in generation}
     sizes = Counter()
     for tensor in weights.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
