@@ -39,11 +39,16 @@ from lit_gpt.model import scale_frequencies
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
-# What stands under NAME.rope.scaling, as Hugging Face's rope_scaling calls it.
-ROPE_SCALING = {
-    "factor": "factor", "original_context_length": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
+# Keys of config.json, and of the metadata behind the architecture's name.
+SIZES = {
+    "max_position_embeddings": "context_length", "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
 }  # fmt: skip
+ROPE_SCALING = {
+    "factor": "factor", "original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}  # fmt: skip
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type: all but the first and the last two are matched before the text is split.
@@ -125,18 +130,17 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays after its name has gone
             return gguf.GGUFReader(shutil.copyfile(part, Path(folder) / part.name))
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; a .gguf file was expected")
-    parts, split = [path], SPLIT_NAME.search(path.name)
+    split = SPLIT_NAME.search(path.name)
+    names = [path.name]
     if split:
-        stem, count = path.name[: split.start()], int(split[1])
-        parts = [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    missing = ", ".join(part.name for part in parts if not part.is_file())
+        names = [f"{path.name[: split.start()]}-{i:05}-of-{split[1]}.gguf" for i in range(1, int(split[1]) + 1)]
+    missing = ", ".join(name for name in names if not path.with_name(name).is_file())
     if missing:
-        raise FileNotFoundError(f"{path} is one of {len(parts)} parts, {missing} missing beside it; get all parts")
+        parts = f" {path.name} is one of {len(names)} parts, all of which are needed;" if split else ""
+        raise FileNotFoundError(f"{path.with_name(missing)} is not a file;{parts} name a .gguf file")
     metadata: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    for part in parts:
+    for part in map(path.with_name, names):
         try:
             reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
@@ -166,11 +170,7 @@ def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, 
     described = {
         "architectures": ARCHITECTURES[kind],
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "max_position_embeddings": int(sizes["context_length"]),
-        "hidden_size": int(sizes["embedding_length"]),
-        "num_hidden_layers": int(sizes["block_count"]),
-        "intermediate_size": int(sizes["feed_forward_length"]),
-        "num_attention_heads": int(sizes["attention.head_count"]),
+        **{theirs: int(sizes[ours]) for theirs, ours in SIZES.items()},
         "num_key_value_heads": sizes.get("attention.head_count_kv"),
         "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count")),
         "rms_norm_eps": shortest(sizes["attention.layer_norm_rms_epsilon"]),
@@ -194,13 +194,14 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    told = section(sizes, "rope.scaling.") | {"finetuned": None}
+    told = section(sizes, "rope.scaling.")
     kind = told.pop("type", "linear" if "factor" in told else "none")
     if kind != "none":
-        strange = ", ".join(key for key, value in told.items() if value is not None and key not in ROPE_SCALING)
+        strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
         if strange:
             raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
-        return {"rope_type": kind} | {ours: shortest(told[key]) for key, ours in ROPE_SCALING.items() if key in told}
+        found = {theirs: shortest(told[ours]) for theirs, ours in ROPE_SCALING.items() if ours in told}
+        return {"rope_type": kind, **found}
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
@@ -223,10 +224,8 @@ def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def dequantized(tensor: Any, config: Config) -> torch.Tensor:
     """Return a tensor of the file in fp32, rows of q and k in the order of Hugging Face."""
-    try:
+    with reading(f"tensor {tensor.name}"):
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise UserError(f"tensor {tensor.name}: {error}; {HF_ROUTE}") from error
     values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
     if heads and config.architecture == "LlamaForCausalLM":
@@ -236,19 +235,18 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
 
 
 def special_ids(words: dict[str, Any]) -> dict[str, int]:
-    """Return the special tokens' ids that the file has, as Hugging Face calls them."""
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {name: words.get(f"ggml.{key}_token_id") for name, key in keys.items()}
-    return {f"{name}_token_id": index for name, index in ids.items() if index is not None}
+    """Return the ids of the special tokens that the file names, by Hugging Face's names of the tokens."""
+    ids = {f"{name}_token": words.get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    return {name: index for name, index in ids.items() if index is not None}
 
 
 def model_files(words: dict[str, Any], config: Config, *, dtype: str) -> dict[str, Any]:
     """Return what config.json and generation_config.json hold."""
-    ids = special_ids(words)
-    ids.pop("unk_token_id", None)
-    eos, end_of_turn = ids.get("eos_token_id"), words.get("ggml.eot_token_id", ids.get("eos_token_id"))
-    ends = {} if eos in (None, end_of_turn) else {"eos_token_id": [eos, end_of_turn]}  # Llama 3 has two
-    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | ends}
+    ids = {f"{name}_id": index for name, index in special_ids(words).items() if name != "unk_token"}
+    found = [words.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [end for end in dict.fromkeys(found) if end is not None]  # Llama 3 has several
+    several = {"eos_token_id": ends} if len(ends) > 1 else {}
+    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | several}
 
 
 def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[str, Any]:
@@ -274,10 +272,10 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
             f"{path}: tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
             "put the original's tokenizer.json into --checkpoint_dir first"
         )
-    for token, type_ in zip(tokens, types, strict=False):
-        if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != USER_DEFINED)])
-    named = {name.removesuffix("_id"): tokens[index] for name, index in special_ids(words).items()}
+    kinds = zip(tokens, types, strict=False)
+    matched = [(token, type_ != USER_DEFINED) for token, type_ in kinds if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
+    named = {name: tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
     adds = {"bos": words.get("ggml.add_bos_token", "llama" in (kind, pre[:5])), "eos": words.get("ggml.add_eos_token")}
     bos, eos = ([named[f"{name}_token"]] if added else [] for name, added in adds.items())
@@ -298,13 +296,12 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
     SentencePiece joins the two neighbours that make the piece of the best score: any two, so each pair of pieces that
     makes one is a merge.
     """
-    scores, types, ranks = words["ggml.scores"], words["ggml.token_type"], []
-    for piece, index in vocabulary.items():
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[index] == NORMAL]
-        pairs = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
-        ranks += [(-scores[index], index, *map(vocabulary.get, pair), pair) for pair in pairs]
+    scores, types, merges = words["ggml.scores"], words["ggml.token_type"], []
+    for piece in sorted(vocabulary, key=lambda piece: -scores[vocabulary[piece]]):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[vocabulary[piece]] == NORMAL]
+        known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
+        merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
     unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
-    merges = [pair for *_, pair in sorted(ranks)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = words.get("ggml.add_space_prefix", True)
     steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
