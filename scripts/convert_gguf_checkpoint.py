@@ -4,7 +4,7 @@ Weights are dequantized (what the quantization lost stays lost) and take Hugging
 converts them like any checkpoint, tensor by tensor: memory holds a layer's attention in fp32, whatever the model's
 size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
 pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. A
-tokenizer, config.json or generation_config.json that the folder has already is kept.
+tokenizer and a generation_config.json that the folder has already are the original's, and are kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -31,12 +31,13 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
+from lit_gpt.files import map_or_read, prepare_out_dir, settled_folder, staged_dir, write_json
 from lit_gpt.hf import hf_names, write_lit
 from lit_gpt.model import scale_frequencies
 
 # The classes that these architectures are of in transformers.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FILES = (CONFIG, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
 # Keys of config.json, and of the metadata behind the architecture's name.
@@ -44,12 +45,8 @@ SIZES = {
     "max_position_embeddings": "context_length", "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
     "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
 }  # fmt: skip
-ROPE_SCALING = {
-    "factor": "factor", "original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-}  # fmt: skip
+ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type: all but the first and the last two are matched before the text is split.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -81,40 +78,29 @@ def setup(
         gguf_path: the .gguf file.
         checkpoint_dir: the folder to write lit_model.pth, the configs and the tokenizer into.
         dtype: the type to store weights in.
-        overwrite: replace the model and the configs that are already in checkpoint_dir.
+        overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
-    has_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
-    names = [WEIGHTS, CONFIG] + ([] if has_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
-    prepare_out_dir(checkpoint_dir, overwrite, names=names)
+    kept = {"generation_config.json"} if (checkpoint_dir / "generation_config.json").is_file() else set()
+    if any((checkpoint_dir / name).is_file() for name in TOKENIZERS):
+        kept |= {"tokenizer.json", "tokenizer_config.json"}
+    prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
         config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
         words = section(metadata, "tokenizer.")
         files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
-        if not has_tokenizer:
+        if "tokenizer.json" not in kept:
             files |= tokenizer_files(words, config, gguf_path)
-    if not overwrite:  # as the tokenizer, the configs of the model's Hugging Face folder are kept
-        files = {name: content for name, content in files.items() if not (checkpoint_dir / name).is_file()}
-        check_same_model(checkpoint_dir / "config.json", config)
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], config), config, staging / WEIGHTS)
-        for name, content in files.items():
-            write_json(staging / name, content)
+        for name in files.keys() - kept:
+            write_json(staging / name, files[name])
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
-
-
-def check_same_model(path: Path, config: Config) -> None:
-    """Raise where a config.json that is to be kept describes a model of other sizes, which an export would read."""
-    other = Config.from_hf(read_json(path), name=config.name) if path.is_file() else config
-    for name in ("n_layer", "n_embd", "n_head", "n_query_groups", "intermediate_size", "padded_vocab_size"):
-        if (theirs := getattr(other, name)) != (ours := getattr(config, name)):
-            what = f"{path} is of another model ({name} is {theirs}, in the GGUF file {ours})"
-            raise UserError(f"{what}; choose another folder, or replace it with --overwrite true")
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,27 +117,23 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return gguf.GGUFReader(shutil.copyfile(part, Path(folder) / part.name))
 
     split = SPLIT_NAME.search(path.name)
-    names = [path.name]
-    if split:
-        names = [f"{path.name[: split.start()]}-{i:05}-of-{split[1]}.gguf" for i in range(1, int(split[1]) + 1)]
-    missing = ", ".join(name for name in names if not path.with_name(name).is_file())
+    count = int(split[1]) if split else 1
+    parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
+    missing = ", ".join(str(part) for part in parts if not part.is_file())
     if missing:
-        parts = f" {path.name} is one of {len(names)} parts, all of which are needed;" if split else ""
-        raise FileNotFoundError(f"{path.with_name(missing)} is not a file;{parts} name a .gguf file")
+        raise FileNotFoundError(f"{missing} not found; a .gguf file was expected, of a model in parts all of them")
     metadata: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    for part in map(path.with_name, names):
+    for part in parts:
         try:
             reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        except CUT_SHORT as error:
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # NumPy's, of a short file
             raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
-        raise UserError(
-            f"{path} is part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model: give all parts "
-            "their own names again (NAME-00001-of-00003.gguf and so on), in one folder"
-        )
+        what = f"part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model"
+        raise UserError(f"{path} is {what}; give all parts their names again (NAME-00001-of-00003.gguf, ...)")
     return metadata, tensors
 
 
@@ -205,8 +187,7 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
-    exponents = torch.arange(0, 2 * len(divisors), 2).float() / (2 * len(divisors))
-    frequencies = 1.0 / sizes["rope.freq_base"] ** exponents
+    frequencies = 1.0 / sizes["rope.freq_base"] ** (torch.arange(len(divisors)).float() / len(divisors))
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
     if not torch.allclose(frequencies / scale_frequencies(frequencies, scaling), divisors, rtol=1e-5):
@@ -216,8 +197,7 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
 
 def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the tensors by Hugging Face's names; one without keeps its own, which ``write_lit`` refuses."""
-    kind = next(kind for kind, architecture in ARCHITECTURES.items() if architecture == config.architecture)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.n_layer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # the others have some of these
     known = {names.get_name(name, (".weight", ".bias")): name for group in hf_names(config).values() for name in group}
     return {known.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
 
@@ -268,10 +248,8 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
     else:
-        raise UserError(
-            f"{path}: tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
-            "put the original's tokenizer.json into --checkpoint_dir first"
-        )
+        what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
+        raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
     kinds = zip(tokens, types, strict=False)
     matched = [(token, type_ != USER_DEFINED) for token, type_ in kinds if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
@@ -304,8 +282,7 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
     unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = words.get("ggml.add_space_prefix", True)
-    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     return tokenizer
