@@ -119,9 +119,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     split = SPLIT_NAME.search(path.name)
     count = int(split[1]) if split else 1
     parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
-    missing = ", ".join(str(part) for part in parts if not part.is_file())
+    missing = [str(part) for part in parts if not part.is_file()]
     if missing:
-        raise FileNotFoundError(f"{missing} not found; a .gguf file was expected, of a model in parts all of them")
+        what = f"{missing[0]} not found{f' ({len(missing)} of {count} parts are missing)' if split else ''}"
+        raise FileNotFoundError(f"{what}; a .gguf file was expected, of a model in parts all of them")
     metadata: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:
@@ -132,7 +133,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # NumPy's, of a short file
             raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
-        what = f"part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model"
+        what = f"part {metadata.get('split.no', 0) + 1} of {metadata.get('split.count')} of a model"
         raise UserError(f"{path} is {what}; give all parts their names again (NAME-00001-of-00003.gguf, ...)")
     return metadata, tensors
 
@@ -176,8 +177,8 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    told = section(sizes, "rope.scaling.")
-    kind = told.pop("type", "linear" if "factor" in told else "none")
+    told = {"factor": sizes.get("rope.scale_linear")} | section(sizes, "rope.scaling.")  # the older key first
+    kind = told.pop("type", "linear") if told["factor"] else "none"
     if kind != "none":
         strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
         if strange:
@@ -255,8 +256,8 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
     named = {name: tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
-    adds = {"bos": words.get("ggml.add_bos_token", "llama" in (kind, pre[:5])), "eos": words.get("ggml.add_eos_token")}
-    bos, eos = ([named[f"{name}_token"]] if added else [] for name, added in adds.items())
+    adds = {"bos_token": kind == "llama" or pre == "llama-bpe", "eos_token": False}
+    bos, eos = ([named[name]] if words.get(f"ggml.add_{name}", usual) else [] for name, usual in adds.items())
     if bos or eos:
         ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
