@@ -249,7 +249,7 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, split=8)
     first, second, _ = sorted(tmp_path.iterdir())
     second.rename(tmp_path / "second.gguf")
-    with pytest.raises(FileNotFoundError, match=r"is one of 3 parts, m-00002-of-00003.gguf missing beside it"):
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003.gguf not found .1 of 3 parts are missing.; .* all"):
         convert(first, tmp_path / "out")
     for name in (first, tmp_path / "second.gguf"):
         with pytest.raises(ValueError, match=r"part [12] of 3 of a model"):
@@ -257,25 +257,20 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     assert not (tmp_path / "out").exists()
 
 
-def test_configs_that_are_there_already_are_kept_unless_overwrite_is_said(tmp_path, bpe_dir):
+def test_what_the_folder_has_of_the_original_is_kept_and_a_config_json_replaced_on_request_alone(tmp_path, bpe_dir):
+    """One of another model would have gone into what is exported."""
     write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
-    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"own": "word"}
-    for name in ("lit_model.pth", "lit_config.json", "generation_config.json"):
-        (tmp_path / "out" / name).unlink()
-    write_json(tmp_path / "out" / "config.json", own)
-    convert(tmp_path / "m.gguf", tmp_path / "out")
-    assert read_json(tmp_path / "out" / "config.json") == own
-    assert (tmp_path / "out" / "generation_config.json").is_file()
-    write_json(tmp_path / "out" / "config.json", own | {"num_hidden_layers": 7})
-    (tmp_path / "out" / "lit_model.pth").unlink()
-    (tmp_path / "out" / "lit_config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"config.json is of another model \(n_layer is 7, in the GGUF file .*overwrite"
-    ):
+    shutil.copytree(bpe_dir, tmp_path / "out")
+    own = {"eos_token_id": [2, 0], "own": "word"}
+    for name in ("generation_config.json", "config.json"):
+        write_json(tmp_path / "out" / name, own)
+    with pytest.raises(FileExistsError, match=r"already holds config.json; .*--overwrite true"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out" / "lit_model.pth").exists()
     convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=True)
-    assert "own" not in (made := read_json(tmp_path / "out" / "config.json")) and made["num_hidden_layers"] != 7
+    assert read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 2
+    assert read_json(tmp_path / "out" / "generation_config.json") == own
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bpe_dir / "tokenizer.json").read_bytes()
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):
@@ -336,7 +331,7 @@ def cut(share: float):
 
 
 REFUSALS = {
-    "no file": (lambda path, bpe_dir: None, "m.gguf is not a file"),
+    "no file": (lambda path, bpe_dir: None, "m.gguf not found; a .gguf file was expected"),
     "empty": (lambda path, bpe_dir: path.write_bytes(b""), "m.gguf is not a GGUF file, or cut short"),
     "text": (lambda path, bpe_dir: path.write_text("<html>not found</html>" * 50), "m.gguf is not a GGUF file"),
     "cut in the metadata": (cut(0.05), "m.gguf is not a GGUF file, or cut short"),
