@@ -16,6 +16,7 @@ import torch
 from helpers import tiny_model, write_folder
 
 from chat.base import Conversation, answer, encode, setup
+from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style
@@ -229,6 +230,11 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
     assert (code, out) == (0, TALK[1]["content"] + "\n")
     code, _, err = pipe("Hi", *args, "--max_new_tokens", "3")
     assert code == 0 and "prompt style alpaca" in err
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter)
+    save_adapter(path, model, kind="ether", config=config, base=base, prompt_style="chat")
+    answers = [pipe(TALK[0]["content"], *args, "--strength", strength)[1] for strength in ("0", "1")]
+    assert answers[0] == TALK[1]["content"] + "\n" != answers[1]
     torch.save([1, 2], tmp_path / "list.pth")
     for wrong, message in (
         (
@@ -236,6 +242,7 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
             "holds a list, a dict of tensors was expected",
         ),
         (("--checkpoint_dir", endless_dir, "--ether_path", path), "belongs to another base model"),
+        (("--checkpoint_dir", trained_dir, "--strength", "0.5"), "--strength 0.5 needs an adapter file"),
         (("--checkpoint_dir", trained_dir, "--lora_path", path), "a LoRA one was expected"),
         (("--checkpoint_dir", trained_dir, "--ether_path", trained_dir / "lit_model.pth"), "not an adapter file"),
         (("--checkpoint_dir", trained_dir, "--ether_path", tmp_path / "none.pth"), "none.pth is not a file"),
