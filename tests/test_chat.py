@@ -19,10 +19,11 @@ from chat.base import Conversation, answer, encode, setup
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer
 
@@ -230,11 +231,6 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
     assert (code, out) == (0, TALK[1]["content"] + "\n")
     code, _, err = pipe("Hi", *args, "--max_new_tokens", "3")
     assert code == 0 and "prompt style alpaca" in err
-    for parameter in adapter_parameters(model).values():
-        torch.nn.init.normal_(parameter)
-    save_adapter(path, model, kind="ether", config=config, base=base, prompt_style="chat")
-    answers = [pipe(TALK[0]["content"], *args, "--strength", strength)[1] for strength in ("0", "1")]
-    assert answers[0] == TALK[1]["content"] + "\n" != answers[1]
     torch.save([1, 2], tmp_path / "list.pth")
     for wrong, message in (
         (
@@ -250,6 +246,19 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
         code, out, err = pipe("Hi", *wrong)
         assert code == 1 and out == "" and message in err and "Traceback" not in err, err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_strength_0_answers_as_the_base_does(endless_dir, tmp_path, pipe):
+    model, config = load_model(endless_dir), LoraConfig(head=True)
+    base = {"name": "endless", "fingerprint": fingerprint(load_state(endless_dir / "lit_model.pth"))}
+    add_lora(model, config)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter)
+    save_adapter(tmp_path / "a.pth", model, kind="lora", config=config, base=base, prompt_style=None)
+    args = ("--checkpoint_dir", endless_dir, "--temperature", "0", "--max_new_tokens", "9")
+    adapted = (*args, "--lora_path", tmp_path / "a.pth")
+    without, none, whole = (pipe("Hi", *a)[1] for a in (args, (*adapted, "--strength", "0"), adapted))
+    assert without == none != whole
 
 
 def test_samples_through_a_pipe_are_those_of_the_seed(endless_dir, pipe):
