@@ -92,6 +92,7 @@ def export_adapter(
     out_dir: Path,
     ether_path: Path | None = None,
     lora_path: Path | None = None,
+    strength: float = 1.0,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a PEFT LoRA folder: adapter_config.json, adapter_model.safetensors, and a README.md.
@@ -101,12 +102,13 @@ def export_adapter(
         out_dir: the folder to write.
         ether_path: an ETHER or ETHER+ adapter file, ours or the original code's; or
         lora_path: a LoRA adapter file.
+        strength: of the adapter, 0 (none of it) to 1 (all of it).
         overwrite: replace an adapter that is already in out_dir.
 
     Raises:
         ValueError: the adapter is no LoRA of what Hugging Face's model holds (or none that is worth it).
     """
-    adapter = open_adapter(ether_path, lora_path)
+    adapter = open_adapter(ether_path, lora_path, strength)
     if not adapter:
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     config = load_config(check_checkpoint_dir(checkpoint_dir))

@@ -115,6 +115,14 @@ def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, t
         assert relative(merged[key], weights[key]) < 1e-5, key
 
 
+def test_half_the_strength_is_exported_as_it_is_computed(tmp_path, bpe_dir):
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **BOTH)
+    ours = load_adapted_model(tmp_path / "base", adapter=open_adapter(**path_option(adapter), strength=0.5))
+    theirs = in_peft(adapter, export_adapter(adapter, strength=0.5))
+    with torch.no_grad():
+        assert relative(theirs(IDX).logits, ours(IDX)) < 1e-5
+
+
 def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
     adapter = make_adapter(tmp_path, "llama", bpe_dir, dtype="bfloat16", **BOTH)
     out = export_adapter(adapter)
