@@ -100,12 +100,10 @@ class EtherPeftConfig(PeftConfig):
             problems.expect(isinstance(n, int) and n >= 1, f"{name} is {n}; the number of blocks is at least 1")
         for name in ("dropout", "block_dropout"):
             problems.expect(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        two_sided = METHODS[self.method].two_sided
-        problems.expect(not (two_sided and self.flip_side), f"flip_side means nothing for the two-sided {self.method}")
-        by_name = not isinstance(self.target_modules, str)
-        problems.expect(
-            by_name or not indices, "layers_to_transform goes with a list of target_modules, not with a str"
-        )
+        flips = self.flip_side and METHODS[self.method].two_sided
+        problems.expect(not flips, f"flip_side means nothing for the two-sided {self.method}")
+        listed = not isinstance(self.target_modules, str)
+        problems.expect(listed or not indices, "layers_to_transform goes with a list of target_modules, not a str")
         problems.expect(indices or not self.layers_pattern, "layers_pattern means nothing without layers_to_transform")
         problems.check()
         for name in ("target_modules", "exclude_modules"):
@@ -264,14 +262,12 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for vectors in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter_name in vectors and not vectors[adapter_name].is_meta:
-                vectors[adapter_name].data = vectors[adapter_name].data.to(
-                    device
-                )  # PEFT's own casts to the base's dtype
+                # Only there: PEFT's own method casts to the base's dtype, too.
+                vectors[adapter_name].data = vectors[adapter_name].data.to(device)
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """Return a module without the adapters around it."""
-    return module.get_base_layer() if isinstance(module, tuners_utils.BaseTunerLayer) else module
+base_of = tuners_utils.BaseTunerLayer.get_base_layer
+"""Return a module without the adapters around it."""
 
 
 def side_sizes(module: nn.Module) -> dict[str, int]:
@@ -321,10 +317,9 @@ class EtherModel(tuners_utils.BaseTuner):
                 told.append(f"{name} holds experts as one plain parameter, not as Linears: it cannot be a target")
         Problems(told).check()
         sizes: dict[int, dict[str, int]] = {}
-        for name in targets.keys() - problems.keys():
-            of_module = side_sizes(targets[name])
-            of_targets = sizes.setdefault(peft_config.blocks(name), {})
-            of_targets |= {f"{name} {side}": of_module[side] for side in peft_config.sides(name, of_module)}
+        for name in (name for name in targets if name not in problems):
+            of_module, of_n = side_sizes(targets[name]), sizes.setdefault(peft_config.blocks(name), {})
+            of_n |= {f"{name} {side}": of_module[side] for side in peft_config.sides(name, of_module)}
         for n, of_targets in sizes.items():
             check_sizes(n, of_targets)
 
@@ -370,9 +365,7 @@ class EtherModel(tuners_utils.BaseTuner):
             )
         for name in own:
             if not (is_finite(given[name]) and given[name].any(dim=-1).all()):
-                raise UserError(
-                    f"{name} holds a zero vector, NaN or infinity: the file is damaged, or its run diverged"
-                )
+                raise UserError(f"{name} holds a zero vector, NaN or infinity: a damaged file, or a run that diverged")
         return state
 
 
@@ -381,9 +374,7 @@ def register() -> None:
     for table, entry in {"CONFIG": EtherPeftConfig, "TUNER": EtherModel, "PREFIX": PREFIX}.items():
         found = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING").setdefault(EtherType.ETHER, entry)
         if found is not entry:
-            raise ImportError(
-                f"PEFT knows another method {EtherType.ETHER.value} already ({found}): use one of the two"
-            )
+            raise ImportError(f"PEFT has another method {EtherType.ETHER.value} already, {found}: use one of the two")
 
 
 register()
