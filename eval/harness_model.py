@@ -208,7 +208,7 @@ class HarnessModel(TemplateLM):
         targets = torch.tensor([token for tokens in continuations for token in tokens], device=self._device)  # (N,)
         log_probs, greedy = [], []
         for part, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-            logits = self.model.lm_head(part).float()  # (n, V)
+            logits = self.model.logits(part).float()  # (n, V)
             log_probs.append(logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0])
             greedy.append(logits.argmax(dim=-1) == target)
         lengths = [len(tokens) for tokens in continuations]

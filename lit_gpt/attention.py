@@ -28,8 +28,19 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.12 on
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Return the attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask replaces causality."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0, *, is_causal: bool) -> Tensor:
+    """Return the attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask replaces causality.
+
+    With a cap, scores are bent by a tanh to stay below it (Gemma 2); no fused kernel of PyTorch does that.
+    """
+    if cap:
+        k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
+        scores = cap * torch.tanh(q @ k.mT / (cap * q.size(-1) ** 0.5))  # (B, H, T, T')
+        if mask is None and is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
     # While a block is compiled, comparisons of sizes are symbols, which this function refuses: the graph would break.
     flags = dict(is_causal=bool(is_causal) and mask is None, enable_gqa=bool(q.size(1) != k.size(1)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **flags)
@@ -65,17 +76,19 @@ class Packing:
         fused: one call attends in all samples, and needs no mask for a sliding window.
     """
 
-    def __init__(self, lengths: Sequence[int], config: Config, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, lengths: Sequence[int], config: Config, *, window: int | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
         kind = device.type
         self.lengths, self.longest = list(lengths), max(lengths)
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        self.fused = runs_fused(device, self.dtype, config.head_size)
+        self.fused = not config.attention_softcap and runs_fused(device, self.dtype, config.head_size)
         # A window of w ends at the token itself: flash attention counts the w - 1 before it, and -1 for all of them.
-        self.window = (-1 if config.sliding_window is None else config.sliding_window - 1, 0)
+        self.window = (-1 if window is None else window - 1, 0)
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0) -> Tensor:
         """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
@@ -86,8 +99,8 @@ class Packing:
             sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
             return varlen_attn(*rows, *sizes, window_size=self.window, **options).transpose(0, 1).unsqueeze(0)
         if torch.compiler.is_compiling():
-            return attend_packed(q, k, v, mask, self.bounds)
-        return attend_each(q, k, v, mask, lengths=self.lengths)
+            return attend_packed(q, k, v, mask, cap, self.bounds)
+        return attend_each(q, k, v, mask, cap, lengths=self.lengths)
 
 
 def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -103,35 +116,37 @@ def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     )
 
 
-def attend_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, lengths: list[int]) -> Tensor:
+def attend_each(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float, *, lengths: list[int]) -> Tensor:
     """``attend`` inside one sample after the other."""
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
     masks = (None if mask is None else mask[:length, :length] for length in lengths)
-    return torch.cat([attend(*part, own, is_causal=True) for part, own in zip(parts, masks, strict=True)], dim=2)
+    return torch.cat([attend(*part, own, cap, is_causal=True) for part, own in zip(parts, masks, strict=True)], dim=2)
 
 
 @torch.library.custom_op("lit_gpt::attend_packed", mutates_args=())
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: Tensor) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float, bounds: Tensor) -> Tensor:
     """``attend_each`` as a single operator for ``torch.compile``; bounds (n + 1,) on the CPU."""
-    return attend_each(q, k, v, mask, lengths=bounds.diff().tolist()).contiguous()
+    return attend_each(q, k, v, mask, cap, lengths=bounds.diff().tolist()).contiguous()
 
 
 @torch.library.custom_op("lit_gpt::attend_packed_backward", mutates_args=())
 def attend_packed_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bounds: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; the forward pass is computed once more for them."""
-    _, pull_back = torch.func.vjp(partial(attend_each, mask=mask, lengths=bounds.diff().tolist()), q, k, v)
+    _, pull_back = torch.func.vjp(partial(attend_each, mask=mask, cap=cap, lengths=bounds.diff().tolist()), q, k, v)
     dq, dk, dv = pull_back(grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *qkv, mask, ctx.cap, bounds = inputs
+    ctx.save_for_backward(*qkv, mask, bounds)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *attend_packed_backward(grad, *ctx.saved_tensors), None, None
+    *tensors, bounds = ctx.saved_tensors
+    return *attend_packed_backward(grad, *tensors, ctx.cap, bounds), None, None, None
 
 
 attend_packed.register_fake(lambda q, *rest: q.new_empty(q.shape))

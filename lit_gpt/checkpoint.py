@@ -2,13 +2,14 @@
 
 Notable choices:
 - Weights are loaded memory-mapped and ``weights_only``; a load never half-succeeds (exact keys and shapes).
-- A file larger than memory can be written too, one tensor at a time (``stream_state``).
+- A file larger than memory can be written too, one tensor at a time (``stream_state``, ``stream_safetensors``).
 - A base-shaped folder holds ``lit_model.pth``, ``lit_config.json`` and a tokenizer; what a merge or a full finetuning
   writes has the same shape, so that every script takes either.
 """
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -19,24 +20,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
 from lit_gpt.devices import warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import WEIGHTS, atomic_write, check_space, map_or_read, read_json, write_json
+from lit_gpt.files import WEIGHTS, Progress, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
+from lit_gpt.tokenizer_files import NAMES
 
 CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""Types that a model's weights may have, with their names in the format."""
+
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-    "config.json", "generation_config.json", CONFIG, PROMPT_STYLE,
-)  # fmt: skip
+SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
@@ -178,8 +184,9 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
     # Never touched, so there is no memory behind them.
     blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
-    with atomic_write(path) as temporary:
-        check_space(temporary, sum(blank.nbytes for blank in blanks.values()))
+    size = sum(blank.nbytes for blank in blanks.values())
+    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=size, unit="B") as bar:
+        check_space(temporary, size)
         with torch.serialization.skip_data():  # all of the file but the tensors' bytes
             _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
@@ -188,12 +195,13 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
                 tensor = make(first[key])
                 assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
                 _fill_record(file, records[f"data/{index}"], tensor)
+                bar.update(tensor.nbytes)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 
 
 def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> None:
     """Write a tensor's bytes where an archive has left room for them, and their checksum behind and into ``record``."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    data = _bytes_of(tensor)
     assert record.file_size == data.nbytes
     file.seek(record.header_offset + 26)  # the last four of a header's 30 bytes are the lengths of what follows it
     file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
@@ -202,6 +210,44 @@ def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> Non
     if data.nbytes:
         file.seek(4, os.SEEK_CUR)  # a signature
         file.write(struct.pack("<I", record.CRC))
+
+
+def _bytes_of(tensor: Tensor) -> numpy.ndarray:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Tensor], path: Path | str) -> None:
+    """Write the file that ``safetensors.torch.save_file`` would write, holding one tensor at a time.
+
+    The format: the header's length in eight bytes, the header as JSON, the tensors' bytes. Those of the wider types
+    come first, so that each begins at a multiple of its own size.
+
+    Args:
+        template: what to write, as tensors on the meta device: names, shapes, dtypes.
+        make: gives the tensor of a name.
+        path: the file.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    blanks = dict(sorted(template.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, blank in blanks.items():
+        start, end = end, end + blank.nbytes
+        dtype = SAFETENSORS_DTYPES[blank.dtype]
+        header[name] = {"dtype": dtype, "shape": list(blank.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=end, unit="B") as bar:
+        check_space(temporary, end)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, blank in blanks.items():
+                tensor = make(name)
+                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
+                file.write(_bytes_of(tensor))
+                bar.update(tensor.nbytes)
 
 
 def side_files(folder: Path | str) -> list[str]:

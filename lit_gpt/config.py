@@ -7,17 +7,21 @@ of known models says what their ``config.json`` says, for whoever needs a model'
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES, Family
+from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
 
-SIZES = ("vocab_size", "n_embd", "intermediate_size", "n_layer", "n_head", "block_size")
-"""Fields that every ``config.json`` tells. Of other whole numbers 0 stands for another field's value, or for none."""
-GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-"""Names of a GELU in ``config.json``, with PyTorch's name of its approximation."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
+
+
+class LayerKind(NamedTuple):
+    """Attention of a layer: ``window`` is None where it sees all positions; ``rope`` is global, local or none."""
+
+    window: int | None
+    rope: str
 
 
 @dataclass
@@ -49,31 +53,60 @@ class Config:
     intermediate_size: Annotated[int, "intermediate_size"] = 11008
     """Width of the MLP."""
     mlp_class: str = "LLaMAMLP"
-    """``LLaMAMLP`` (SwiGLU), ``GptNeoxMLP`` (GELU) or ``LLaMAMoE`` (SwiGLU experts)."""
+    """``LLaMAMLP`` (SwiGLU), ``GemmaMLP`` (its gate a GELU), ``GptNeoxMLP`` (GELU) or ``LLaMAMoE`` (SwiGLU experts)."""
     gelu_approximate: Annotated[str, "hidden_act"] = "none"
-    """``none`` or ``tanh``, for ``GptNeoxMLP``."""
+    """``none`` or ``tanh``, of a GELU."""
     n_expert: Annotated[int, "num_local_experts"] = 0
     n_expert_per_token: Annotated[int, "num_experts_per_tok"] = 0
+    norm_expert_weights: Annotated[bool, "norm_topk_prob"] = True
+    """The weights of a token's experts sum up to 1."""
     norm_class: str = "RMSNorm"
-    """``RMSNorm`` or ``LayerNorm``."""
+    """``RMSNorm``, ``LayerNorm``, ``OffsetRMSNorm`` (factor 1 + weight: Gemma), ``PlainLayerNorm`` (no weight)."""
     norm_eps: Annotated[float, "rms_norm_eps"] = 1e-5
     parallel_residual: Annotated[bool, "use_parallel_residual"] = False
     """Attention and MLP read the same residual stream instead of following each other."""
     shared_attention_norm: bool = False
-    """The MLP of a parallel block reads the attention's norm (Phi)."""
+    """The MLP of a parallel block reads the attention's norm (Phi, Falcon-7B)."""
+    pre_norm: bool = True
+    """Attention and MLP each read a norm of the residual stream."""
+    post_norm: bool = False
+    """What attention and MLP give is normed before it is added (Gemma 2 and 3; OLMo 2 has this norm alone)."""
     qkv_bias: Annotated[bool, "attention_bias"] = False
     proj_bias: Annotated[bool, "attention_bias"] = False
     mlp_bias: Annotated[bool, "mlp_bias"] = False
     lm_head_bias: bool = False
+    qkv_clip: Annotated[float | None, "clip_qkv"] = None
+    """Largest absolute value of q, k and v (OLMo 1)."""
     qk_norm: bool = False
-    """An RMSNorm over each head of q and of k, before they are rotated (Qwen3)."""
+    """q and k are normed before they are rotated."""
+    qk_norm_over: str = "head"
+    """One RMSNorm for the ``head`` of each (Qwen 3), a LayerNorm for each of the ``heads`` (StableLM 2), or an RMSNorm
+    over the ``row`` of all heads (OLMo 2)."""
+    attention_scale: Annotated[float, "attention_multiplier"] = 0.0
+    """Factor of the attention's scores; 0 means ``1 / sqrt(head_size)``."""
+    attention_softcap: Annotated[float | None, "attn_logit_softcapping"] = None
+    """Scores of attention are bent by a tanh to stay below this (Gemma 2)."""
+    embedding_scale: Annotated[float, "embedding_multiplier"] = 1.0
+    """Factor of the embedding; 0 means ``sqrt(n_embd)`` (Gemma)."""
+    residual_scale: Annotated[float, "residual_multiplier"] = 1.0
+    """Factor of what attention and MLP add (Granite)."""
+    logits_scale: Annotated[float, "logits_scaling"] = 1.0
+    """Logits are divided by it (Granite)."""
+    logits_softcap: Annotated[float | None, "final_logit_softcapping"] = None
+    """Logits are bent by a tanh to stay below this (Gemma 2)."""
     rotary_percentage: Annotated[float, "partial_rotary_factor"] = 1.0
     """Share of each head that is rotated."""
     rope_base: Annotated[float, "rope_theta"] = 10000.0
     rope_scaling: Annotated[dict[str, Any] | None, "rope_scaling"] = None
-    """Hugging Face's ``rope_scaling`` of type ``linear`` or ``llama3``."""
+    """Hugging Face's ``rope_scaling``, of a type that ``rope`` knows."""
+    local_rope_base: Annotated[float, "rope_local_base_freq"] = 0.0
+    """Base of the layers with a window, which then know no scaling; 0: they rotate as the others do."""
+    rope_layers: Annotated[list[bool] | None, "no_rope_layers"] = None
+    """True for the layers that rotate q and k; all of them when absent (SmolLM 3 leaves some out)."""
     sliding_window: Annotated[int | None, "sliding_window"] = None
     """A query sees this many positions, itself included; all of them when absent."""
+    sliding_layers: Annotated[list[bool] | None, "layer_types"] = None
+    """True for the layers with that window; all of them when absent."""
     tie_embeddings: Annotated[bool, "tie_word_embeddings"] = False
     """Embedding and head are one tensor."""
 
@@ -92,9 +125,32 @@ class Config:
         self.head_size = self.head_size or self.n_embd // self.n_head
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
-        kind = (self.rope_scaling or {}).get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"{name}: rope scaling '{kind}' is not supported (linear and llama3 are)")
+        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
+        scaling = {"rope_type": "default", **(self.rope_scaling or {})}
+        kind, choices = scaling["rope_type"], ", ".join(ROPE_SCALING)
+        if kind not in ROPE_SCALING:
+            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
+        if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
+            raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
+        for flags in ("sliding_layers", "rope_layers"):
+            if (given := getattr(self, flags)) is not None:
+                if len(given) < self.n_layer:
+                    raise UserError(f"{name}: {flags} tells of {len(given)} layers; the model has {self.n_layer}")
+                given = [bool(flag) for flag in given[: self.n_layer]]
+                setattr(self, flags, None if all(given) else given)
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """Attention of each layer."""
+        windowed = self.sliding_layers or [True] * self.n_layer
+        rotated = self.rope_layers or [True] * self.n_layer
+        return [
+            LayerKind(
+                window=self.sliding_window if slides else None,
+                rope="none" if not rotates else "local" if slides and self.local_rope_base else "global",
+            )
+            for slides, rotates in zip(windowed, rotated, strict=True)
+        ]
 
     @property
     def q_size(self) -> int:
@@ -116,6 +172,12 @@ class Config:
         """Number of elements of a head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
 
+    def rope_stretch(self, length: int) -> int:
+        """Return the same number for all lengths of text at which a position is rotated alike."""
+        scaling = self.rope_scaling or {}
+        beyond = length > scaling.get(ORIGINAL_LENGTH, length)
+        return {"longrope": int(beyond), "dynamic": length * beyond}.get(scaling.get("rope_type"), 0)
+
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
         """Return the config of a known model.
@@ -127,7 +189,7 @@ class Config:
         for repo_id, described in KNOWN_MODELS.items():
             if name in (repo_id, repo_id.split("/")[1]):
                 known = {"name": repo_id.split("/")[1], "padded_vocab_size": described.get("padded_vocab_size", 0)}
-                return cls(**{**known, **_fields_of(described, repo_id), **overrides})
+                return cls(**{**known, **read_config(described, repo_id, USUAL), **overrides})
         raise UserError(f"'{name}' is not a known model; `python scripts/download.py` lists those known")
 
     @classmethod
@@ -139,24 +201,11 @@ class Config:
             name: the model's name, for people.
         """
         with reading(f"config.json of {name or 'a model'}"):
-            return cls(name=name, **_fields_of(described, name or "model"))
+            return cls(name=name, **read_config(described, name or "model", USUAL))
 
     def to_hf(self) -> dict[str, Any]:
-        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none.
-
-        Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
-        """
-        family = FAMILIES[self.architecture]
-        usual = (family.defaults["gelu_approximate"], *GELUS)
-        gelu = next(name for name in usual if GELUS.get(name) == self.gelu_approximate)
-        return {
-            "architectures": [self.architecture],
-            "model_type": family.model_type,
-            **{key: getattr(self, ours) for ours, key in _keys(family).items()},
-            "rope_theta": self.rope_base,
-            "vocab_size": self.padded_vocab_size,
-            "hidden_act": gelu if self.mlp_class == "GptNeoxMLP" else "silu",
-        }
+        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none."""
+        return write_config(self.to_dict(), USUAL)
 
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
@@ -175,6 +224,8 @@ class Config:
             for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
                 stored[new] = stored.pop(old)
             stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
+            if stored.get("scale_embeddings"):  # Gemma
+                stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
             stored["architecture"] = _original_architecture(stored)
             if stored.get("rope_condense_ratio", 1) != 1:
                 stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
@@ -186,74 +237,52 @@ class Config:
         return asdict(self)
 
 
-def _keys(family: Family) -> dict[str, str]:
-    """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
-    keys = {each.name: each.type.__metadata__[0] for each in fields(Config) if get_origin(each.type) is Annotated}
-    return {name: key for name, key in (keys | family.own_keys).items() if name in SIZES or name in family.defaults}
-
-
 def _original_architecture(stored: dict[str, Any]) -> str:
     """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
-    if stored.get("scale_embeddings") or stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"):
-        name, layers = stored.get("name"), stored["mlp_class"]
-        raise UserError(f"{name}: layers of the original code that are not supported here ({layers}; Gemma)")
-    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias shared_attention_norm qk_norm".split()
-    plain = {name: getattr(Config, name) for name in telling}
+    if stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP", "GemmaMLP"):
+        raise UserError(
+            f"{stored.get('name')}: layers of the original code that are not supported here ({stored['mlp_class']})"
+        )
+    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias parallel_residual shared_attention_norm"
+    plain = {name: getattr(Config, name) for name in [*telling.split(), "qk_norm", "post_norm"]}
     for architecture, family in FAMILIES.items():
-        usual = {**plain, **family.defaults, **family.constants}
-        if all(stored.get(name, plain[name]) == usual[name] for name in telling):
+        usual = {**plain, **family.constants}
+        if all(stored.get(name, plain[name]) == usual[name] or name in family.defaults for name in plain):
             return architecture
     return ""
 
 
-def check_unquantized(hf: dict[str, Any], name: str) -> None:
-    """Raise where a ``config.json`` says that the weights beside it are quantized."""
-    how = isinstance(hf, dict) and (hf.get("quantization_config") or hf.get("compression_config"))
+def _told_fields() -> Usual:
+    annotated = (each for each in fields(Config) if get_origin(each.type) is Annotated)
+    return {each.name: (each.type.__metadata__[0], each.default) for each in annotated}
+
+
+USUAL = _told_fields()
+
+
+def check_supported(hf: dict[str, Any], name: str) -> None:
+    """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
+    Config.from_hf(hf, name)
+    how = hf.get("quantization_config") or hf.get("compression_config")
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
-def _fields_of(described: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of ``Config`` that a ``config.json`` tells; ``name`` is for errors."""
-    listed = described.get("architectures")
-    architecture = listed if isinstance(listed, str) else (listed or [None])[0]
-    if architecture not in FAMILIES:
-        raise UserError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
-    if described.get("qk_layernorm"):
-        raise UserError(f"{name}: qk_layernorm is not supported")
-    if described.get("use_sliding_window"):  # Qwen; its sliding_window says nothing without
-        raise UserError(f"{name}: windows in some of the layers (use_sliding_window) are not supported")
-    family = FAMILIES[architecture]
-    keys = _keys(family)
-    found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
-    absent = ", ".join(key for ours, key in keys.items() if ours in SIZES and found[ours] is None)
-    if absent:
-        raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
-    found.setdefault("rotary_percentage", described.get("partial_rotary_factor") or 1.0)
-    # transformers 5 keeps all of the rotary embedding in rope_parameters, older versions the rest of it at the top.
-    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
-    for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
-        found[ours] = rope.pop(key, found[ours])
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    found["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    activation = found["gelu_approximate"]
-    known = GELUS if family.constants.get("mlp_class") == "GptNeoxMLP" else {"silu": "none"}
-    if activation not in known:
-        choices = ", ".join(known)
-        raise UserError(f"{name}: hidden_act '{activation}' of a {architecture} is not supported; supported: {choices}")
-    found["gelu_approximate"] = known[activation]
-    # null means no window, or that a size follows from the others; our fields say so with None, 0 or False.
-    told = {ours: value for ours, value in found.items() if value is not None or getattr(Config, ours)}
-    return {"architecture": architecture, **family.constants, **told}
+def _names(pattern: str) -> list[str]:
+    """Return what a shell makes of braces: ``a{,b}c`` stands for ``ac`` and ``abc``."""
+    before, brace, rest = pattern.partition("{")
+    choices, _, after = rest.partition("}")
+    return [before + choice + end for choice in choices.split(",") for end in _names(after)] if brace else [pattern]
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:
     table = read_json(Path(__file__).with_name("known_models.json"))
     models = {}
     for group in table["groups"]:
-        for repo_id, sizes in group["models"].items():
-            models[repo_id] = {**group["shared"], **dict(zip(table["columns"], sizes, strict=True))}
+        for pattern, sizes in group["models"].items():
+            told = dict(zip(group.get("columns", table["columns"]), sizes, strict=True))
+            models |= {repo_id: {**group["shared"], **told} for repo_id in _names(pattern)}
     return models
 
 

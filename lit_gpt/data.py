@@ -20,7 +20,7 @@ from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
+from lit_gpt.files import Progress, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style
 from lit_gpt.rows import FIELDS, BadRows, read_rows
@@ -139,7 +139,8 @@ def _encode_files(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str
         options = {"style": settings["prompt_style"], "mask_inputs": settings["mask_inputs"], "samples": samples}
         for one, rows, found in zip(first, files, refused, strict=True):
             start = samples.n_rows
-            encode_rows(tokenizer, chain([one], rows), problems=found, **options)
+            with Progress(chain([one], rows), desc="encoding", unit=" rows") as bar:
+                encode_rows(tokenizer, bar, problems=found, **options)
             samples.notes[BLANK] += found.blank
     Problems(str(found) for found in refused if found.rows).check()
     return samples, range(start, samples.n_rows)

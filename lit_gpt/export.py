@@ -5,7 +5,8 @@ In the diagonal block layout a reflected weight differs from W by a matrix of lo
 
 Notable choices:
 - lora_alpha is the rank: every scale is 1, also where a server looks at ``r`` alone. A scale of ours goes into B.
-- Where Hugging Face holds q, k and v in one Linear, their A are stacked and the ranks add up.
+- Where Hugging Face holds several Linears of ours in one (q, k and v of GPT-NeoX, Falcon and Phi-3, gate and up of
+  Phi-3), their A are stacked and the ranks add up.
 - ``r`` is the largest rank and ``rank_pattern`` lists the smaller ones: vLLM holds its limit against ``r``.
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
@@ -13,7 +14,7 @@ Notable choices:
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +27,7 @@ from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_
 from lit_gpt.config import Config
 from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
-from lit_gpt.hf import hf_modules
-from lit_gpt.model import interleave_qkv
+from lit_gpt.hf import Layout, hf_layout
 from lit_gpt.tokenizer import Tokenizer
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -145,28 +145,37 @@ def factorise(layers: Mapping[str, AdapterLayer], config: Config, weights: Mappi
     Raises:
         ValueError: a module's rank is so large that a LoRA saves nothing.
     """
-    export, modules = Export(), hf_modules(config)
+    layout, export = hf_layout(replace(config, tie_embeddings=False)), Export()  # a tied head may be adapted
+    changes: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}  # of a module: A, B, the rows that B is for
     for name, layer in layers.items():
-        rows = rows_in_memory(layer, weights[f"{name}.weight"].float())
-        factors = [factors_of(layer, part, rows[part.rows]) for part in layer.parts]
-        if len(factors) > len(modules[name]):
-            # Where Hugging Face has one Linear for q, k and v (GPT-NeoX), its rows are in the order of our files.
-            downs, ups = zip(*factors, strict=True)
-            factors = [(torch.cat(downs), interleave_qkv(torch.block_diag(*ups), config))]
-        for module, (a, b) in zip(modules[name], factors, strict=True):
-            r, d, f = *a.shape, len(b)
-            if r * (f + d) >= f * d:
-                raise UserError(f"rank {r} takes as much room as {module} itself, {f} x {d}")
-            if r:
-                export.add(module, a, b)
+        weight = rows_in_memory(layer, weights[f"{name}.weight"].float())
+        for part in layer.parts:
+            if part.adapted:
+                module, rows = place(layout, layer, f"{name}.weight", part)
+                changes.setdefault(module, []).append((*layer.low_rank(part, weight[part.rows]), rows))
+    for module, parts in changes.items():
+        a = torch.cat([down for down, _, _ in parts])
+        f, d = layout.theirs[f"{module}.weight"]
+        b, r = a.new_zeros(f, len(a)), 0
+        for down, up, rows in parts:  # where several parts of ours are one Linear there, their ranks add up
+            b[rows, r : r + len(down)] = up
+            r += len(down)
+        if r * (f + d) >= f * d:
+            raise UserError(f"rank {r} takes as much room as {module} itself, {f} x {d}")
+        export.add(module, a, b)
     return export
 
 
-def factors_of(layer: AdapterLayer, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (rows, r) of one part; of rank 0 where it is not adapted."""
-    if part.adapted:
-        return layer.low_rank(part, rows)
-    return rows.new_zeros(0, layer.in_features), rows.new_zeros(part.size, 0)
+def place(layout: Layout, layer: AdapterLayer, key: str, part: Part) -> tuple[str, Tensor]:
+    """Return the Hugging Face module that has a part's rows, and which of its rows they are."""
+    for piece in layout.pieces:
+        if piece.name == key:
+            theirs = torch.full((layout.ours[key][0],), -1)  # by the row of our file
+            theirs[piece.rows] = torch.arange(piece.source_rows.start, piece.source_rows.stop)
+            rows = rows_in_memory(layer, theirs)[part.rows]
+            if (rows >= 0).all():
+                return piece.source.removesuffix(".weight"), rows
+    raise AssertionError(f"{key} has no place in the layout")
 
 
 def peft_config(ranks: dict[str, int], *, base: str) -> dict:

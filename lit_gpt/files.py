@@ -1,4 +1,4 @@
-"""Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes.
+"""Files and folders, written so that nothing is lost: atomic writes, staging, JSON, hashes; and the bar of long work.
 
 Knows nothing of tensors and models. Notable choices:
 - A file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
@@ -7,6 +7,7 @@ Knows nothing of tensors and models. Notable choices:
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from lit_gpt.errors import UserError
 
@@ -33,6 +36,30 @@ REFUSALS = {
     errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOLCK, errno.EBADF,
     errno.ENOTTY, errno.EISDIR, errno.ENODEV,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- progress
+class Progress(tqdm):
+    """A bar on a terminal, gone when the work is done; elsewhere a line a minute. Work that takes less shows nothing.
+
+    To be used in a ``with``, so that an error's line does not end up behind a bar:
+
+        with Progress(desc="converting", total=n_bytes, unit="B") as bar:
+            bar.update(n)
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.live = sys.stderr.isatty()
+        pace = {"delay": 1, "mininterval": 0.5} if self.live else {"delay": 60, "mininterval": 60, "ncols": 0}
+        super().__init__(*args, **{"leave": False, "miniters": 1, "unit_scale": True, **pace, **options})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """Draw the bar, or print it as a line of its own; tqdm takes an old bar away with an empty text."""
+        if self.live:
+            return super().display(msg, pos)
+        if msg != "":
+            print(self if msg is None else msg, file=self.fp, flush=True)
+        return None
 
 
 # --------------------------------------------------------------------------------------- what may be refused
@@ -157,7 +184,7 @@ def check_space(path: Path, needed: int) -> None:
     """Raise unless the disk of ``path`` has room for ``needed`` bytes."""
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise OSError(
+        raise UserError(
             f"{path.parent} is on a disk with {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
             "make room there or choose a folder on another disk"
         )
@@ -202,12 +229,18 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last.
 
     It lies in ``out_dir``, which may be a disk of its own. What must not be replaced is best found before the work, by
-    ``prepare_out_dir`` with the files' names; here it is looked for once more.
+    ``prepare_out_dir`` with the files' names; here it is looked for once more. What a process that was killed has left
+    there is removed: a lock tells it from another's work, and goes with the process.
     """
     folder = prepare_out_dir(out_dir, overwrite)
+    for leftover in folder.glob(f"{TEMPORARY}staging.*"):
+        if (handle := _take(leftover)) is not None:
+            remove(leftover)
+            os.close(handle)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     staging = temporary_name(folder / "staging")
     staging.mkdir(parents=True)
+    handle = _take(staging)
     try:
         yield staging
         # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.
@@ -217,9 +250,22 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
             move(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
         for each in made:
             with suppress(OSError):  # it holds the result
                 each.rmdir()
+
+
+def _take(folder: Path) -> int | None:
+    """Return a handle whose lock keeps a folder, or None where another process has it, or locks are refused."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes
@@ -240,8 +286,10 @@ def read_json(path: Path | str) -> Any:
 
 def file_sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    path, digest = Path(path), hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file, Progress(desc=f"hashing {path.name}", total=size, unit="B") as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()

@@ -109,9 +109,14 @@ def _stream(
             new = prompt[len(held) :]
             idx = torch.tensor([new], device=next(model.parameters()).device)  # (1, T), later (1, 1)
             for _ in range(limit):
+                end = len(held) + len(new)
+                if held and model.config.rope_stretch(len(held)) != model.config.rope_stretch(end):
+                    new = [*held, *new]  # its keys were rotated for a shorter text
+                    held.clear()
+                    idx = torch.tensor([new], device=idx.device)
                 hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
                 held += new
-                logits = model.lm_head(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
+                logits = model.logits(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
                 idx = choose(logits).view(1, 1)
                 new = [idx.item()]
                 if new[0] in stop_ids:
@@ -130,7 +135,8 @@ def _open_cache(model: GPT, prompt: list[int], *, limit: int, cached: list[int] 
         # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
         model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if held else need))
         held.clear()
-    del held[common_length(held, prompt[:-1]) :]
+    same = model.config.rope_stretch(len(held)) == model.config.rope_stretch(len(prompt))
+    del held[common_length(held, prompt[:-1]) if same else 0 :]
     return held
 
 

@@ -1,14 +1,20 @@
 """Convert weights between Hugging Face's names and layouts and ours, in both directions, bit for bit.
 
-``families`` says which module of ours is which of theirs. Tensors move under ``.weight`` and ``.bias`` alike. Only the
-attention differs in layout: ours is one matrix, interleaved by KV group (its q heads, then k, then v). Every tensor is
-used or named in an error, never skipped. Nothing here knows a format of file: tensors come from a dict or a function.
+``families`` says which module of ours is which of theirs. One table is made of it, of which rows of our tensors are
+which rows of theirs (``hf_layout``), and is read both ways: it splits what is fused on one side, and orders the rows of
+our attention, which are interleaved by KV group (its q heads, then k, then v).
+
+Every tensor is used or named in an error, never skipped, and is made when it is written: memory holds one at a time.
+Nothing here knows a format of file: tensors come from a dict or a function.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +22,10 @@ from lit_gpt.checkpoint import stream_state
 from lit_gpt.config import UNQUANTIZED, Config
 from lit_gpt.errors import UserError
 from lit_gpt.families import FAMILIES
-from lit_gpt.model import GPT, deinterleave_qkv, interleave_qkv
+from lit_gpt.model import GPT, deinterleave_qkv
 
 State = dict[str, torch.Tensor]
+Rows = slice | torch.Tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
@@ -43,8 +50,25 @@ def check_unquantized_weights(weights: State) -> None:
             raise UserError(f"{key} is {tensor.dtype}: the weights are quantized ({kind}); {UNQUANTIZED}")
 
 
+class Piece(NamedTuple):
+    """Rows of one tensor, and the rows of another that are the same."""
+
+    name: str
+    rows: Rows
+    source: str
+    source_rows: Rows
+
+
+class Layout(NamedTuple):
+    """A model's tensors on both sides, and the rows of ours with those of Hugging Face's; none of a tied head."""
+
+    ours: dict[str, torch.Size]
+    theirs: dict[str, torch.Size]
+    pieces: list[Piece]
+
+
 def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
-    """Return our module names with Hugging Face's: one each, or three (q, k, v) for an attention kept apart.
+    """Return our module names with those of Hugging Face's modules whose rows they are made of, mostly one.
 
     Raises:
         ValueError: the model is one of the original code's that no class known here can hold.
@@ -54,12 +78,15 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
             f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
             f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
         )
-    modules = {}
-    for ours, theirs in FAMILIES[config.architecture].modules.items():
+    family, modules = FAMILIES[config.architecture], {}
+    two_norms = {} if config.shared_attention_norm else family.two_norms
+    for ours, theirs in (family.modules | two_norms).items():
         names = (theirs,) if isinstance(theirs, str) else theirs
         layers, experts = config.n_layer if "{i}" in ours else 1, config.n_expert if "{e}" in ours else 1
+        heads = range(config.n_head if ours.endswith("norm_q") else config.n_query_groups)
+        names = [name.replace("{h}", str(h)) for name in names for h in (heads if "{h}" in name else (0,))]
         for i, e in product(range(layers), range(experts)):
-            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e) for name in names)
+            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e, h="{h}") for name in names)
     return modules
 
 
@@ -71,20 +98,45 @@ def parameter_shapes(config: Config) -> dict[str, torch.Size]:
 
 def hf_names(config: Config) -> dict[str, tuple[str, ...]]:
     """Return every key of a ``lit_model.pth`` of this config, with the keys of Hugging Face's tensors that it is of."""
-    modules, names = hf_modules(config), {}
-    for key in parameter_shapes(config):
-        module, _, kind = key.rpartition(".")
-        names[key] = tuple(f"{theirs}.{kind}" for theirs in modules[module])
-    return names
+    shapes = parameter_shapes(config)
+    return {
+        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs)
+        for ours, theirs in hf_modules(config).items()
+        for kind in ("weight", "bias")
+        if f"{ours}.{kind}" in shapes
+    }
+
+
+def hf_layout(config: Config) -> Layout:
+    """Return which rows of our tensors are which rows of Hugging Face's.
+
+    A name of theirs that several parts of ours have is one tensor, in which these lie one after another as listed.
+    """
+    ours, theirs, height, pieces = parameter_shapes(config), {}, Counter(), []
+    qkv = deinterleave_qkv(torch.arange(sum(config.qkv_sizes)), config).split(config.qkv_sizes)
+    for key, names in hf_names(config).items():
+        if key == HEAD and config.tie_embeddings:
+            continue
+        size = ours[key][0] // len(names)
+        parts: Sequence[Rows] = [slice(start, start + size) for start in range(0, ours[key][0], size)]
+        if ".attn.attn." in key and len(names) == len(qkv):
+            parts = qkv
+        for name, rows in zip(names, parts, strict=True):
+            n_rows = size if isinstance(rows, slice) else len(rows)
+            pieces.append(Piece(key, rows, name, slice(height[name], height[name] + n_rows)))
+            height[name] += n_rows
+            theirs[name] = torch.Size((height[name], *ours[key][1:]))
+    place = {key: n for n, key in enumerate(ours)}  # layer by layer, for shards that are whole layers
+    return Layout(ours, theirs, sorted(pieces, key=lambda piece: place[piece.name]))
 
 
 def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config, path: Path) -> State:
-    """Write Hugging Face's weights as a ``lit_model.pth``, holding the sources of one of its tensors at a time.
+    """Write Hugging Face's weights as a ``lit_model.pth``, holding one of its tensors and its sources at a time.
 
     Args:
         blanks: every tensor of the Hugging Face checkpoint, on the meta device, with the dtype to store it in.
         read: gives the tensor of a name.
-        config: the model they belong to. Where it ties the embeddings, either name will do for both.
+        config: the model they belong to. Where it ties the embeddings, the head is not among them.
         path: the file.
 
     Returns:
@@ -93,73 +145,73 @@ def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config
     Raises:
         ValueError: keys missing, keys that no one expects, or a shape that contradicts the config.
     """
-    sources = hf_names(config)
-    known = {name for names in sources.values() for name in names}
-    if config.tie_embeddings:
-        either = [sources[EMBEDDING], sources.pop(HEAD)]
-        sources[EMBEDDING] = sources[HEAD] = next((names for names in either if names[0] in blanks), either[0])
-    needed = [name for names in sources.values() for name in names]
-    given = [name for name in blanks if not _BUFFERS.search(name)]
-    _check_keys(f"a {config.architecture}", given, needed=needed, known=known)
-    template = {key: _join(names, blanks.__getitem__, config) for key, names in sources.items()}
-    for key, shape in parameter_shapes(config).items():
-        _check_shape(sources[key][0], template[key], shape)
-    stream_state(template, lambda key: _join(sources[key], read, config).to(template[key].dtype), path)
+    layout = hf_layout(config)
+    _check(f"a {config.architecture}", {key: t for key, t in blanks.items() if not _BUFFERS.search(key)}, layout.theirs)
+    template, make = _assemble(layout.ours, layout.pieces, blanks, read)
+    stands_for = {HEAD: EMBEDDING} if config.tie_embeddings else {}
+    template = {key: template[stands_for.get(key, key)] for key in layout.ours}
+    stream_state(template, lambda key: make(stands_for.get(key, key)), path)
     return template
 
 
-def lit_to_hf(weights: State, config: Config) -> State:
-    """Return our weights under Hugging Face's names and in its layout; the inverse of ``write_lit``, bit for bit.
+def lit_to_hf(weights: State, config: Config) -> tuple[State, Callable[[str], torch.Tensor]]:
+    """Give our weights Hugging Face's names and layout; the inverse of ``write_lit``, bit for bit.
 
     Args:
         weights: the state dict of a ``lit_model.pth``.
-        config: the model they belong to. Where it ties the embeddings, only the embedding is written.
+        config: the model they belong to. Where it ties the embeddings, only the embedding is given.
 
     Returns:
-        tensors that share no memory with one another.
+        every tensor on the meta device, and a function that makes the tensor of a name.
 
     Raises:
-        ValueError: keys missing, or keys that no one expects (an adapter that is not merged).
+        ValueError: keys missing, keys that no one expects (an adapter that is not merged), or a shape that
+            contradicts the config.
     """
-    shapes, names, hf = parameter_shapes(config), hf_names(config), {}
-    _check_keys("this lit_config.json", weights, needed=shapes, known=shapes)
-    for key, shape in shapes.items():
-        _check_shape(key, weights[key], shape)
-        if len(names[key]) > 1:
-            parts = [part.clone() for part in split_qkv(weights[key], config)]
-            hf.update(zip(names[key], parts, strict=True))
-        elif key != HEAD or not config.tie_embeddings:
-            hf[names[key][0]] = weights[key]
-    return hf
+    layout = hf_layout(config)
+    _check("this lit_config.json", weights, layout.ours)
+    pieces = [Piece(theirs, their_rows, ours, rows) for ours, rows, theirs, their_rows in layout.pieces]
+    return _assemble(layout.theirs, pieces, weights, weights.__getitem__)
 
 
-def split_qkv(tensor: torch.Tensor, config: Config) -> tuple[torch.Tensor, ...]:
-    """Return the q, k and v of the interleaved rows of a file's attention weight or bias."""
-    return deinterleave_qkv(tensor, config).split(config.qkv_sizes)
+def _assemble(
+    shapes: Mapping[str, torch.Size], pieces: Iterable[Piece], sources: State, read: Callable[[str], torch.Tensor]
+) -> tuple[State, Callable[[str], torch.Tensor]]:
+    """Return tensors that pieces of others make up: as they will be, on the meta device, and a function that makes one.
+
+    What lies in its source as it is to be is not copied.
+    """
+    made_of: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        made_of[piece.name].append(piece)
+    blanks = {}
+    for name, parts in made_of.items():
+        dtype = reduce(torch.promote_types, (sources[piece.source].dtype for piece in parts))
+        blanks[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
+
+    def make(name: str) -> torch.Tensor:
+        dtype = blanks[name].dtype
+        if len(made_of[name]) == 1:
+            piece = made_of[name][0]
+            return read(piece.source)[piece.source_rows].to(dtype)
+        whole = torch.empty(shapes[name], dtype=dtype)
+        for piece in made_of[name]:
+            whole[piece.rows] = read(piece.source)[piece.source_rows].to(dtype)
+        return whole
+
+    return blanks, make
 
 
-def _join(names: tuple[str, ...], read: Callable[[str], torch.Tensor], config: Config) -> torch.Tensor:
-    """Read one tensor as it is, or q, k and v as ours; their heights are checked: three wrong ones may sum up right."""
-    parts = [read(name) for name in names]
-    if len(parts) == 1:
-        return parts[0]
-    rows = [len(part) for part in parts]
-    if rows != [*config.qkv_sizes]:
-        raise UserError(f"{names[0]} and its k and v have {rows} rows; config.json asks for {[*config.qkv_sizes]}")
-    return interleave_qkv(torch.cat(parts), config)
-
-
-def _check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}; the model's config asks for {tuple(shape)}")
-
-
-def _check_keys(who: str, given: Collection[str], *, needed: Collection[str], known: Collection[str]) -> None:
-    """Raise where keys are missing or left over, naming the first few."""
+def _check(who: str, given: State, expected: Mapping[str, torch.Size]) -> None:
+    """Raise where keys are missing or left over, naming the first few, or a shape is another."""
     problems = []
-    for what, keys, there in (("missing", needed, given), ("not known", given, known)):
-        found = [key for key in dict.fromkeys(keys) if key not in there]
+    for what, keys, there in (("missing", expected, given), ("not known", given, expected)):
+        found = [key for key in keys if key not in there]
         if found:
             problems.append(f"{len(found)} {what} ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''})")
     if problems:
         raise UserError(f"the weights are not those of {who}: {'; '.join(problems)}")
+    for key, shape in expected.items():
+        if given[key].shape != shape:
+            found = tuple(given[key].shape)
+            raise UserError(f"{key} has shape {found}; the model's config asks for {tuple(shape)}")

@@ -110,7 +110,7 @@ def working_bytes(
             x = model.hidden(idx, lengths=lengths).flatten(0, 1)  # (B T, d)
             # As many rows as have a target; which ones, fake tensors cannot tell.
             chosen = torch.arange(n_losses)
-            loss = chunked_cross_entropy(model.lm_head, x[chosen], torch.zeros_like(chosen))
+            loss = chunked_cross_entropy(model.lm_head, x[chosen], torch.zeros_like(chosen), finish=model.finish_logits)
         loss.backward()
         del x, loss
         in_pass, live.most = live.most, live.now

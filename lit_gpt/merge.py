@@ -212,7 +212,7 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
     gap = scale = divergence = 0.0
     for index, row in enumerate(rows):
         p, q = (
-            model.lm_head(states[index, : len(row)]).double()  # (t, V)
+            model.logits(states[index, : len(row)]).double()  # (t, V)
             for model, states in zip((unmerged, merged), hidden, strict=True)
         )
         if not (is_finite(p) and is_finite(q)):

@@ -1,17 +1,15 @@
-"""A decoder-only transformer in plain PyTorch: Llama, Mistral, Mixtral, GPT-NeoX/Pythia and Phi by their ``Config``.
+"""A decoder-only transformer in plain PyTorch; its ``Config`` makes it a Llama, a Qwen, a Gemma, a Pythia, ...
 
 Notable choices:
 - Module and file names are Lit-GPT's. Files hold the fused QKV weight interleaved (for each key/value group its query
   heads, then its key head, then its value head); in memory its rows are [q | k | v], so that each projection is a
   contiguous block that an adapter can multiply alone. ``QKVLinear`` converts while it loads and saves.
 - Adapters replace ``nn.Linear`` modules from outside; nothing here knows of them.
-- Rotary angles are computed from the positions in each forward pass (once, not once a layer): there is no buffer to
-  size, to move, or to fill after a start on the meta device.
+- Layers of one kind (window, rotary embedding) share a mask and angles, computed once a pass.
 
 Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head size, V padded vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.attention import KVCache, Packing, attend
-from lit_gpt.config import Config
+from lit_gpt.config import Config, LayerKind
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
-
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary embedding, (T, rope_n_elem) each."""
+from lit_gpt.norms import build_norm, build_qk_norm, no_norm
+from lit_gpt.rope import Rope, apply_rope, rope_angles
 
 
 class GPT(nn.Module):
@@ -62,9 +59,21 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, **context)
         if targets is None:
-            return self.lm_head(x)
+            return self.logits(x)
         wanted = targets != IGNORE_INDEX
-        return chunked_cross_entropy(self.lm_head, x[wanted], targets[wanted], reduction=reduction)
+        flags = dict(reduction=reduction, finish=self.finish_logits)
+        return chunked_cross_entropy(self.lm_head, x[wanted], targets[wanted], **flags)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map (..., d) states, as ``hidden`` gives them, to (..., V) logits."""
+        return self.finish_logits(self.lm_head(x))
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Scale and bend what the head gives, where the model does (Granite, Gemma 2)."""
+        if self.config.logits_scale != 1:
+            logits = logits / self.config.logits_scale
+        cap = self.config.logits_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def hidden(self, idx: Tensor, *, input_pos: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """Return the (B, T, d) states that the head reads.
@@ -75,31 +84,36 @@ class GPT(nn.Module):
             lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
                 from 0 and attends to itself alone.
         """
-        T, start = idx.size(1), input_pos or 0
-        longest = max(lengths) if lengths else T
-        if start + longest > self.config.block_size:
-            raise UserError(f"{start + longest} tokens do not fit the model's context of {self.config.block_size}")
+        end = (input_pos or 0) + (max(lengths) if lengths else idx.size(1))
+        if end > self.config.block_size:
+            raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, d)
-        positions = torch.arange(start, start + longest, device=idx.device)
-        packing = Packing(lengths, self.config, device=x.device, dtype=x.dtype) if lengths else None
-        mask = None if packing and packing.fused else self.attention_mask(start, longest, idx.device)
-        if packing:
-            positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
-        context = (rope_angles(self.config, positions, x.dtype), mask, input_pos, packing)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's type, as Gemma's is
+        kinds = self.config.layer_kinds
+        contexts = {kind: self.attention_context(kind, x, input_pos, lengths) for kind in set(kinds)}
         compute_again = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.transformer.h:
+        for block, kind in zip(self.transformer.h, kinds, strict=True):
+            context = contexts[kind]
             x = checkpoint(block, x, *context, use_reentrant=False) if compute_again else block(x, *context)
         return self.transformer.ln_f(x)
 
-    def attention_mask(self, start: int, T: int, device: torch.device) -> Tensor | None:
-        """Return (T, start + T), true where a query may look; None where plain causal attention says the same."""
-        window = self.config.sliding_window
-        if (start == 0 or T == 1) and (window is None or start + T <= window):
-            return None
-        queries = torch.arange(start, start + T, device=device)[:, None]
-        keys = torch.arange(start + T, device=device)[None, :]
-        mask = keys <= queries
-        return mask if window is None else mask & (keys > queries - window)
+    def attention_context(
+        self, kind: LayerKind, x: Tensor, input_pos: int | None, lengths: Sequence[int] | None
+    ) -> tuple[Rope | None, Tensor | None, int | None, Packing | None]:
+        """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
+        start, longest = input_pos or 0, max(lengths) if lengths else x.size(1)
+        positions = torch.arange(start, start + longest, device=x.device)
+        packing = None
+        if lengths:
+            packing = Packing(lengths, self.config, window=kind.window, device=x.device, dtype=x.dtype)
+            positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
+        mask = None if packing and packing.fused else attention_mask(kind.window, start, longest, x.device)
+        rope = None
+        if kind.rope != "none":
+            flags = dict(length=start + longest, local=kind.rope == "local")
+            rope = rope_angles(self.config, positions, x.dtype, **flags)
+        return rope, mask, input_pos, packing
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
         """Make room for the keys and values of ``batch_size`` sequences; forward then takes ``input_pos``."""
@@ -128,20 +142,23 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.parallel_residual = config.parallel_residual
-        self.norm_1 = build_norm(config)
+        self.parallel_residual, self.residual_scale = config.parallel_residual, config.residual_scale
+        pre, post = (build_norm if present else no_norm for present in (config.pre_norm, config.post_norm))
+        self.norm_1 = pre(config)
         self.attn = CausalSelfAttention(config)
-        self.norm_2 = None if config.shared_attention_norm else build_norm(config)
+        self.post_attention_norm = post(config)
+        self.norm_2 = None if config.shared_attention_norm else pre(config)
         self.mlp = MLPS[config.mlp_class](config)
+        self.post_mlp_norm = post(config)
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         """Map (B, T, d) to (B, T, d); ``context`` is for the attention."""
         normed = self.norm_1(x)
-        attended = self.attn(normed, *context)
+        attended = self.post_attention_norm(self.attn(normed, *context))
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
-        x = x + attended
-        return x + self.mlp(self.norm_2(x))
+        x = torch.add(x, attended, alpha=self.residual_scale)
+        return torch.add(x, self.post_mlp_norm(self.mlp(self.norm_2(x))), alpha=self.residual_scale)
 
 
 class CausalSelfAttention(nn.Module):
@@ -152,33 +169,44 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.attn = QKVLinear(config)
         self.proj = nn.Linear(config.q_size, config.n_embd, bias=config.proj_bias)
-        self.norm_q = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.norm_q = build_qk_norm(config, config.n_head) if config.qk_norm else None
+        self.norm_k = build_qk_norm(config, config.n_query_groups) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, start: int | None, packing: Packing | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, start: int | None, packing: Packing | None
+    ) -> Tensor:
         """Map (B, T, d) to (B, T, d).
 
         Args:
             x: (B, T, d).
-            rope: cosines and sines of the positions.
+            rope: cosines and sines of the positions; None where the layer knows no positions.
             mask: (T, start + T), true where a query may look; None for causal attention.
             start: position of x's first token in the cache; None goes without the cache.
             packing: the samples that x's only row is made of; None for one sample a row.
         """
         B, T, _ = x.shape
         config = self.config
-        q, k, v = [part.view(B, T, -1, config.head_size).transpose(1, 2) for part in self.attn(x)]  # (B, H or G, T, S)
-        if self.norm_q is not None:
+        q, k, v = self.attn(x)  # (B, T, H or G * S)
+        if config.qkv_clip:
+            q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))
+        if self.norm_q is not None and config.qk_norm_over == "row":
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = (part.view(B, T, -1, config.head_size).transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, S)
+        if self.norm_q is not None and config.qk_norm_over != "row":
+            q, k = self.norm_q(q), self.norm_k(k)
+        if config.attention_scale:
+            q = q * (config.attention_scale * config.head_size**0.5)  # attend divides by that root
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
             k, v = self.kv_cache.update(k, v, start=start)  # (B, G, start + T, S)
         if T == 1 and packing is None:
             # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
-        y = attend(q, k, v, mask, is_causal=T > 1) if packing is None else packing.attend(q, k, v, mask)
+        cap = config.attention_softcap or 0.0
+        y = attend(q, k, v, mask, cap, is_causal=T > 1) if packing is None else packing.attend(q, k, v, mask, cap)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
@@ -241,6 +269,18 @@ class LLaMAMLP(nn.Module):
         return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
 
 
+class GemmaMLP(LLaMAMLP):
+    """``LLaMAMLP`` with a GELU, GPT-NeoX's or tanh's, in place of the SiLU."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gelu_approximate = config.gelu_approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., d)."""
+        return self.proj(F.gelu(self.fc_1(x), approximate=self.gelu_approximate) * self.fc_2(x))
+
+
 class LLaMAMoE(nn.Module):
     """A mixture of SwiGLU experts: each token goes to the ``n_expert_per_token`` that the router likes best."""
 
@@ -248,13 +288,17 @@ class LLaMAMoE(nn.Module):
         super().__init__()
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(LLaMAMLP(config) for _ in range(config.n_expert))
-        self.n_expert_per_token = config.n_expert_per_token
+        self.n_expert_per_token, self.norm_expert_weights = config.n_expert_per_token, config.norm_expert_weights
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
         tokens = x.flatten(0, -2)  # (B * T, d)
-        scores, chosen = self.gate(tokens).float().topk(self.n_expert_per_token, dim=-1)
-        weights = scores.softmax(dim=-1).to(x.dtype)  # over the chosen alone, as Mixtral renormalises
+        scores = self.gate(tokens).float()  # (B * T, experts)
+        best, chosen = scores.topk(self.n_expert_per_token, dim=-1)
+        if self.norm_expert_weights:
+            weights = best.softmax(dim=-1).to(x.dtype)  # over the chosen alone
+        else:
+            weights = scores.softmax(dim=-1).gather(-1, chosen).to(x.dtype)
         out = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             row, slot = torch.where(chosen == index)
@@ -262,43 +306,17 @@ class LLaMAMoE(nn.Module):
         return out.view_as(x)
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "LLaMAMoE": LLaMAMoE}
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP, "LLaMAMoE": LLaMAMoE}
 
 
-def build_norm(config: Config) -> nn.Module:
-    """Return the norm that the config names."""
-    return getattr(nn, config.norm_class)(config.n_embd, eps=config.norm_eps)
-
-
-def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """Return the rotary embedding (Su et al., 2104.09864) of (T,) positions; the angles themselves are fp32."""
-    n = config.rope_n_elem
-    exponents = torch.arange(0, n, 2, device=positions.device).float() / n
-    frequencies = scale_frequencies(1.0 / config.rope_base**exponents, config.rope_scaling)
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)  # (T, n): both halves turn alike
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def scale_frequencies(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
-    """Stretch rotary frequencies for a longer context: Hugging Face's ``linear`` and ``llama3`` scaling."""
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    # Llama 3: slow waves are stretched by the factor, fast ones stay, those between are blended.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return blend * frequencies + (1 - blend) * frequencies / scaling["factor"]
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first elements of each head of x (B, H, T, S): the first half of them pairs with the second."""
-    n = cos.size(-1)
-    rotated, rest = x[..., :n], x[..., n:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return rotated if rest.size(-1) == 0 else torch.cat((rotated, rest), dim=-1)
+def attention_mask(window: int | None, start: int, T: int, device: torch.device) -> Tensor | None:
+    """Return (T, start + T), true where a query may look; None where plain causal attention says the same."""
+    if (start == 0 or T == 1) and (window is None or start + T <= window):
+        return None
+    queries = torch.arange(start, start + T, device=device)[:, None]
+    keys = torch.arange(start + T, device=device)[None, :]
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)
 
 
 def interleave_qkv(rows: Tensor, config: Config) -> Tensor:

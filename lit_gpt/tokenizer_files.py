@@ -15,6 +15,10 @@ from pathlib import Path
 from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
 
+NAMES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+)  # fmt: skip
+"""Patterns of a tokenizer's files, those that only other programs read among them."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
 

@@ -1,4 +1,4 @@
-"""Turn a llama.cpp GGUF file into a base-shaped folder: weights, configs and tokenizer, with no other source.
+"""Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder, with no other source.
 
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
 converts them like any checkpoint, tensor by tensor: memory holds a layer's attention in fp32, whatever the model's
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import gguf
 import numpy
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -33,24 +33,33 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
 from lit_gpt.hf import hf_names, write_lit
-from lit_gpt.model import scale_frequencies
+from lit_gpt.rope import scaled_frequencies
 
+# The classes that these architectures are of in transformers.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
+# What stands under NAME.rope.scaling, as Hugging Face's rope_scaling calls it.
+ROPE_SCALING = {
+    "factor": "factor", "original_context_length": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}  # fmt: skip
 CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-# Kinds of token in tokenizer.ggml.token_type that are matched whole, before the text is split.
-CONTROL, USER_DEFINED = 3, 4
-# Llama 3's own pattern (tiktoken's cl100k_base with digits in groups of at most three).
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+# Kinds of token in tokenizer.ggml.token_type: all but the first and the last two are matched before the text is split.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2 = ByteLevel(add_prefix_space=False, use_regex=True)
+GPT2, BYTES = (ByteLevel(add_prefix_space=False, use_regex=use_regex) for use_regex in (True, False))
 # How text is cut before BPE, by the name in tokenizer.ggml.pre.
 PRE_TOKENIZERS = {
     "smollm": [Digits(individual_digits=True), GPT2],
     "gpt-2": [GPT2],
-    "llama-bpe": [Split(Regex(LLAMA3), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+    "llama-bpe": [Split(Regex(CL100K % "{1,3}"), behavior="isolated"), BYTES],
+    "qwen2": [Split(Regex(CL100K % ""), behavior="isolated"), BYTES],
 }
 
 
@@ -61,7 +70,7 @@ def setup(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Convert a GGUF file of the llama architecture for finetuning, chat and evaluation.
+    """Convert a GGUF file for finetuning, chat and evaluation.
 
     Args:
         gguf_path: the .gguf file.
@@ -70,42 +79,37 @@ def setup(
         overwrite: replace the model and the configs that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
-    keep_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
-    names = [WEIGHTS, CONFIG] + ([] if keep_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
+    has_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
+    names = [WEIGHTS, CONFIG] + ([] if has_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
     prepare_out_dir(checkpoint_dir, overwrite, names=names)
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
         config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
-        words = section(metadata, "tokenizer.ggml.")
-        described = json_files(words, config, dtype=dtype, template=metadata.get("tokenizer.chat_template"))
-        tokenizer = None if keep_tokenizer else tokenizer_json(words, gguf_path)
-    kept = ["tokenizer_config.json"] if keep_tokenizer else []
-    if not overwrite:  # as the tokenizer, those of the model's Hugging Face folder are kept
-        note_other_model(checkpoint_dir / "config.json", config)
-        kept += [name for name in described if (checkpoint_dir / name).is_file()]
+        words = section(metadata, "tokenizer.")
+        files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
+        if not has_tokenizer:
+            files |= tokenizer_files(words, config, gguf_path)
+    if not overwrite:  # as the tokenizer, the configs of the model's Hugging Face folder are kept
+        files = {name: content for name, content in files.items() if not (checkpoint_dir / name).is_file()}
+        check_same_model(checkpoint_dir / "config.json", config)
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], config), config, staging / WEIGHTS)
-        write_json(staging / CONFIG, config.to_dict())
-        for name in described.keys() - kept:
-            write_json(staging / name, described[name])
-        if tokenizer is not None:
-            (staging / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        for name, content in files.items():
+            write_json(staging / name, content)
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
-def note_other_model(path: Path, config: Config) -> None:
-    """Say so where a config.json that is kept describes a model of other sizes: only an export would read it."""
+def check_same_model(path: Path, config: Config) -> None:
+    """Raise where a config.json that is to be kept describes a model of other sizes, which an export would read."""
     other = Config.from_hf(read_json(path), name=config.name) if path.is_file() else config
     for name in ("n_layer", "n_embd", "n_head", "n_query_groups", "intermediate_size", "padded_vocab_size"):
-        theirs, ours = getattr(other, name), getattr(config, name)
-        if theirs != ours:
-            what = f"another model ({name} is {theirs}, in the GGUF file {ours})"
-            print(f"note: {path} is kept, and describes {what}; --overwrite true replaces it")
-            break
+        if (theirs := getattr(other, name)) != (ours := getattr(config, name)):
+            what = f"{path} is of another model ({name} is {theirs}, in the GGUF file {ours})"
+            raise UserError(f"{what}; choose another folder, or replace it with --overwrite true")
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,14 +157,14 @@ def section(metadata: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, *, name: str) -> Config:
-    """Return the config that the ``config.json`` of the model would give, from ``llama.*`` and the tensors' shapes."""
+    """Return the config that the model's ``config.json`` would give, from the metadata and the tensors' shapes."""
     kind = metadata.get("general.architecture")
-    if kind != "llama" or metadata.get("llama.expert_count", 0):
-        kind = "llama with experts" if kind == "llama" else kind
-        raise UserError(f"{path}: GGUF architecture {kind} is not supported (llama is); convert its HF folder")
-    sizes = section(metadata, "llama.")
+    sizes = section(metadata, f"{kind}.")
+    if kind not in ARCHITECTURES or sizes.get("expert_count", 0):
+        what = f"GGUF architecture {kind}{' with experts' if kind in ARCHITECTURES else ''} is not supported"
+        raise UserError(f"{path}: {what} ({', '.join(ARCHITECTURES)} are); {HF_ROUTE}")
     described = {
-        "architectures": "LlamaForCausalLM",
+        "architectures": ARCHITECTURES[kind],
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "max_position_embeddings": int(sizes["context_length"]),
         "hidden_size": int(sizes["embedding_length"]),
@@ -181,7 +185,7 @@ def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, 
 
 def shortest(number: float) -> float:
     """Return the shortest decimal that rounds to the same fp32, 1e-05 for 9.99999974e-06: what config.json said."""
-    return float(str(numpy.float32(number)))
+    return number if isinstance(number, int) else float(str(numpy.float32(number)))
 
 
 def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -190,92 +194,124 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    kind = sizes.get("rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": shortest(sizes["rope.scaling.factor"])}
+    told = section(sizes, "rope.scaling.") | {"finetuned": None}
+    kind = told.pop("type", "linear" if "factor" in told else "none")
     if kind != "none":
-        raise UserError(f"{path}: rope scaling {kind} is not supported (linear and llama3 are)")
+        strange = ", ".join(key for key, value in told.items() if value is not None and key not in ROPE_SCALING)
+        if strange:
+            raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
+        return {"rope_type": kind} | {ours: shortest(told[key]) for key, ours in ROPE_SCALING.items() if key in told}
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
-    exponents = torch.arange(0, 2 * len(divisors), 2).float() / (2 * len(divisors))
-    frequencies = 1.0 / sizes["rope.freq_base"] ** exponents
+    base, n = sizes["rope.freq_base"], 2 * len(divisors)
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
-    if not torch.allclose(frequencies / scale_frequencies(frequencies, scaling), divisors, rtol=1e-4):
-        raise UserError(f"{path}: its rope_freqs are not those of Llama 3's scaling; convert its HF folder instead")
+    plain, scaled = (scaled_frequencies(base, n, each)[0] for each in (None, scaling))
+    if not torch.allclose(plain / scaled, divisors, rtol=1e-5):
+        raise UserError(f"{path}: its rope_freqs are not those of Llama 3's scaling; {HF_ROUTE}")
     return scaling
 
 
 def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the tensors by Hugging Face's names; one without keeps its own, which ``write_lit`` refuses."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layer)
+    kind = next(kind for kind, architecture in ARCHITECTURES.items() if architecture == config.architecture)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.n_layer)
     known = {names.get_name(name, (".weight", ".bias")): name for group in hf_names(config).values() for name in group}
     return {known.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
 
 
 def dequantized(tensor: Any, config: Config) -> torch.Tensor:
-    """Return a tensor of the file in fp32, rows of q and k in the order of a ``LlamaForCausalLM``."""
+    """Return a tensor of the file in fp32, rows of q and k in the order of Hugging Face."""
     try:
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise UserError(f"tensor {tensor.name}: {error}; convert the model's HF folder instead") from error
+        raise UserError(f"tensor {tensor.name}: {error}; {HF_ROUTE}") from error
     values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
-    if heads:
+    if heads and config.architecture == "LlamaForCausalLM":
         # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
         values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # by way of (heads, 2, S / 2, ...)
     return values
 
 
-def tokenizer_json(words: dict[str, Any], path: Path) -> str:
-    """Return the text of a tokenizer.json, from the metadata's vocabulary, merges and kinds of token.
+def special_ids(words: dict[str, Any]) -> dict[str, int]:
+    """Return the special tokens' ids that the file has, as Hugging Face calls them."""
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {name: words.get(f"ggml.{key}_token_id") for name, key in keys.items()}
+    return {f"{name}_token_id": index for name, index in ids.items() if index is not None}
 
-    SmolLM2's comes out byte for byte as its original, which is how we know that its ids are the original's.
+
+def model_files(words: dict[str, Any], config: Config, *, dtype: str) -> dict[str, Any]:
+    """Return what config.json and generation_config.json hold."""
+    ids = special_ids(words)
+    ids.pop("unk_token_id", None)
+    eos, end_of_turn = ids.get("eos_token_id"), words.get("ggml.eot_token_id", ids.get("eos_token_id"))
+    ends = {} if eos in (None, end_of_turn) else {"eos_token_id": [eos, end_of_turn]}  # Llama 3 has two
+    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | ends}
+
+
+def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[str, Any]:
+    """Return what tokenizer.json and tokenizer_config.json hold: vocabulary, merges and kinds of token are metadata.
+
+    SmolLM2's tokenizer.json comes out as its original, which is how we know that its ids are the original's.
     """
-    kind, pre = words.get("model"), words.get("pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    kind, pre, types = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.token_type", [])
+    tokens = words.get("ggml.tokens", [])
+    # llama.cpp fills up the rows that stand for no token with [PAD151669] and so on
+    unused = {f"[PAD{index}]" for index, type_ in enumerate(types) if type_ == UNUSED}
+    vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
+    if kind == "llama":
+        tokenizer = sentencepiece_tokenizer(words, vocabulary)
+    elif kind == "gpt2" and pre in PRE_TOKENIZERS:
+        merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
+        if pre == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
+    else:
         raise UserError(
-            f"{path}: tokenizer {kind}/{pre} can't be rebuilt (gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
+            f"{path}: tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
             "put the original's tokenizer.json into --checkpoint_dir first"
         )
-    vocabulary = {token: index for index, token in enumerate(words["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in words["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = Sequence(PRE_TOKENIZERS[pre])
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, type_ in zip(words["tokens"], words.get("token_type", []), strict=False):
-        if type_ in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ == CONTROL)])
-    # Older files of Llama 3 do not say it; llama.cpp takes it for granted there, and the original does it.
-    if words.get("add_bos_token", pre == "llama-bpe"):
-        bos = words["tokens"][words["bos_token_id"]]
-        ids = [(bos, vocabulary[bos])]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    for token, type_ in zip(tokens, types, strict=False):
+        if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != USER_DEFINED)])
+    named = {name.removesuffix("_id"): tokens[index] for name, index in special_ids(words).items()}
+    # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
+    adds = {"bos": words.get("ggml.add_bos_token", "llama" in (kind, pre[:5])), "eos": words.get("ggml.add_eos_token")}
+    bos, eos = ([named[f"{name}_token"]] if added else [] for name, added in adds.items())
+    if bos or eos:
+        ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
     content = json.loads(tokenizer.to_str())
-    content["model"]["merges"] = words["merges"]  # "a b", as most files on the Hub have it: all versions read that
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]  # all versions read that
+    # The class that takes tokenizer.json as it stands
+    shown = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size, **named}
+    shown |= {"clean_up_tokenization_spaces": False, "chat_template": words.get("chat_template")}
+    return {"tokenizer.json": content, "tokenizer_config.json": shown}
 
 
-def json_files(words: dict[str, Any], config: Config, *, dtype: str, template: str | None) -> dict[str, Any]:
-    """Return what the folder's configs hold, by their names; special tokens are those that the file has."""
-    keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
-    ids = {f"{name}_token_id": words[key] for name, key in keys.items() if key in words}
-    tokens = {name.removesuffix("_id"): words["tokens"][index] for name, index in ids.items()}
-    ids.pop("unk_token_id", None)
-    eos, end_of_turn = ids.get("eos_token_id"), words.get("eot_token_id", ids.get("eos_token_id"))
-    ends = {} if eos in (None, end_of_turn) else {"eos_token_id": [eos, end_of_turn]}  # Llama 3 has two
-    return {
-        "config.json": {**config.to_hf(), **ids, "torch_dtype": dtype},
-        "generation_config.json": ids | ends,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
-            "model_max_length": config.block_size,
-            "clean_up_tokenization_spaces": False,
-            **tokens,
-            **({"chat_template": template} if template else {}),
-        },
-    }
+def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -> Tokenizer:
+    """Return a tokenizer that does what SentencePiece does with these pieces and scores.
+
+    SentencePiece joins the two neighbours that make the piece of the best score: any two, so each pair of pieces that
+    makes one is a merge.
+    """
+    scores, types, ranks = words["ggml.scores"], words["ggml.token_type"], []
+    for piece, index in vocabulary.items():
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[index] == NORMAL]
+        pairs = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
+        ranks += [(-scores[index], index, *map(vocabulary.get, pair), pair) for pair in pairs]
+    unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
+    merges = [pair for *_, pair in sorted(ranks)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = words.get("ggml.add_space_prefix", True)
+    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 Reads ``.safetensors`` or, where there are none, ``.bin`` files, in one piece or in shards. Weights keep the type they
 are stored in unless ``--dtype`` says otherwise. The files are memory-mapped and the result is written tensor by
-tensor: memory holds no more than a layer's attention, whatever the model's size. Converting again gives the same files.
+tensor: memory holds no more than one of them, whatever the model's size. Converting again gives the same files. Of a
+model of more than text (Gemma 3, Mistral Small 3) the part that is one of text is converted.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
 """
 
+import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
 from lit_gpt.cli import main
-from lit_gpt.config import Config, check_unquantized
+from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, read_json, write_json
+from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
+
+NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
+"""The beginning of the names of what a multimodal model has beside its model of text."""
 
 
 def setup(
@@ -45,12 +51,14 @@ def setup(
         if twice := weights.keys() & found:
             raise UserError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
         weights |= found
+    weights = text_weights(weights)
     check_unquantized_weights(weights)
-    config = untie_where_different(weights, config)
+    config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
     blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
-    lit = write_lit(blanks, weights.__getitem__, config, checkpoint_dir / WEIGHTS)
-    write_json(checkpoint_dir / CONFIG, config.to_dict())
+    with staged_dir(checkpoint_dir, overwrite=True) as staging:
+        lit = write_lit(blanks, weights.__getitem__, config, staging / WEIGHTS)
+        write_json(staging / CONFIG, config.to_dict())
     count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
     print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / WEIGHTS}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
@@ -70,7 +78,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
-    check_unquantized(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
+    check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
     for whole in (checkpoint_dir / "model.safetensors", checkpoint_dir / "pytorch_model.bin"):
         index = whole.with_name(f"{whole.name}.index.json")
         if whole.is_file():  # before an index, as in transformers
@@ -80,6 +88,9 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         if index.is_file():
             with reading(index):
                 shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+                outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
+                if outside:
+                    raise UserError(f"{index} names {outside[0]}, outside the folder: nothing is read there; {again}")
                 absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
             if absent or not shards:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
@@ -107,18 +118,34 @@ def read_weights(path: Path) -> State:
             raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
     state = load_state(path)
     for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise UserError(f"{path} holds {name!r}, expected names and tensors alone: save the model's own state_dict")
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
+            raise UserError(f"{path} holds {name!r}, expected names and dense tensors: save the model's own state_dict")
     return state
 
 
-def untie_where_different(weights: State, config: Config) -> Config:
-    """Believe the weights where config.json ties head and embedding and they differ, as transformers does."""
-    names = hf_names(config)
-    pair = [weights[name] for key in (HEAD, EMBEDDING) for name in names[key] if name in weights]
-    if config.tie_embeddings and len(pair) == 2 and not torch.equal(*pair):
-        print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
-        return replace(config, tie_embeddings=False)
+def text_weights(weights: State) -> State:
+    """Return the weights of a multimodal model's text part, named as in a model of text; say what is left out."""
+    left = Counter(found[0] for found in map(NOT_TEXT.match, weights) if found)
+    if left:
+        parts = ", ".join(f"{count} tensors of {part}" for part, count in left.items())
+        print(f"note: the model of text alone is converted, without {parts}")
+    names = {name: re.sub(r"^(model\.)?language_model\.", r"\1", name) for name in weights if not NOT_TEXT.match(name)}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise UserError(f"the weights hold {twice[0]} twice, under language_model and without: remove one")
+    return {text_name: weights[name] for name, text_name in names.items()}
+
+
+def settle_ties(weights: State, config: Config) -> Config:
+    """Leave the embedding alone of a tied pair, by whichever name it is there.
+
+    Where config.json ties head and embedding and they differ, the weights are believed, as in transformers.
+    """
+    (head,), (embedding,) = (hf_names(config)[key] for key in (HEAD, EMBEDDING))
+    if config.tie_embeddings and head in weights:
+        if not torch.equal(weights.setdefault(embedding, weights[head]), weights[head]):
+            print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
+            return replace(config, tie_embeddings=False)
+        del weights[head]
     return config
 
 

@@ -11,28 +11,34 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.checkpoint import (
     CONFIG,
     PROMPT_STYLE,
+    WEIGHTS,
     check_checkpoint_dir,
     copy_side_files,
     load_config,
     load_prompt_style,
     load_state,
     side_files,
+    stream_safetensors,
 )
 from lit_gpt.cli import main
 from lit_gpt.config import Config
-from lit_gpt.files import atomic_write, prepare_out_dir, read_json, staged_dir, write_json
+from lit_gpt.errors import reading
+from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
+from lit_gpt.hf_config import text_config
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -52,21 +58,24 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     names = ["config.json", *side_files(checkpoint_dir)]
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     config, path = load_config(checkpoint_dir), checkpoint_dir / "config.json"
-    described = read_json(path) if path.is_file() else None
-    if described is not None:
-        config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
-    weights = load_state(checkpoint_dir / "lit_model.pth")
-    shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
-    if config.tie_embeddings or shared:
-        config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
-    hf_weights = lit_to_hf(weights, config)
+    described = text_config(read_json(path), config.name) if path.is_file() else None
+    weights = load_state(checkpoint_dir / WEIGHTS)
+    with reading(checkpoint_dir / WEIGHTS):
+        if described is not None:
+            theirs = Config.from_hf(described, name=config.name)
+            weights = cut_padding(weights, config.vocab_size, theirs.vocab_size)
+            config = replace(theirs, tie_embeddings=config.tie_embeddings)
+        shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
+        if config.tie_embeddings or shared:
+            config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
+    hf_weights, make = lit_to_hf(weights, config)
     with staged_dir(out_dir, overwrite) as staging:
         copy_side_files(checkpoint_dir, staging)
         (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
         write_json(staging / "config.json", config_json(described, hf_weights, config, checkpoint_dir))
         if (staging / PROMPT_STYLE).is_file():
             list_answer_end(staging, load_prompt_style(staging))
-        write_weights(hf_weights, staging)
+        write_weights(hf_weights, make, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():
         if re.fullmatch(OUR_WEIGHTS, path.name) and path.name not in current:
@@ -76,15 +85,34 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
 
 
+def cut_padding(weights: State, used: int, rows: int) -> State:
+    """Return the weights without rows of padding that config.json does not count, and say so.
+
+    Args:
+        weights: of a ``lit_model.pth``, whose embedding and head may be padded, as the original code did.
+        used: ids that the tokenizer uses: rows that are no padding.
+        rows: that config.json counts.
+    """
+    found = len(weights[EMBEDDING])
+    if not used <= rows < found:
+        return weights
+    print(f"note: {found - rows} rows of padding are left out: config.json has a vocabulary of {rows}")
+    return {key: t[:rows] if key in (HEAD, EMBEDDING, "lm_head.bias") else t for key, t in weights.items()}
+
+
 def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
     """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
 
-    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
+    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json. Of a model
+    of more than text it is that of its part of text.
     """
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     if described is None:
         generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         described = config.to_hf() | {key: generation[key] for key in ids if key in generation}
+    if "text_config" in described:
+        told = {key: described[key] for key in ids if described.get(key) is not None}
+        described = described["text_config"] | told | {"architectures": [config.architecture]}
     sizes = Counter()
     for tensor in weights.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
@@ -92,15 +120,11 @@ def config_json(described: dict[str, Any] | None, weights: State, config: Config
     return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: sizes.most_common(1)[0][0]}
 
 
-def write_weights(weights: State, folder: Path) -> None:
-    """Write ``model.safetensors``, or shards of it and their index."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
+def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: Path) -> None:
+    """Write ``model.safetensors``, or shards of it and their index, of what ``lit_to_hf`` returns."""
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
-        with atomic_write(folder / name) as temporary:  # save_file alone makes files that only the owner can read
-            save_file({key: weights[key].contiguous() for key in keys}, temporary, metadata={"format": "pt"})
+        stream_safetensors({key: weights[key] for key in keys}, make, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

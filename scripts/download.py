@@ -1,7 +1,9 @@
 """Get a model's files from the Hugging Face Hub, or list the models known by name.
 
-Takes what converting needs and nothing else: the configs, the tokenizer, and the weights in one format. A download
-that was cut off goes on where it stopped. A model that is not listed works too where its architecture is supported.
+Takes what converting needs and nothing else: the configs, the tokenizer, and the weights in one format. A model that
+is not listed works too where its architecture is supported; where not, that is said before the weights are fetched. A
+download that was cut off, or killed, goes on where it stopped: huggingface_hub 2 drops what it has of a file, so the
+weights, one after the other, are appended to a part file here, and huggingface_hub checks their hashes.
 
     python scripts/download.py                                                    # lists the known models
     python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf --from_safetensors true --access_token=<HF_TOKEN>
@@ -12,22 +14,24 @@ import errno
 import fnmatch
 import json
 import os
+import re
 import socket
 import ssl
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from lit_gpt.cli import Secret, main
-from lit_gpt.config import KNOWN_MODELS, check_unquantized
-from lit_gpt.errors import UserError, command
+from lit_gpt.config import KNOWN_MODELS, check_supported
+from lit_gpt.errors import UserError, command, reading
+from lit_gpt.files import TEMPORARY, Progress, check_space
+from lit_gpt.tokenizer_files import NAMES
 
 WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
-SIDE_FILES = (".json", ".model", ".jinja", "merges.txt")
+CONFIGS = ("config.json", "generation_config.json")
 
 
 def setup(
@@ -37,6 +41,7 @@ def setup(
     access_token: Secret | None = None,
     checkpoint_dir: Path = Path("checkpoints"),
     revision: str | None = None,
+    tokenizer_only: bool = False,
 ) -> None:
     """Download a model from the Hugging Face Hub; without --repo_id, list the known models.
 
@@ -46,20 +51,23 @@ def setup(
         access_token: for models that ask for a licence; read from HF_TOKEN when not given.
         checkpoint_dir: the folder that gets ORG/NAME.
         revision: a branch, tag or commit other than main.
+        tokenizer_only: leave the weights out.
     """
     if repo_id is None:
         print("\n".join(KNOWN_MODELS))
         return
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
     folder = checkpoint_dir / repo_id
     token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN", "")
     token = token.strip()  # secret files end with a newline
     if not (token.isascii() and token.isprintable()):
         raise UserError("the access token holds characters that no token has; copy it again")
-    fetch(repo_id, folder, from_safetensors=from_safetensors, token=token or None, revision=revision)
+    options = {"token": token or None, "revision": revision}
+    fetch(repo_id, folder, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only, **options)
     print(f"{repo_id} -> {folder}")
-    print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
+    if not tokenizer_only:
+        print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
 
 
 def nearest(repo_id: str) -> str:
@@ -69,57 +77,94 @@ def nearest(repo_id: str) -> str:
     return f"; did you mean {' or '.join(lowered[name] for name in found)}?" if found else ""
 
 
-def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None) -> list[str]:
+def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None, tokenizer_only: bool) -> list[str]:
     """Return the files of a repo to download: its top level's configs, tokenizer and weights in one format.
 
     Raises:
         ValueError: the repo has no weights, or none in the format asked for.
     """
     names = [name for name in names if "/" not in name]
+    beside = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in (*NAMES, *CONFIGS))]
+    if tokenizer_only:
+        return beside
     have = {kind: fnmatch.filter(names, pattern) for kind, pattern in WEIGHTS.items()}
     kind = bool(have[True]) if from_safetensors is None else from_safetensors
     if not have[kind]:
-        other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
-        other = other if have[not kind] else ", so nothing that can be converted"
+        other = ", so nothing that can be converted"
+        if fnmatch.filter(names, "*.gguf"):
+            other = "; copy one of its .gguf files by hand, for scripts/convert_gguf_checkpoint.py"
+        if have[not kind]:
+            other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
         raise UserError(f"{repo_id} has no {WEIGHTS[kind]}{other}")
-    return have[kind] + [name for name in names if name.endswith(SIDE_FILES)]
+    whole = WEIGHTS[kind].replace("*", "")  # what is read, also where there are shards too
+    return beside + ([whole] if whole in names else have[kind] + fnmatch.filter(names, f"{whole}.index.json"))
 
 
-def refuse_quantized(repo_id: str, **options: Any) -> None:
-    """Raise where the repo's config.json, which is fetched alone and not kept, says that its weights are quantized."""
-    from huggingface_hub import hf_hub_download
-
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
-    with suppress(json.JSONDecodeError, UnicodeDecodeError):  # for the converter to say
-        check_unquantized(json.loads(text), repo_id)
-
-
-def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, **options: Any) -> None:
+def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenizer_only: bool, **options: Any) -> None:
     """Download a repo's files into ``folder``.
 
     Args:
         repo_id: ORG/NAME.
         folder: where they go.
         from_safetensors: which format, None for whichever there is.
+        tokenizer_only: leave the weights out.
         options: ``token`` and ``revision``, as huggingface_hub takes them.
 
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, RuntimeError, *(library.TransportError for library in libraries))
+    failures = (OSError, RuntimeError, json.JSONDecodeError, *(library.TransportError for library in libraries))
     try:
-        names = [file.rfilename for file in HfApi().model_info(repo_id, timeout=30, **options).siblings or []]
-        if "config.json" in names:
-            refuse_quantized(repo_id, **options)
-        files = wanted_files(names, repo_id, from_safetensors=from_safetensors)
-        snapshot_download(repo_id, local_dir=folder, allow_patterns=files, **options)
+        info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
+        here = options | {"revision": info.sha}  # all files of one commit
+        files = {file.rfilename: file for file in info.siblings or []}
+        names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
+        if not tokenizer_only and "config.json" in files:
+            refuse_unsupported(repo_id, **here)
+        folder.mkdir(parents=True, exist_ok=True)
+        large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
+        parts = {part_file(file, folder): file for file in large}
+        check_space(folder, sum(file.size - part.stat().st_size for part, file in parts.items()))
+        for part, file in parts.items():
+            fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=names, tqdm_class=Progress, **here)
     except failures as error:
         raise OSError(explanation(error, repo_id, folder, **options)) from error
+
+
+def refuse_unsupported(repo_id: str, **options: Any) -> None:
+    """Raise where the repo's config.json, which is fetched alone and not kept, tells of what cannot be converted."""
+    from huggingface_hub import hf_hub_download
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
+    with reading(f"config.json of {repo_id}"):
+        check_supported(json.loads(text), repo_id)
+
+
+def part_file(file: Any, folder: Path) -> Path:
+    """Return where a large file is put together, which may hold some of it; parts of another version are removed."""
+    part = folder / f"{TEMPORARY}{file.rfilename}.{file.lfs.sha256}"
+    for found in folder.glob(f"{TEMPORARY}{file.rfilename}.*"):
+        if found != part or found.stat().st_size > file.size:
+            found.unlink()
+    part.touch()
+    return part
+
+
+def fetch_rest(part: Path, file: Any, url: str, token: str | None) -> None:
+    """Append to a part what is missing of its file, and rename it when it is complete."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    done, headers = part.stat().st_size, build_hf_headers(token=token)
+    with Progress(desc=file.rfilename, total=file.size, initial=done, unit="B") as bar, part.open("ab") as target:
+        http_get(url, target, resume_size=done, headers=headers, expected_size=file.size, _tqdm_bar=bar)
+    part.replace(part.with_name(file.rfilename))
 
 
 def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | None, revision: str | None) -> str:
@@ -128,12 +173,10 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
 
     network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
     unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    again, kept = "run the command again", "(what is complete is kept)"
+    said, again, kept = " ".join(str(error).split()), "run the command again", "(what is there is kept)"
     if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
-        return (
-            f"cannot write {error.filename or folder}: {error.strerror}; clear that up, or choose another "
-            f"--checkpoint_dir, and {again} {kept}"
-        )
+        advice = f"clear that up, or choose another --checkpoint_dir, and {again} {kept}"
+        return f"cannot write {error.filename or folder}: {error.strerror}; {advice}"
     access = "your token has no access" if token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
     private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
     status = getattr(getattr(error, "response", None), "status_code", "no answer")
@@ -148,8 +191,9 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
         errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
         errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}",
+        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT",
         # hf_xet's, which moves large files in chunks.
-        RuntimeError: f"the transfer failed ({' '.join(str(error).split())}): {again} with HF_HUB_DISABLE_XET=1 {kept}",
+        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}",
         Exception: f"the Hub could not be reached ({type(error).__name__}): check the network and {again} {kept}",
     }
     line = next(line for kind, line in lines.items() if isinstance(error, kind))

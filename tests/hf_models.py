@@ -17,6 +17,20 @@ LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+QWEN3_MOE = dict(num_key_value_heads=2, head_dim=10, moe_intermediate_size=20, num_experts=5, num_experts_per_tok=2)
+GEMMA = dict(num_key_value_heads=2, head_dim=10, query_pre_attn_scalar=64, sliding_window=5)
+GEMMA3_ROPE = {
+    FULL: dict(rope_type="linear", factor=8.0, rope_theta=1e6), SLIDING: dict(rope_type="default", rope_theta=1e4)
+}  # fmt: skip
+PHI3_LONGROPE = dict(
+    hidden_size=32, num_key_value_heads=2, pad_token_id=None, original_max_position_embeddings=24,
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 4.0, 8.0]),
+)  # fmt: skip
+FALCON = dict(hidden_size=32, intermediate_size=None)
+OLMO3 = dict(num_key_value_heads=2, sliding_window=5, layer_types=[SLIDING, FULL])
+
 # name: (transformers config class, its fields)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -35,6 +49,66 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm_biases": ("StableLmConfig", dict(hidden_size=64, num_key_value_heads=4, use_qkv_bias=True)),
     "starcoder2": ("Starcoder2Config", dict(num_key_value_heads=2, sliding_window=5)),
     "starcoder2_untied": ("Starcoder2Config", dict(use_bias=False, tie_word_embeddings=False, norm_epsilon=1e-3)),
+    "qwen2_some_windows": (
+        "Qwen2Config",
+        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3_yarn": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16, rope_scaling=YARN)),
+    "qwen3_moe": ("Qwen3MoeConfig", QWEN3_MOE),
+    "qwen3_moe_norm": ("Qwen3MoeConfig", dict(QWEN3_MOE, norm_topk_prob=True, attention_bias=True)),
+    "ministral": (
+        "MinistralConfig",
+        dict(num_key_value_heads=2, head_dim=6, sliding_window=5, layer_types=[SLIDING, FULL]),
+    ),
+    "gemma": ("GemmaConfig", dict(num_key_value_heads=1, head_dim=10)),
+    "gemma2": ("Gemma2Config", dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma2_no_caps": ("Gemma2Config", dict(GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "gemma3": ("Gemma3TextConfig", dict(GEMMA, layer_types=[SLIDING, FULL])),
+    "gemma3_linear_rope": ("Gemma3TextConfig", dict(GEMMA, layer_types=[FULL, SLIDING], rope_parameters=GEMMA3_ROPE)),
+    "phi3": ("Phi3Config", dict(num_key_value_heads=2, sliding_window=7, pad_token_id=None)),
+    "phi3_longrope": ("Phi3Config", PHI3_LONGROPE),
+    "phi4_mini": ("Phi3Config", PHI3_LONGROPE | dict(partial_rotary_factor=0.5, tie_word_embeddings=True)),
+    "falcon_7b": ("FalconConfig", dict(FALCON, multi_query=True, parallel_attn=True)),
+    "falcon_40b": ("FalconConfig", dict(FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon_11b": (
+        "FalconConfig",
+        dict(FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True),
+    ),
+    "falcon_untied": ("FalconConfig", dict(FALCON, multi_query=False, tie_word_embeddings=False, ffn_hidden_size=40)),
+    "stablelm2_12b": (
+        "StableLmConfig",
+        dict(
+            hidden_size=32,
+            num_key_value_heads=2,
+            partial_rotary_factor=0.25,
+            qk_layernorm=True,
+            use_parallel_residual=True,
+        ),
+    ),
+    "olmo": ("OlmoConfig", dict(num_key_value_heads=2, clip_qkv=0.8)),
+    "olmo2": ("Olmo2Config", dict(num_key_value_heads=2)),
+    "olmo3": ("Olmo3Config", OLMO3),
+    "olmo3_yarn": ("Olmo3Config", OLMO3 | dict(head_dim=16, rope_scaling=YARN)),
+    "smollm3": ("SmolLM3Config", dict(pad_token_id=None, num_key_value_heads=2, num_hidden_layers=5)),
+    "smollm3_listed": ("SmolLM3Config", dict(pad_token_id=None, num_key_value_heads=4, no_rope_layers=[0, 1])),
+    "granite": (
+        "GraniteConfig",
+        dict(
+            num_key_value_heads=2,
+            attention_multiplier=0.3,
+            logits_scaling=3.0,
+            embedding_multiplier=2.0,
+            residual_multiplier=0.4,
+        ),
+    ),
+    "llama_dynamic_rope": (
+        "LlamaConfig",
+        dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=24),
+    ),
+    "llama_yarn_mscale": (
+        "LlamaConfig",
+        dict(head_dim=16, rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=0.4, truncate=False)),
+    ),
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2)),
     "mixtral_window": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=3, sliding_window=5)),
     "neox_parallel": ("GPTNeoXConfig", dict(hidden_size=32, rotary_pct=0.25)),

@@ -1,22 +1,27 @@
 """Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
 
+import itertools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from hf_models import CASES, build, save
+from helpers import ROOT, file_size_limit
+from hf_models import CASES, SIZES, build, save
 from safetensors.torch import load_file, save_file
 
 from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
-from lit_gpt.files import read_json, write_json
-from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes, split_qkv
+from lit_gpt.files import TEMPORARY, read_json, staged_dir, write_json
+from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes, write_lit
+from lit_gpt.model import deinterleave_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
 # Fields that the original code's lit_config.json has under our names.
@@ -59,7 +64,7 @@ def test_round_trip_is_bit_exact_and_loads_in_transformers(case, tmp_path, bpe_d
     theirs, folder, out = save(case, tmp_path / "hf"), tmp_path / "hf", tmp_path / "out"
     convert(folder)
     export(folder, out, bpe_dir)
-    assert same(load_file(out / "model.safetensors"), load_file(folder / "model.safetensors"))
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     assert same(loaded.state_dict(), theirs.state_dict())
@@ -103,16 +108,21 @@ def test_export_works_without_a_config_json(llama, tmp_path, bpe_dir):
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
 
+ORIGINAL_CASES = "llama llama_tied_gqa mixtral neox_parallel phi gemma falcon_7b falcon_40b".split()
+
+
 def original_config(folder: Path, **changes) -> None:
     """Make a folder one of the original code's: its lit_config.json, and no config.json."""
     config = load_config(folder).to_dict()
     stored = {key: config[key] for key in ORIGINAL_FIELDS} | {"bias": config["qkv_bias"], "rope_condense_ratio": 1}
-    stored |= {"_norm_class": config["norm_class"], "_mlp_class": config["mlp_class"], "scale_embeddings": False}
+    gemma = config["mlp_class"] == "GemmaMLP"
+    stored |= {"_norm_class": "RMSNorm" if gemma else config["norm_class"], "_mlp_class": config["mlp_class"]}
+    stored |= {"scale_embeddings": gemma} | ({"gelu_approximate": "none"} if gemma else {})
     write_json(folder / "lit_config.json", stored | changes)
     (folder / "config.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_tied_gqa", "mixtral", "neox_parallel", "phi"])
+@pytest.mark.parametrize("case", ORIGINAL_CASES)
 @torch.inference_mode()
 def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_path, bpe_dir):
     """Phi was exported as a GPT-NeoX, and Mixtral as a Llama: transformers loaded other models than they are."""
@@ -130,8 +140,30 @@ def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_pa
     torch.testing.assert_close(load_model(tmp_path / "hf")(idx), theirs(idx).logits)
 
 
+def test_rows_of_padding_that_config_json_does_not_count_are_left_out(tmp_path, bpe_dir, capsys):
+    """160 rows of 150 ids: the original code counts both, config.json one of them."""
+    import transformers
+
+    folder = tmp_path / "hf"
+    theirs = save("phi", folder)
+    described = read_json(folder / "config.json")
+    convert(folder)
+    for rows, message in ((152, "8 rows of padding are left out"), (160, ""), (149, None)):
+        original_config(folder, vocab_size=150)
+        write_json(folder / "config.json", described | {"vocab_size": rows})
+        if message is None:
+            with pytest.raises(ValueError, match=r"has shape \(160, 32\); the model's config asks for \(149, 32\)"):
+                export(folder, tmp_path / "out", bpe_dir, overwrite=True)
+            continue
+        export(folder, tmp_path / "out", bpe_dir, overwrite=True)
+        assert message in capsys.readouterr().out
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values()) and loaded.config.vocab_size == rows
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            assert torch.equal(loaded.state_dict()[name], theirs.state_dict()[name][:rows])
+
+
 def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_exported(llama, tmp_path, bpe_dir):
-    """As Falcon; Gemma's layers are not here at all."""
     convert(llama)
     keep = (llama / "lit_config.json").read_text()
     original_config(llama, rope_condense_ratio=4)
@@ -140,7 +172,7 @@ def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_expor
     original_config(llama, _norm_class="LayerNorm")
     assert load_config(llama).architecture == "StableLmForCausalLM"
     for changes in (
-        {"bias": True},
+        {"_norm_class": "LayerNorm", "bias": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": False, "shared_attention_norm": True},
         {"_mlp_class": "GptNeoxMLP", "_norm_class": "LayerNorm", "bias": True, "lm_head_bias": True},
     ):
@@ -150,11 +182,10 @@ def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_expor
         with pytest.raises(ValueError, match="has no Hugging Face class that is known here"):
             export(llama, tmp_path / "out", bpe_dir)
         assert not (tmp_path / "out").exists()
-    for changes in ({"scale_embeddings": True}, {"_mlp_class": "GemmaMLP"}):
-        (llama / "lit_config.json").write_text(keep)
-        original_config(llama, **changes)
-        with pytest.raises(ValueError, match=r"not supported here .*Gemma"):
-            load_config(llama)
+    (llama / "lit_config.json").write_text(keep)
+    original_config(llama, _mlp_class="AnotherMLP")
+    with pytest.raises(ValueError, match=r"not supported here .*AnotherMLP"):
+        load_config(llama)
 
 
 def test_export_in_shards_loads_and_replaces_what_was_there(llama, tmp_path, bpe_dir, monkeypatch):
@@ -185,6 +216,146 @@ def test_export_of_weights_with_an_adapter_is_refused(llama):
     state["transformer.h.0.attn.attn.ether_Rq"] = torch.zeros(1, 2, 12)
     with pytest.raises(ValueError, match="ether_Rq"):
         lit_to_hf(state, load_config(llama))
+
+
+# ---- fused tensors, norms head by head, models of more than text
+
+
+PHI3 = {
+    "transformer.h.{i}.attn.attn": ("model.layers.{i}.self_attn.qkv_proj",) * 3,
+    "transformer.h.{i}.mlp.fc_1": "model.layers.{i}.mlp.gate_up_proj",
+    "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.gate_up_proj",
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_name_listed_more_than_once_is_one_tensor_of_these_rows(tmp_path, bpe_dir, monkeypatch, dtype):
+    """Phi-3's q, k and v, and its gate and up: split on the way in, stacked on the way back."""
+    import transformers
+
+    llama = FAMILIES["LlamaForCausalLM"]
+    fused = replace(llama, model_type="phi3", modules=llama.modules | PHI3)
+    monkeypatch.setitem(FAMILIES, "Phi3ForCausalLM", fused)
+    monkeypatch.setitem(CASES, "phi3", ("Phi3Config", dict(num_key_value_heads=2, pad_token_id=0)))
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    theirs = save("phi3", folder)
+    state = convert(folder, dtype=dtype)
+    stored = theirs.to(getattr(torch, dtype or "float32")).state_dict()
+    gate, up = stored["model.layers.1.mlp.gate_up_proj.weight"].chunk(2)
+    assert torch.equal(state["transformer.h.1.mlp.fc_1.weight"], gate)
+    assert torch.equal(state["transformer.h.1.mlp.fc_2.weight"], up)
+    export(folder, out, bpe_dir)
+    if dtype is None:
+        idx = torch.arange(1, 30)[None]
+        torch.testing.assert_close(load_model(folder)(idx), theirs(idx).logits)
+    assert same(load_file(out / "model.safetensors"), stored)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert same(loaded.state_dict(), stored)
+    change(folder, **{"model.layers.0.mlp.gate_up_proj.weight": torch.zeros(79, 24)})
+    with pytest.raises(ValueError, match=r"gate_up_proj.weight has shape \(79, 24\).* \(80, 24\)"):
+        convert(folder)
+    change(folder, "model.layers.0.mlp.gate_up_proj.weight")
+    with pytest.raises(ValueError, match=r"a Phi3ForCausalLM: 1 missing .model.layers.0.mlp.gate_up_proj.weight"):
+        convert(folder)
+
+
+def test_norms_kept_head_by_head_are_one_of_ours(tmp_path, monkeypatch):
+    """As StableLM-2-12B has them: q_layernorm.norms.0 and so on."""
+    qwen3 = FAMILIES["Qwen3ForCausalLM"]
+    names = {part: f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{h}}" for part in "qk"}
+    norms = {f"transformer.h.{{i}}.attn.norm_{part}": name for part, name in names.items()}
+    monkeypatch.setitem(FAMILIES, "Heads", replace(qwen3, modules=qwen3.modules | norms))
+    config = Config(architecture="Heads", n_layer=2, n_embd=32, n_head=4, n_query_groups=2, vocab_size=8)
+    shapes = parameter_shapes(config) | {
+        f"transformer.h.{i}.attn.norm_{part}.weight": torch.Size((heads * 8,))
+        for i in range(2)
+        for part, heads in (("q", 4), ("k", 2))
+    }
+    monkeypatch.setattr("lit_gpt.hf.parameter_shapes", lambda config: shapes)
+    ours = {key: torch.randn(shape) for key, shape in shapes.items()}
+    blanks, make = lit_to_hf(ours, config)
+    theirs = {name: make(name) for name in blanks}
+    for part, heads in (("q", 4), ("k", 2)):
+        found = [theirs[f"model.layers.1.self_attn.{part}_layernorm.norms.{head}.weight"] for head in range(heads)]
+        assert torch.equal(torch.cat(found), ours[f"transformer.h.1.attn.norm_{part}.weight"])
+    write_lit({key: tensor.to("meta") for key, tensor in theirs.items()}, theirs.get, config, tmp_path / "lit.pth")
+    assert same(load_state(tmp_path / "lit.pth"), ours)
+
+
+# As it is now in memory, as it is in files, and as older versions wrote it.
+NESTED = ("model.language_model.", "language_model.model.")
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
+)  # fmt: skip
+
+
+def with_vision(folder: Path, kind: str, nested: str, *, text_type: str, **fields) -> torch.nn.Module:
+    """Save a model that sees; ``nested`` is the name of its text part in files."""
+    import transformers
+
+    text = dict(SIZES, num_key_value_heads=2, head_dim=8, model_type=text_type)
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=VISION, **fields)
+    torch.manual_seed(1)
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    whole.save_pretrained(folder)
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if nested == "model.language_model.":
+            name = re.sub(r"^language_model.model", "model.language_model", name).replace("language_model.lm", "lm")
+            name = re.sub(r"^(vision_tower|multi)", r"model.\1", name)
+        weights[name] = tensor
+    assert any(name.startswith(nested) for name in weights)
+    save_file(weights, folder / "model.safetensors")
+    return whole
+
+
+@pytest.mark.parametrize(("kind", "text_type"), [("Mistral3", "mistral"), ("Gemma3", "gemma3_text")])
+@pytest.mark.parametrize("nested", NESTED)
+@torch.inference_mode()
+def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested, kind, text_type):
+    import transformers
+
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    whole = with_vision(folder, kind, nested, text_type=text_type, tie_word_embeddings=kind == "Gemma3")
+    capsys.readouterr()
+    convert(folder)
+    prefix = nested.partition("language_model.")[0]
+    said = capsys.readouterr().out
+    assert re.search(rf"without \d tensors of {prefix}multi_modal_projector, \d+ tensors of {prefix}vision_tower", said)
+    export(folder, out, bpe_dir)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    idx = torch.arange(1, 30)[None]
+    torch.testing.assert_close(loaded(idx).logits, whole(idx).logits)
+    torch.testing.assert_close(load_model(folder)(idx), whole(idx).logits)
+    described = whole.config.to_dict() | {"eos_token_id": 7}
+    text = convert_lit_checkpoint.config_json(described, loaded.state_dict(), load_config(folder), folder)
+    write_json(out / "config.json", text)
+    assert transformers.AutoConfig.from_pretrained(out).to_dict() == loaded.config.to_dict() | {"eos_token_id": 7}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_the_text_of_gemma_3_has_the_names_of_its_own_class(tmp_path, nested):
+    import transformers
+
+    whole = with_vision(tmp_path / "whole", "Gemma3", nested, text_type="gemma3_text")
+    transformers.Gemma3ForCausalLM(whole.config.text_config).save_pretrained(tmp_path / "text")
+    found = convert_hf_checkpoint.text_weights(load_file(tmp_path / "whole" / "model.safetensors"))
+    assert found.keys() == load_file(tmp_path / "text" / "model.safetensors").keys()
+    twice = {"model.norm.weight": torch.ones(1), f"{nested}norm.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"hold model.norm.weight twice"):
+        convert_hf_checkpoint.text_weights(twice)
+
+
+def test_a_multimodal_config_that_leaves_out_the_defaults_of_its_text_model_is_read():
+    """As google/gemma-3-4b-it was published."""
+    import transformers
+
+    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024)
+    text |= dict(model_type="gemma3_text", rope_scaling=dict(factor=8.0, rope_type="linear"))
+    full = transformers.Gemma3TextConfig(**text).to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    whole = dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", text_config=text)
+    assert Config.from_hf(whole) == Config.from_hf(full)
 
 
 # ---- formats
@@ -263,7 +434,7 @@ def test_attention_rows_lie_interleaved_by_group(llama):
     q, k, v = (getattr(attention, f"{part}_proj").weight.split(size) for part in "qkv")
     expected = [q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]]
     assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
-    parts = split_qkv(state["transformer.h.1.attn.attn.weight"], config)
+    parts = deinterleave_qkv(state["transformer.h.1.attn.attn.weight"], config).split(config.qkv_sizes)
     assert all(torch.equal(part, torch.cat(heads)) for part, heads in zip(parts, (q, k, v), strict=True))
 
 
@@ -350,7 +521,11 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
     left_out = (
         "rms_norm_eps layer_norm_eps rope_parameters head_dim num_key_value_heads sliding_window attention_bias "
         "mlp_bias hidden_act tie_word_embeddings num_local_experts num_experts_per_tok qk_layernorm "
-        "use_parallel_residual partial_rotary_factor rotary_pct rope_theta rope_scaling dtype"
+        "use_parallel_residual partial_rotary_factor rotary_pct rope_theta rope_scaling dtype query_pre_attn_scalar "
+        "attn_logit_softcapping final_logit_softcapping layer_types no_rope_layers embedding_multiplier "
+        "residual_multiplier attention_multiplier logits_scaling clip_qkv activation bias num_kv_heads multi_query "
+        "num_ln_in_parallel_attn new_decoder_architecture ffn_hidden_size norm_topk_prob num_experts use_bias "
+        "norm_epsilon layer_norm_epsilon use_qkv_bias hidden_activation use_sliding_window rope_local_base_freq"
     ).split()
     architecture = next(name for name, family in FAMILIES.items() if family.model_type == default.model_type)
     full = {**default.to_dict(), "architectures": [architecture]}
@@ -381,10 +556,30 @@ def change(folder: Path, drop: str = "", **add: torch.Tensor) -> None:
     save_file({**weights, **add}, folder / "model.safetensors")
 
 
-def lose_a_shard(folder: Path) -> None:
+def first_shard(folder: Path) -> Path:
     (folder / "model.safetensors").unlink()
     save("llama_tied_gqa", folder, max_shard_size="10KB")
-    sorted(folder.glob("model-*"))[0].unlink()
+    return sorted(folder.glob("model-*"))[0]
+
+
+def lie(path: Path, old: str, new: str, *, longer: int = 0) -> None:
+    """Change a safetensors file's header, or the length that it is said to have; the tensors' bytes stay."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(old.encode(), new.encode(), 1)
+    assert header != content[8 : 8 + size] or longer
+    path.write_bytes((len(header) + longer).to_bytes(8, "little") + header + content[8 + size :])
+
+
+class Code:
+    """Runs when it is unpickled by whoever lets it."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("code_has_run"),)
+
+
+def bin_with_code(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors") | {"a": Code()}, bin_instead(folder))
 
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -414,14 +609,19 @@ REFUSALS = {
     "index of numbers": (lambda d: only_an_index(d, {"weight_map": {"a": 1}}), f"{INDEX} does not hold what it should"),
     "architecture": (
         lambda d: edit_config(d, architectures=["OPTForCausalLM"]),
-        "OPTForCausalLM is not supported; supported: LlamaForCausalLM, .*PhiForCausalLM",
+        "OPTForCausalLM is not supported: it has no rotary embedding; supported: LlamaForCausalLM, .*PhiForCausalLM",
     ),
     "no architecture": (lambda d: edit_config(d, architectures=None), "not supported; supported: Llama"),
-    "windows in some layers": (
-        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True),
-        "windows in some of the layers .use_sliding_window. are not supported",
+    "kinds of layers": (
+        lambda d: edit_config(d, architectures=["Qwen2ForCausalLM"], use_sliding_window=True, layer_types=["linear"]),
+        "layers of type linear are not supported",
     ),
-    "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "rope scaling": (lambda d: edit_config(d, rope_parameters={"rope_type": "mrope", "factor": 2.0}), "mrope"),
+    "incomplete rope scaling": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "longrope", "short_factor": [1.0]}),
+        "rope scaling 'longrope' has no long_factor",
+    ),
+    "alibi": (lambda d: edit_config(d, architectures=["FalconForCausalLM"], alibi=True), "falcon-rw"),
     "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
     "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),
     "truncated bin": (lambda d: cut(bin_instead(d)), "pytorch_model.bin is corrupt"),
@@ -432,11 +632,22 @@ REFUSALS = {
         r"bin holds 'state_dict', expected",
     ),
     "numbers for names": (lambda d: torch.save({1: torch.ones(2)}, bin_instead(d)), "bin holds 1, expected names and"),
-    "shard missing": (lose_a_shard, "names files that are not there .model-00001.*download.py"),
+    "code in a bin": (bin_with_code, "pytorch_model.bin is corrupt, cut short, or not a PyTorch file"),
+    "sparse": (
+        lambda d: torch.save({NORM: torch.ones(24).to_sparse()}, bin_instead(d)),
+        f"bin holds '{NORM}', expected names and dense",
+    ),
+    "shard missing": (lambda d: first_shard(d).unlink(), "names files that are not there .model-00001.*download.py"),
+    "shard truncated": (lambda d: cut(first_shard(d)), "model-00001-of-.*.safetensors is corrupt or truncated"),
+    "shard outside": (lambda d: only_an_index(d, {"weight_map": {"a": "../x"}}), f"{INDEX} names ../x, outside the"),
+    "shard elsewhere": (lambda d: only_an_index(d, {"weight_map": {"a": "/etc/x"}}), f"{INDEX} names /etc/x, outside"),
+    "sizes that lie": (lambda d: lie(d / "model.safetensors", "[24]", "[25]"), "safetensors is corrupt or truncated"),
+    "offsets that lie": (lambda d: lie(d / "model.safetensors", "[0,", "[8,"), "safetensors is corrupt or truncated"),
+    "a header too long": (lambda d: lie(d / "model.safetensors", "", "", longer=2**40), "safetensors is corrupt"),
     "tensor missing": (lambda d: change(d, NORM), f"1 missing .{NORM}"),
     "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),
     "shape": (lambda d: change(d, **{NORM: torch.zeros(5)}), rf"{NORM} has shape \(5,\); .* \(24,\)"),
-    "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"q_proj.* have \[24, 12, 12\] rows"),
+    "heads": (lambda d: edit_config(d, num_key_value_heads=4), r"k_proj.weight has shape \(12, 24\); .* \(24, 24\)"),
     "quantized": (lambda d: edit_config(d, quantization_config=GPTQ), r"quantized .gptq.; get the unquantized model"),
     "quantized, other files": (
         lambda d: (edit_config(d, quantization_config={"load_in_4bit": True}), (d / "model.safetensors").unlink()),
@@ -469,7 +680,59 @@ def test_refusal(case, llama, capsys):
     assert stop.value.code == 1 and len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0]), lines[0]
+    assert not Path("code_has_run").exists()
     assert ({path.name for path in llama.iterdir()} if llama.exists() else set()) == before
+
+
+def test_a_full_disk_leaves_what_was_there(llama, tmp_path, bpe_dir, capsys):
+    """Files of 37 kB and more may grow to 4 kB, or to 20 kB, on the way in and on the way back."""
+    from lit_gpt.cli import main
+
+    convert(llama, dtype="float16")
+    export(llama, tmp_path / "out", bpe_dir)
+    before = {path: path.read_bytes() for folder in (llama, tmp_path / "out") for path in folder.iterdir()}
+    back = ["--checkpoint_dir", str(llama), "--out_dir", str(tmp_path / "out"), "--overwrite", "true"]
+    for setup, arguments in ((convert_hf_checkpoint.setup, back[:2]), (convert_lit_checkpoint.setup, back)):
+        for room in (4_000, 20_000):
+            with file_size_limit(room), pytest.raises(SystemExit):
+                main(setup, arguments)
+            assert re.search(r"error: .*(File too large|writing failed).*/", capsys.readouterr().err)
+            assert {
+                path: path.read_bytes() for folder in {p.parent for p in before} for path in folder.iterdir()
+            } == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_conversion_leaves_nothing_that_the_next_one_does_not_remove(llama, monkeypatch, number):
+    """The process ends half-way through the weights; what another is at in the same folder stays."""
+    from lit_gpt import checkpoint
+    from lit_gpt.cli import main
+
+    before = {path.name for path in llama.iterdir()}
+    child = os.fork()
+    if not child:
+        fill, calls = checkpoint._fill_record, itertools.count()
+
+        def end_at_the_sixth(*record) -> None:
+            fill(*record)
+            if next(calls) == 5:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_fill_record", end_at_the_sixth)
+            try:
+                main(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama)])
+            except SystemExit as stop:
+                os._exit(stop.code)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (130 if number == signal.SIGINT else -number)
+    left = {path.name for path in llama.iterdir()} - before
+    assert len(left) == (number == signal.SIGKILL) and all(name.startswith(TEMPORARY) for name in left)
+    with staged_dir(llama, overwrite=True) as another:
+        convert(llama)
+        assert another.is_dir()
+    assert {path.name for path in llama.iterdir()} - before == {"lit_model.pth", "lit_config.json"}
 
 
 def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
@@ -479,6 +742,13 @@ def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
     cut(llama / "lit_model.pth")
     with pytest.raises(ValueError, match=r"lit_model.pth is corrupt"):
         export(llama, tmp_path / "out", bpe_dir)
+    for state, message in (
+        ({}, r"lit_model.pth does not hold what it should"),
+        (dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), torch.ones(160, 24)), r"15 missing .*norm_1"),
+    ):
+        save_state(state, llama / "lit_model.pth")
+        with pytest.raises(ValueError, match=message):
+            export(llama, tmp_path / "out", bpe_dir)
     assert not (tmp_path / "out").exists()
 
 

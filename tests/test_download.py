@@ -4,45 +4,86 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 from helpers import ROOT
 
-from lit_gpt.config import KNOWN_MODELS
+from lit_gpt.config import KNOWN_MODELS, Config, check_supported
+from lit_gpt.errors import UserError
+from lit_gpt.families import FAMILIES
+from lit_gpt.files import read_json
+from lit_gpt.model import GPT
 from scripts.download import nearest, wanted_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_VerySecretToken"
+HALF = 12 << 20  # huggingface_hub writes 10 MB at once
+LLAMA = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 64)
+LLAMA |= {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "num_attention_heads": 4}
 BOTH = (
     "config.json model.safetensors pytorch_model.bin tokenizer.json tokenizer.model README.md .gitattributes "
-    "consolidated.safetensors original/params.json training_args.bin chat_template.jinja"
+    "consolidated.safetensors original/params.json training_args.bin chat_template.jinja model-q4.gguf onnx/model.onnx "
+    "trainer_state.json model-00001-of-00001.safetensors model.safetensors.index.json"
 ).split()
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+BINARY = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
 REPOS = {
     "tiny/both": BOTH,
-    "tiny/bin": [name for name in BOTH if name != "model.safetensors"],
-    "tiny/quantized": BOTH,
+    "tiny/bin": [name for name in BOTH if not name.startswith("model")],
     "tiny/none": ["README.md", "config.json"],
-    "tiny/sharded": ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-                     "model.safetensors.index.json"],
-}  # fmt: skip
+    "tiny/gguf": ["README.md", "model-q4.gguf"],
+    "tiny/sharded": ["config.json", *SHARDS, *BINARY],
+    "tiny/large": ["config.json", "model.safetensors"],
+}
+MXFP4, GPTQ = ({"quantization_config": {"quant_method": method}} for method in ("mxfp4", "gptq"))
+REMOTE = {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}
+OTHERS = {
+    "tiny/quantized": (GPTQ, "its weights are quantized .gptq.; get the unquantized mod"),
+    "tiny/qwen3.5": (
+        {"architectures": ["Qwen3_5ForConditionalGeneration"]},
+        "Qwen3_5For.* have linear attention",
+    ),
+    "tiny/qwen3-next": ({"architectures": ["Qwen3NextForCausalLM"]}, "most of its layers have linear attention"),
+    "tiny/gemma-4": ({"architectures": ["Gemma4ForConditionalGeneration"]}, "share keys and values"),
+    "tiny/gpt-oss": (
+        {"architectures": ["GptOssForCausalLM"]} | MXFP4,
+        "MXFP4.*sinks; .*in transformers",
+    ),
+    "tiny/nemotron-h": ({"architectures": ["NemotronHForCausalLM"]} | REMOTE, "it mixes attention with Mamba"),
+    "tiny/granite-4": ({"architectures": ["GraniteMoeHybridForCausalLM"]}, "it mixes attention with Mamba"),
+    "tiny/deepseek": ({"architectures": ["DeepseekV3ForCausalLM"]}, r"compressed \(MLA\).*LoRA.*peft_ether.py"),
+    "tiny/remote": ({"architectures": ["XForCausalLM"]} | REMOTE, "XForCausalLM.*trust_remote_code.*supported: Llama"),
+    "tiny/unknown": ({"architectures": ["YForCausalLM"]}, "YForCausalLM is not supported; supported: LlamaFor"),
+    "tiny/scaled": ({"rope_scaling": {"type": "wavelet", "factor": 2.0}}, "rope scaling 'wavelet' is not supported"),
+}
 
 
-QUANTIZED = json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq"}})
-
-
+@cache
 def content(name: str, repo: str = "") -> bytes:
-    if (repo, name) == ("tiny/quantized", "config.json"):
-        return QUANTIZED.encode()
-    return f"content of {name}".encode()
+    if name == "config.json":
+        return json.dumps(LLAMA | OTHERS.get(repo, ({},))[0]).encode()
+    return bytes(2 * HALF) if (repo, name) == ("tiny/large", "model.safetensors") else f"content of {name}".encode()
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three answers of the Hub that a download needs, and its errors as their headers spell them."""
+    """The three answers of the Hub that a download needs, and its errors as their headers spell them.
+
+    Attributes:
+        seen: each request for a file: method, repo, name, the range asked for.
+        cut: called in the middle of a large file; the connection ends there.
+    """
+
+    seen: ClassVar[list[tuple[str, str, str, str | None]]] = []
+    cut = None
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -58,34 +99,52 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(403, {"X-Error-Message": "no"})
         if repo == "tiny/broken":
             return self.answer(501)
-        if repo not in (*REPOS, "tiny/gated"):
+        if repo == "tiny/portal":
+            return self.answer(200, body=b"<html>please log in</html>")
+        if repo not in (*REPOS, *OTHERS, "tiny/gated"):
             return self.answer(404 if authorised else 401, {"X-Error-Code": "RepoNotFound"})
         if "nowhere" in parts:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         files = REPOS.get(repo, BOTH)
         if is_api and "tree" in parts:
-            rows = [{"type": "file", "path": f, "size": len(content(f)), "oid": etag(f)} for f in files]
+            rows = [{"type": "file", "path": f, "size": len(content(f, repo)), "oid": sha(f, repo)[:40]} for f in files]
             return self.answer(200, {}, json.dumps(rows).encode())
         if is_api:
-            info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            info = {"id": repo, "sha": COMMIT, "siblings": [sibling(name, repo) for name in files]}
             return self.answer(200, {}, json.dumps(info).encode())
         name = "/".join(parts[4:])
-        return self.answer(200, {"ETag": f'"{etag(name)}"', "X-Repo-Commit": COMMIT}, content(name, repo))
+        self.seen.append((self.command, repo, name, self.headers.get("Range")))
+        return self.answer(200, {"ETag": f'"{sha(name, repo)}"', "X-Repo-Commit": COMMIT}, content(name, repo))
 
     def answer(self, code: int, headers: dict[str, str] | None = None, body: bytes = b"{}") -> None:
-        self.send_response(code)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.send_response(206 if start else code)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        for key, value in {**(headers or {}), "Content-Length": str(len(body) - start)}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        if self.command == "GET" and Hub.cut and len(body) > HALF:
+            self.wfile.write(body[:HALF])
+            self.close_connection, cut, Hub.cut = True, Hub.cut, None
+            cut()
+        elif self.command == "GET":
+            self.wfile.write(body[start:])
 
     def log_message(self, *args) -> None:
         pass
 
 
-def etag(name: str) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content(name)) + content(name)).hexdigest()
+@cache
+def sha(name: str, repo: str) -> str:
+    return hashlib.sha256(content(name, repo)).hexdigest()
+
+
+def sibling(name: str, repo: str) -> dict:
+    """Describe a file as the Hub does; weights are in its large file storage."""
+    size = len(content(name, repo))
+    lfs = {"sha256": sha(name, repo), "size": size, "pointerSize": 130}
+    return {"rfilename": name, "size": size} | ({"lfs": lfs} if name.endswith((".safetensors", ".bin")) else {})
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +155,22 @@ def endpoint():
     server.shutdown()
 
 
-def download(*arguments: str, endpoint: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run the script as a person does: huggingface_hub reads its environment once, at import."""
+def start(*arguments: str, endpoint: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    """Start the script as a person does: huggingface_hub reads its environment once, at import."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "home"), "HF_HUB_OFFLINE": "0", **environment}
     environment["NO_PROXY"] = environment["no_proxy"] = "127.0.0.1"
     command = [sys.executable, str(ROOT / "scripts" / "download.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def download(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run the script to its end."""
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def test_without_a_repo_id_it_lists_the_known_models_and_nothing_else(tmp_path):
@@ -136,7 +204,7 @@ def test_download_takes_configs_tokenizer_and_one_kind_of_weights(repo, flags, w
     folder = tmp_path / "checkpoints" / repo
     got = {path.name for path in folder.iterdir() if path.is_file()}
     assert got == weights | {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
-    assert all((folder / name).read_bytes() == content(name) for name in got)
+    assert all((folder / name).read_bytes() == content(name, repo) for name in got)
     assert f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/{repo}" in done.stdout
 
 
@@ -146,6 +214,76 @@ def test_a_second_download_keeps_what_is_complete(endpoint, tmp_path):
         assert download("--repo_id", "tiny/both", endpoint=endpoint, cwd=tmp_path).returncode == 0
         stamps.add((tmp_path / "checkpoints/tiny/both/model.safetensors").stat().st_mtime_ns)
     assert len(stamps) == 1
+
+
+def weights_seen(repo: str) -> list[str | None]:
+    """Return the ranges that were asked for of a repo's weights."""
+    return [part for method, of, name, part in Hub.seen if of == repo and "model" in name and method == "GET"]
+
+
+def test_a_cut_connection_goes_on_where_it_was(endpoint, tmp_path):
+    Hub.seen.clear()
+    Hub.cut = lambda: None
+    done = download("--repo_id", "tiny/large", endpoint=endpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints/tiny/large/model.safetensors").read_bytes() == bytes(2 * HALF)
+    assert weights_seen("tiny/large") == [None, f"bytes={10 << 20}-"]
+
+
+def test_a_killed_download_goes_on_where_it_was(endpoint, tmp_path):
+    """A later huggingface_hub throws the part of a file away; a shard has gigabytes."""
+    Hub.seen.clear()
+    reached, gone = threading.Event(), threading.Event()
+    Hub.cut = lambda: (reached.set(), gone.wait(60))
+    process = start("--repo_id", "tiny/large", endpoint=endpoint, cwd=tmp_path)
+    assert reached.wait(60)
+    part = next((tmp_path / "checkpoints/tiny/large").glob(".ether-tmp-model.safetensors.*"))
+    while part.stat().st_size < 10 << 20:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    gone.set()
+    stale = part.with_name(".ether-tmp-model.safetensors.of-another-version")
+    stale.touch()
+    done = download("--repo_id", "tiny/large", endpoint=endpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights_seen("tiny/large") == [None, f"bytes={10 << 20}-"]
+    folder = tmp_path / "checkpoints/tiny/large"
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"config.json", "model.safetensors"}
+    assert (folder / "model.safetensors").read_bytes() == bytes(2 * HALF)
+
+
+def test_a_damaged_part_is_noticed_by_its_hash(endpoint, tmp_path):
+    folder = tmp_path / "checkpoints/tiny/large"
+    folder.mkdir(parents=True)
+    part = folder / f".ether-tmp-model.safetensors.{sha('model.safetensors', 'tiny/large')}"
+    part.write_bytes(b"damaged")
+    assert download("--repo_id", "tiny/large", endpoint=endpoint, cwd=tmp_path).returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == bytes(2 * HALF) and not part.exists()
+
+
+def test_tokenizer_only_leaves_the_weights(endpoint, tmp_path):
+    repo = "tiny/gemma-4"  # also of a model that is not supported
+    done = download("--repo_id", repo, "--tokenizer_only", "true", endpoint=endpoint, cwd=tmp_path)
+    assert done.returncode == 0 and "next:" not in done.stdout, done.stderr
+    got = {path.name for path in (tmp_path / "checkpoints" / repo).iterdir() if path.is_file()}
+    assert got == {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+
+
+@pytest.mark.parametrize("repo", OTHERS)
+def test_what_is_not_supported_is_refused_by_name(repo):
+    with pytest.raises(UserError, match=f"^{repo}: .*{OTHERS[repo][1]}"):
+        check_supported(LLAMA | OTHERS[repo][0], repo)
+
+
+@pytest.mark.parametrize("repo", ["tiny/quantized", "tiny/gpt-oss"])
+def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(repo, endpoint, tmp_path):
+    Hub.seen.clear()
+    done = download("--repo_id", repo, endpoint=endpoint, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert lines[0].startswith(f"error: {repo}: ") and re.search(OTHERS[repo][1], lines[0]), lines
+    assert {name for _, _, name, _ in Hub.seen} == {"config.json"} and not (tmp_path / "checkpoints").exists()
 
 
 def test_a_gated_model_with_its_token_from_the_environment_or_the_flag(endpoint, tmp_path):
@@ -164,7 +302,9 @@ FAILURES = {
     "server error": (["tiny/broken"], {}, "HTTP 501.*try again later"),
     "offline": (["tiny/both"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set.*by hand and go on with"),
     "unreachable": (["tiny/both"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be reached.*by hand and go on"),
-    "quantized": (["tiny/quantized"], {}, r"tiny/quantized: its weights are quantized .awq.; get the unquantized mod"),
+    "GGUF": (["tiny/gguf"], {}, "no pytorch_model.*copy one of its .gguf files by hand, for scripts/convert_gguf"),
+    "portal": (["tiny/portal"], {}, "what answers is not the Hub .Expecting value.*HF_ENDPOINT"),
+    "characters": (["tiny/a b"], {}, "--repo_id tiny/a b is not of the form ORG/NAME"),
     "form": (["SmolLM2-135M"], {}, "not of the form ORG/NAME; did you mean HuggingFaceTB/SmolLM2-135M"),
 }
 
@@ -228,13 +368,74 @@ def test_failure_is_one_line_and_leaves_nothing(case, endpoint, tmp_path):
     assert not left
 
 
-def test_shards_come_with_their_index():
-    assert wanted_files(REPOS["tiny/sharded"], "tiny/sharded", from_safetensors=None) == [
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "config.json",
-        "model.safetensors.index.json",
-    ]
+@pytest.mark.parametrize(("from_safetensors", "expected"), [(None, SHARDS), (True, SHARDS), (False, BINARY)])
+def test_shards_come_with_their_own_index(from_safetensors, expected):
+    """The index of files that were not fetched made the converter look for them."""
+    options = {"from_safetensors": from_safetensors, "tokenizer_only": False}
+    assert wanted_files(REPOS["tiny/sharded"], "tiny/sharded", **options) == ["config.json", *expected]
+
+
+PARAMETERS = {
+    "Llama-2-7b-hf": 6_738_415_616,
+    "Llama-3.2-1B": 1_235_814_400,
+    "SmolLM2-135M": 134_515_008,
+    "pythia-160m": 162_322_944,
+    "phi-2": 2_779_683_840,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Ministral-8B-Instruct-2410": 8_019_808_256,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen3-0.6B": 596_049_920,
+    "stablelm-2-1_6b": 1_644_515_328,
+    "starcoder2-3b": 3_030_371_328,
+    "falcon-7b": 6_921_720_704,  # 7,217,189,760 with the head, which is the embedding
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b-it": 999_885_952,
+    "Phi-3-mini-4k-instruct": 3_821_079_552,
+    "Phi-4-mini-instruct": 3_836_021_760,
+    "OLMo-1B-hf": 1_176_764_416,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "SmolLM3-3B": 3_075_098_624,
+    "granite-3.3-2b-instruct": 2_533_539_840,
+}
+"""Published numbers of parameters. A head that is the embedding counts once."""
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_known_model_has_as_many_parameters_as_its_authors_say(name):
+    """transformers reads the same fields, as the oracle of those whose classes are not built here too."""
+    transformers = pytest.importorskip("transformers")
+    described = dict(next(model for repo_id, model in KNOWN_MODELS.items() if repo_id.endswith(f"/{name}")))
+    model_class = getattr(transformers, described.pop("architectures"))
+    rows = described.pop("padded_vocab_size", described["vocab_size"])
+    config_class = {"Gemma3ForCausalLM": transformers.Gemma3TextConfig}.get(model_class.__name__)
+    config = (config_class or model_class.config_class)(**described | {"vocab_size": rows})
+    with torch.device("meta"):
+        assert parameters(model_class(config)) == PARAMETERS[name]
+        if model_class.__name__ in FAMILIES:
+            assert parameters(GPT(Config.from_name(name))) == PARAMETERS[name]
+
+
+def test_each_known_model_of_a_family_can_be_built():
+    assert len({repo_id.lower() for repo_id in KNOWN_MODELS}) == len(KNOWN_MODELS) > 200
+    for repo_id, described in KNOWN_MODELS.items():
+        if described["architectures"] in FAMILIES and not described.get("qk_layernorm"):
+            config = Config.from_name(repo_id)
+            assert config.name == repo_id.split("/")[1] and config.padded_vocab_size >= config.vocab_size
+    with pytest.raises(UserError, match="'Llama-2-8b' is not a known model"):
+        Config.from_name("Llama-2-8b")
+
+
+def test_each_group_of_known_models_says_where_its_figures_are_from():
+    table = read_json(ROOT / "lit_gpt" / "known_models.json")
+    for group in table["groups"]:
+        assert any(source in group["source"] for source in table["sources"]), group
 
 
 def test_nearest_says_nothing_where_nothing_is_near():

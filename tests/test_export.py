@@ -61,6 +61,21 @@ EXPORTS = {
     "phi": ("phi", BLOCKS),
     "phi, gqa, four blocks": ("phi_gqa", dict(Htype="etherplusHH", nb=4)),
     "phi, lora": ("phi_gqa", LORA),
+    "phi-3": ("phi3", BOTH),
+    "phi-3, q and v": ("phi3_longrope", dict(**PLUS, targets=("query", "value"))),
+    "gemma": ("gemma", PLUS),
+    "gemma 2": ("gemma2", BOTH),
+    "gemma 3": ("gemma3", ETHER),
+    "falcon 7b": ("falcon_7b", PLUS),
+    "falcon 40b": ("falcon_40b", BOTH),
+    "olmo": ("olmo", BOTH),
+    "olmo 2": ("olmo2", PLUS),
+    "olmo 3": ("olmo3", LORA),
+    "smollm 3": ("smollm3_listed", BOTH),
+    "granite": ("granite", PLUS),
+    "stablelm 2": ("stablelm2_12b", BOTH),
+    "ministral": ("ministral", PLUS),
+    "qwen3 moe's attention": ("qwen3_moe", dict(**ETHER, targets=("query", "key", "value", "projection", "head"))),
 }
 
 
@@ -78,12 +93,18 @@ def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, t
         tied = ours.config.tie_embeddings
         merge_adapter_weights(ours)
         own = adapter_parameters(ours)
-        weights = lit_to_hf({key: tensor for key, tensor in ours.state_dict().items() if key not in own}, ours.config)
+        base = {key: tensor for key, tensor in ours.state_dict().items() if key not in own}
+        names, make = lit_to_hf(base, ours.config)
+        weights = {name: make(name) for name in names}
         merged = theirs.merge_and_unload().state_dict()
     for on_disk, in_memory in (("embed_out", "lm_head"), ("block_sparse_moe.gate", "mlp.gate")):
         weights = {key.replace(on_disk, in_memory): tensor for key, tensor in weights.items()}
     # PEFT merges a tied head into the embedding too, which is what the export warns of.
-    apart = ("lm_head.weight", "embed_in.weight", "embed_tokens.weight") if tied else ("block_sparse_moe.experts",)
+    apart = (
+        ("lm_head.weight", "embed_in.weight", "embed_tokens.weight", "word_embeddings.weight")
+        if tied
+        else (".experts.",)
+    )
     compared = {key for key in weights if not any(name in key for name in apart)}
     assert compared <= merged.keys()
     for key in compared:

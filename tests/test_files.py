@@ -30,6 +30,7 @@ from lit_gpt.cli import main
 from lit_gpt.data import prepare
 from lit_gpt.files import (
     TEMPORARY,
+    Progress,
     atomic_write,
     map_or_read,
     move,
@@ -419,3 +420,27 @@ def test_scripts_read_a_folder_that_cannot_be_mapped(work, tmp_path):
         assert done.returncode == 0 and "refuses to map files" in done.stderr, done.stderr
     assert load_state(tmp_path / "files" / "llama" / "lit_model.pth")
     assert (tmp_path / "files" / "run" / ADAPTER).is_file()
+
+
+def test_progress_is_a_line_a_minute_off_a_terminal_and_a_bar_on_one(monkeypatch, capsys):
+    """Work of three minutes, by a clock that runs: three lines, or a bar that is gone at the end."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def work(seconds: int) -> str:
+        with Progress(desc="writing", total=seconds * 10**8, unit="B") as bar:
+            for _ in range(seconds // 10):
+                clock[0] += 10
+                bar.update(10**9)
+        return capsys.readouterr().err
+
+    assert work(50) == ""
+    assert work(180).splitlines() == [
+        "writing:  33% 6.00G/18.0G [01:00<02:00, 100MB/s]",
+        "writing:  67% 12.0G/18.0G [02:00<01:00, 100MB/s]",
+        "writing: 100% 18.0G/18.0G [03:00<00:00, 100MB/s]",
+    ]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = work(180)
+    assert "\n" not in bar and bar.endswith(" \r") and bar.count("writing") > 10
+    assert list(Progress(range(3), desc="rows")) == [0, 1, 2]

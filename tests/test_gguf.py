@@ -24,7 +24,7 @@ from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, lo
 from lit_gpt.cli import main
 from lit_gpt.files import read_json, write_json
 from lit_gpt.generate import generate
-from lit_gpt.model import scale_frequencies
+from lit_gpt.rope import scaled_frequencies
 from scripts import convert_gguf_checkpoint, convert_hf_checkpoint, convert_lit_checkpoint
 
 # Facts published with the original model: the checksum of its tokenizer.json (revision 12fd25f of the Hub's repo).
@@ -41,7 +41,8 @@ NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -60,20 +61,28 @@ def permuted(rows: torch.Tensor, n_head: int) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch="llama", split=0,
+    path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch=None, split=0,
     **more,
 ):  # fmt: skip
-    """Write a transformers Llama as llama.cpp's converter does; returns the weights as a reader dequantizes them."""
-    config, writer = model.config, gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    """Write a transformers model as llama.cpp's converter does; returns the weights as a reader dequantizes them."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch or config.model_type, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
+    if config.model_type == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    elif getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
     for name, value in more.items():
         getattr(writer, f"add_{name}")(value)
     if tokenizer_dir is not None:
@@ -83,6 +92,7 @@ def write_gguf(
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+        heads = heads if config.model_type == "llama" else {}  # rows of the others stay as they are
         part = key.split("_proj")[0][-1] if "self_attn" in key and "_proj" in key else ""
         data = (permuted(tensor, heads[part]) if part in heads else tensor).numpy()
         if kind != gguf.GGMLQuantizationType.F32 and data.ndim > 1:
@@ -98,10 +108,10 @@ def write_gguf(
             writer.add_tensor(gguf_name(key), numpy.ascontiguousarray(data))
             stored[key] = tensor
     if config.rope_parameters["rope_type"] == "llama3":
-        n = config.head_dim
-        frequencies = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, n, 2).float() / n)
         scaling = {"rope_type": "llama3", **config.rope_parameters}
-        writer.add_tensor("rope_freqs.weight", (frequencies / scale_frequencies(frequencies, scaling)).numpy())
+        base, n = scaling["rope_theta"], config.head_dim
+        plain, scaled = (scaled_frequencies(base, n, each)[0] for each in (None, scaling))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -130,12 +140,12 @@ def convert(path: Path, folder: Path, **options) -> Path:
     return folder
 
 
-def llama(case: str = "llama_tied_gqa", **fields):
-    """A tiny Llama whose sizes GGUF's blocks of 32 divide."""
+def tiny(case: str = "llama_tied_gqa", **fields):
+    """A tiny model whose sizes GGUF's blocks of 32 divide."""
     import hf_models
 
     name = f"{case}_gguf"
-    sizes = dict(hidden_size=64, intermediate_size=96, vocab_size=400, **fields)
+    sizes = dict(hidden_size=64, intermediate_size=96, vocab_size=400) | fields
     hf_models.CASES[name] = ("LlamaConfig", {**hf_models.CASES[case][1], **sizes})
     try:
         return build(name)
@@ -143,13 +153,16 @@ def llama(case: str = "llama_tied_gqa", **fields):
         del hf_models.CASES[name]
 
 
-CASES = ("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases")
+CASES = (
+    *("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases", "llama_linear_rope"),
+    *("qwen2", "qwen2_tied", "qwen3", "qwen3_biases_tied"),
+)
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_an_fp32_gguf_gives_the_logits_of_the_original(case, tmp_path, bpe_dir):
-    model = llama(case)
+    model = tiny(case)
     write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir)
     ours = load_model(convert(tmp_path / "m.gguf", tmp_path / "out"))
     idx = torch.randint(400, (2, 30), generator=torch.Generator().manual_seed(3))
@@ -159,7 +172,7 @@ def test_an_fp32_gguf_gives_the_logits_of_the_original(case, tmp_path, bpe_dir):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])
 def test_quantized_weights_are_what_gguf_dequantizes(kind, tmp_path, bpe_dir):
-    model = llama()
+    model = tiny()
     stored = write_gguf(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind], tokenizer_dir=bpe_dir)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     model.load_state_dict(stored, strict=False)
@@ -173,11 +186,11 @@ def test_quantized_weights_are_what_gguf_dequantizes(kind, tmp_path, bpe_dir):
 def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path, bpe_dir):
     """A GGUF holds only the divisors; the published parameters that give them are found again."""
     rope = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192, "factor": 32.0, "rope_theta": 5e5}
-    model = llama("llama3_rope", rope_scaling=rope, rope_theta=5e5)
+    model = tiny("llama3_rope", rope_scaling=rope, rope_theta=5e5)
     write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir)
     found = load_config(convert(tmp_path / "m.gguf", tmp_path / "out")).rope_scaling
     assert found == {key: value for key, value in rope.items() if key != "rope_theta"}
-    other = llama("llama3_rope", rope_scaling={**rope, "high_freq_factor": 2.0}, rope_theta=5e5)
+    other = tiny("llama3_rope", rope_scaling={**rope, "high_freq_factor": 2.0}, rope_theta=5e5)
     write_gguf(tmp_path / "other.gguf", other, tokenizer_dir=bpe_dir)
     with pytest.raises(ValueError, match="rope_freqs are not those of Llama 3"):
         convert(tmp_path / "other.gguf", tmp_path / "other")
@@ -186,7 +199,7 @@ def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path, bpe_dir):
 def test_the_folder_is_complete_and_goes_on_to_hugging_face(tmp_path, bpe_dir):
     import transformers
 
-    model = llama()
+    model = tiny()
     write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir)
     folder = check_checkpoint_dir(convert(tmp_path / "m.gguf", tmp_path / "tiny"))
     assert {path.name for path in folder.iterdir()} == {
@@ -205,7 +218,7 @@ def test_the_folder_is_complete_and_goes_on_to_hugging_face(tmp_path, bpe_dir):
 
 def test_only_what_one_tensor_needs_is_held_in_memory(tmp_path, bpe_dir, monkeypatch):
     """The whole model was, in fp32."""
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
     read, held, original = [], [], convert_gguf_checkpoint.dequantized
 
     def dequantized(*args):
@@ -221,8 +234,8 @@ def test_only_what_one_tensor_needs_is_held_in_memory(tmp_path, bpe_dir, monkeyp
 @pytest.mark.parametrize("named", [1, 2, 3])
 def test_a_model_in_several_files_is_read_whole_whichever_is_named(tmp_path, bpe_dir, named):
     (tmp_path / "parts").mkdir()
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
-    write_gguf(tmp_path / "parts" / "m.gguf", llama(), tokenizer_dir=bpe_dir, split=8)
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
+    write_gguf(tmp_path / "parts" / "m.gguf", tiny(), tokenizer_dir=bpe_dir, split=8)
     parts = sorted(path.name for path in (tmp_path / "parts").iterdir())
     assert parts == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     convert(tmp_path / "m.gguf", tmp_path / "whole")
@@ -233,7 +246,7 @@ def test_a_model_in_several_files_is_read_whole_whichever_is_named(tmp_path, bpe
 
 
 def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_dir):
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir, split=8)
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, split=8)
     first, second, _ = sorted(tmp_path.iterdir())
     second.rename(tmp_path / "second.gguf")
     with pytest.raises(FileNotFoundError, match=r"is one of 3 parts, m-00002-of-00003.gguf missing beside it"):
@@ -244,22 +257,29 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     assert not (tmp_path / "out").exists()
 
 
-def test_configs_that_are_there_already_are_kept_unless_overwrite_is_said(tmp_path, bpe_dir, capsys):
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
-    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"num_hidden_layers": 7}
+def test_configs_that_are_there_already_are_kept_unless_overwrite_is_said(tmp_path, bpe_dir):
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
+    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"own": "word"}
     for name in ("lit_model.pth", "lit_config.json", "generation_config.json"):
         (tmp_path / "out" / name).unlink()
     write_json(tmp_path / "out" / "config.json", own)
     convert(tmp_path / "m.gguf", tmp_path / "out")
     assert read_json(tmp_path / "out" / "config.json") == own
-    assert "describes another model (n_layer is 7, in the GGUF file" in capsys.readouterr().out
     assert (tmp_path / "out" / "generation_config.json").is_file()
+    write_json(tmp_path / "out" / "config.json", own | {"num_hidden_layers": 7})
+    (tmp_path / "out" / "lit_model.pth").unlink()
+    (tmp_path / "out" / "lit_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"config.json is of another model \(n_layer is 7, in the GGUF file .*overwrite"
+    ):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out" / "lit_model.pth").exists()
     convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=True)
-    assert read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] != 7
+    assert "own" not in (made := read_json(tmp_path / "out" / "config.json")) and made["num_hidden_layers"] != 7
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):
-    write_gguf(tmp_path / "m.gguf", llama())  # no tokenizer at all
+    write_gguf(tmp_path / "m.gguf", tiny())  # no tokenizer at all
     shutil.copytree(bpe_dir, tmp_path / "out")
     before = (tmp_path / "out" / "tokenizer.json").read_bytes()
     convert(tmp_path / "m.gguf", tmp_path / "out", dtype="bfloat16")
@@ -272,7 +292,7 @@ def test_the_tokenizer_splits_digits_as_smollm_does(text, tmp_path, bpe_dir):
     """Ids of the rebuilt tokenizer equal those of the one its metadata came from, with SmolLM's pre-tokenizer."""
     from tokenizers import pre_tokenizers
 
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir)
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
     rebuilt = Tokenizer.from_file(str(convert(tmp_path / "m.gguf", tmp_path / "out") / "tokenizer.json"))
     original = Tokenizer.from_file(str(bpe_dir / "tokenizer.json"))
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -287,7 +307,7 @@ def test_other_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path, bpe_dir
     """transformers keeps a table of its own; only SmolLM's rule is missing from it."""
     from transformers import AutoTokenizer
 
-    write_gguf(tmp_path / "m.gguf", llama(), tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
+    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").backend_tokenizer
@@ -304,12 +324,12 @@ def test_other_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path, bpe_dir
 
 
 def changed_tokenizer(writer_options: dict, **more):
-    return lambda path, bpe_dir: write_gguf(path, llama(), tokenizer_dir=bpe_dir, **writer_options, **more)
+    return lambda path, bpe_dir: write_gguf(path, tiny(), tokenizer_dir=bpe_dir, **writer_options, **more)
 
 
 def cut(share: float):
     def write(path: Path, bpe_dir: Path) -> None:
-        write_gguf(path, llama(), tokenizer_dir=bpe_dir)
+        write_gguf(path, tiny(), tokenizer_dir=bpe_dir)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
     return write
@@ -322,10 +342,16 @@ REFUSALS = {
     "cut in the metadata": (cut(0.05), "m.gguf is not a GGUF file, or cut short"),
     "cut in the tensors": (cut(0.7), "m.gguf is not a GGUF file, or cut short"),
     "cut at the end": (cut(0.999), "m.gguf is not a GGUF file, or cut short"),
-    "architecture": (changed_tokenizer({"arch": "qwen2"}), "GGUF architecture qwen2 is not supported .llama is"),
+    "architecture": (
+        changed_tokenizer({"arch": "gemma"}),
+        "architecture gemma is not supported .llama, qwen2, qwen3 are.*download.py",
+    ),
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
-    "rope scaling": (changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN}), "rope scaling yarn"),
-    "no tokenizer": (lambda path, bpe_dir: write_gguf(path, llama()), "None/None can't be rebuilt.*tokenizer.json"),
+    "rope scaling": (
+        changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_yarn_log_mul": 0.5}),
+        "yarn_log_multiplier of its yarn rope scaling is not supported",
+    ),
+    "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
     "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold what it should"),
     "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold what it should"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),
@@ -374,7 +400,7 @@ def smollm2_models(smollm2):
 
 
 def test_smollm2_tokenizer_is_the_original_byte_for_byte(smollm2):
-    content = (smollm2[1] / "tokenizer.json").read_bytes()
+    content = (smollm2[1] / "tokenizer.json").read_bytes().removesuffix(b"\n")  # ours ends with a newline
     assert hashlib.sha256(content).hexdigest() == SMOLLM2_TOKENIZER_SHA256
 
 
