@@ -11,11 +11,12 @@ import peft_matrix as matrix
 import pytest
 import torch
 import transformers
-from helpers import ROOT, dense, relative
+from helpers import ROOT, dense, make_adapter, refusal, relative, script
 from peft_matrix import adapted, build, disturb, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lit_gpt.adapter_files import load_adapted_model, load_adapter
 from lit_gpt.ether import METHODS
 from lit_gpt.peft_ether import EtherLinear, EtherPeftConfig
 
@@ -490,3 +491,105 @@ def test_the_folder_says_what_it_is(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(peft.PeftConfig.from_pretrained(tmp_path), EtherPeftConfig)
+
+
+# ---- our files and PEFT's folders
+
+
+def convert(to: str, adapter, base, out):
+    script("scripts/convert_adapter.py")(to=to, adapter_path=adapter, checkpoint_dir=base, out_dir=out)
+    return out
+
+
+def in_transformers(base, folder) -> nn.Module:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+BOTH = dict(Htype="etherplusHH", nb=2)
+CONVERTED = {
+    "llama": ("llama_biases", BOTH),
+    "llama, ether": ("llama", dict(Htype="ether", nb=4)),
+    "llama, flip_side": ("llama_mqa_odd_head", dict(Htype="etherplus", nb=2, flip_side=True, targets=("query", "mlp"))),
+    "llama, tied head": ("llama_tied_gqa", dict(Htype="etherplus", nb=2)),
+    "published, output side": (
+        "llama", dict(Htype="ether", nb=4, block_layout="published", targets=("query", "value")),
+    ),
+    "mistral": ("mistral_window", BOTH),
+    "qwen2": ("qwen2_tied", dict(**BOTH, targets=("query", "key", "value", "projection", "mlp"))),
+    "qwen3": ("qwen3", BOTH),
+    "phi": ("phi", BOTH),
+    "stablelm": ("stablelm_biases", BOTH),
+    "starcoder2": ("starcoder2", dict(Htype="etherplus", nb=2)),
+    "neox, but for q, k and v": ("neox_parallel", dict(**BOTH, targets=("projection", "mlp", "head"))),
+}  # fmt: skip
+IDX = torch.arange(2 * 20).remainder(160).view(2, 20)
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", CONVERTED)
+def test_our_file_is_the_same_function_in_peft_and_comes_back_bit_for_bit(name, tmp_path, bpe_dir):
+    case, fields = CONVERTED[name]
+    adapter, base = make_adapter(tmp_path, case, bpe_dir, **fields), tmp_path / "base"
+    ours = load_adapter(adapter, "ether")
+    folder = convert("peft", adapter, base, tmp_path / "peft")
+    with torch.no_grad():
+        expected = load_adapted_model(base, adapter=ours)(IDX)
+        assert relative(in_transformers(base, folder)(IDX).logits, expected) < 1e-5
+    back = load_adapter(convert("lit", folder, base, tmp_path / "back") / adapter.name, "ether")
+    assert back.state.keys() == ours.state.keys() and back.prompt_style == ours.prompt_style
+    assert all(torch.equal(back.state[key], ours.state[key]) for key in ours.state)
+    for field in ("Htype", "nb", "flip_side", *fields.get("targets", ())):
+        assert getattr(back.config, field) == getattr(ours.config, field)
+    assert back.base["fingerprint"] == ours.base["fingerprint"]
+
+
+def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, capsys):
+    def failure(to, adapter, base):
+        flags = dict(to=to, adapter_path=adapter, checkpoint_dir=base, out_dir=tmp_path / "out")
+        line = refusal(capsys, "scripts/convert_adapter.py", [f"--{name}={value}" for name, value in flags.items()])
+        assert not (tmp_path / "out").exists()
+        return line
+
+    cases = {
+        "neox": ("neox_parallel", BOTH, "attn.attn.ether_Rq has no Linear of its own in a GPTNeoXForCausalLM"),
+        "experts": ("mixtral", BOTH, "experts.0.fc_1.ether_R has no Linear of its own"),
+        "oft": ("llama", dict(Htype="oft", nb=2), "rotates all of a weight"),
+        "published": ("llama", dict(Htype="ether", nb=2, block_layout="published"), "published block layout"),
+    }
+    for name, (case, fields, reason) in cases.items():
+        (tmp_path / name).mkdir()
+        adapter = make_adapter(tmp_path / name, case, bpe_dir, **fields)
+        line = failure("peft", adapter, tmp_path / name / "base")
+        assert reason in line and "export_lora.py or merge_ether.py may do" in line
+    base = tmp_path / "oft" / "base"
+    assert "is no PEFT folder: it has no adapter_config.json" in failure("lit", tmp_path / "oft", base)
+    lora = tmp_path / "lora"
+    build("llama")[0].save_pretrained(tmp_path / "model")
+    peft.get_peft_model(build("llama")[0], peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(lora)
+    assert f"{lora} holds LORA; an ETHER adapter alone was expected" in failure("lit", lora, base)
+    some = tmp_path / "some"
+    fields = dict(n=2, target_modules=["q_proj"], layers_to_transform=[1])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, EtherPeftConfig(**fields)).save_pretrained(some)
+    assert "targets in all layers; here base_model.model.model.layers.0" in failure("lit", some, base)
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_lora_is_the_same_function_of_one_rank(name, method, tmp_path):
+    model, inputs = build(name)
+    model.save_pretrained(tmp_path / "base")
+    fields = dict(target_modules="all-linear", n_pattern={"(fc1|up_proj)": 4}, exclude_modules=[])
+    model, inputs, _ = adapted(name, method=method, **fields)
+    disturb(model)
+    model.save_pretrained(tmp_path / "ether")
+    out = convert("lora", tmp_path / "ether", tmp_path / "base", tmp_path / "lora")
+    config = json.loads((out / "adapter_config.json").read_text())
+    ranks = {
+        key: tensor.size(int("lora_B" in key)) for key, tensor in load_file(out / "adapter_model.safetensors").items()
+    }
+    assert {*ranks.values()} == {config["r"]} == {config["lora_alpha"]} and not config["rank_pattern"]
+    loaded = peft.PeftModel.from_pretrained(build(name)[0], out).eval()
+    assert config["peft_type"] == "LORA" and relative(logits(loaded, inputs), logits(model, inputs)) < 1e-5
