@@ -323,12 +323,18 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
             sizes |= {f"{label} {side}": of_side[side] for side in sides}
             if "input" in sides and config.block_layout == "published" and config.nb > 1:
                 sizes[f"{label} rows"] = part.size
+    if sizes:
+        check_sizes(config.nb, sizes)
+
+
+def check_sizes(n: int, sizes: dict[str, int]) -> None:
+    """Raise UserError unless n cuts each of the sizes, given with their names, into blocks of at least 2."""
     shared = math.gcd(*sizes.values())
-    legal = [n for n in range(1, shared + 1) if shared % n == 0 and all(s // n >= 2 for s in sizes.values())]
-    if sizes and config.nb not in legal:
-        module, size = next((m, s) for m, s in sizes.items() if s % config.nb or s // config.nb < 2)
+    legal = [m for m in range(1, shared + 1) if shared % m == 0 and all(size // m >= 2 for size in sizes.values())]
+    if n not in legal:
+        module, size = next((m, s) for m, s in sizes.items() if s % n or s // n < 2)
         raise UserError(
-            f"{config.nb} blocks do not divide {module} of size {size} into blocks of 2 or more; "
+            f"{n} blocks do not divide {module} of size {size} into blocks of 2 or more; "
             f"legal for all chosen targets: {', '.join(map(str, legal))}"
         )
 

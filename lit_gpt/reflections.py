@@ -250,7 +250,13 @@ class _Reflection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, *vectors: Tensor
+        ctx: Any,
+        x: Tensor,
+        center: Tensor | None,
+        block_mask: Tensor | None,
+        save_output: bool,
+        *vectors: Tensor,
+        unused: None = None,  # without gradients Dynamo leaves ctx out of a call with as many arguments as names here
     ) -> Tensor:
         stacked = torch.stack(vectors, dim=-2)
         stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
