@@ -18,7 +18,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -182,14 +181,15 @@ def measure(models: Mapping[str, nn.Module], idx: Tensor, *, rounds: int, loss: 
     def step(label: str) -> None:  # an expert that no token reaches has no gradient
         torch.autograd.grad(loss(models[label], idx), trained[label], allow_unused=True)
 
-    rows = timed({label: partial(step, label) for label in models}, idx.device, rounds=rounds)
     n_bytes = {label: sum(p.nbytes for p in parameters) for label, parameters in trained.items()}
-    for row, (name, other) in product(rows.values(), RATIOS.items()):
-        if other in rows:
+    shared = torch.cuda.memory_allocated() - sum(n_bytes.values())
+    rows = timed({label: partial(step, label) for label in models}, idx.device, rounds=rounds)
+    for label, row in rows.items():
+        for name, other in RATIOS.items() if rows.keys() >= {*RATIOS.values()} else ():
             ratios = [own / its for own, its in zip(row["seconds"], rows[other]["seconds"], strict=True)]
             row[name] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
-    for label, row in rows.items() if idx.device.type == "cuda" else ():
-        row["peak_bytes"] += torch.cuda.memory_allocated() - sum(n_bytes.values()) + n_bytes[label]
+        if "peak_bytes" in row:
+            row["peak_bytes"] += shared + n_bytes[label]
     return rows
 
 

@@ -10,6 +10,7 @@ print, and tracebacks). ``gpu_cases.py`` says what is measured.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ from time import monotonic, strftime
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+import torch
 
 from eval.costs import Rows, table
 from eval.gpu_cases import PARTS, Card
@@ -60,6 +63,10 @@ def work(part: str, out_dir: Path, folder: Path, *, short: bool) -> None:
             traceback.print_exc()
             write(fault=f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")
         write(seconds=monotonic() - start)
+        torch._dynamo.reset()  # it keeps models, whose memory the next case needs
+        gc.collect()
+        torch.cuda.empty_cache()
+    sys.stdout.flush()
     os._exit(0)  # a broken GPU context may hang or abort an orderly end
 
 
