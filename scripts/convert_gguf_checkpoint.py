@@ -3,8 +3,8 @@
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
 converts them like any checkpoint, tensor by tensor: memory holds a layer's attention in fp32, whatever the model's
 size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
-pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. A
-tokenizer and a generation_config.json that the folder has already are the original's, and are kept.
+pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
+tokenizer's files and a generation_config.json that the folder has already are the original's, and are kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -81,9 +81,8 @@ def setup(
         overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
-    kept = {"generation_config.json"} if (checkpoint_dir / "generation_config.json").is_file() else set()
-    if any((checkpoint_dir / name).is_file() for name in TOKENIZERS):
-        kept |= {"tokenizer.json", "tokenizer_config.json"}
+    there = {name for name in {*FILES[2:], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
+    kept = there | ({"tokenizer.json"} if there & {*TOKENIZERS} else set())
     prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
@@ -123,8 +122,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if missing:
         what = f"{missing[0]} not found{f' ({len(missing)} of {count} parts are missing)' if split else ''}"
         raise FileNotFoundError(f"{what}; a .gguf file was expected, of a model in parts all of them")
-    metadata: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
+    metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
         try:
             reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
@@ -245,6 +243,8 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
         tokenizer = sentencepiece_tokenizer(words, vocabulary)
     elif kind == "gpt2" and pre in PRE_TOKENIZERS:
         merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
+        if not vocabulary.keys() >= {part for pair in merges for part in (*pair, "".join(pair))}:
+            raise UserError(f"{path}: it merges tokens that its vocabulary lacks; get the file again")
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
         tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
         if pre == "qwen2":

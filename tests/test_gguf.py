@@ -10,13 +10,14 @@ import re
 import shutil
 import weakref
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
 import numpy
 import pytest
 import torch
-from helpers import CHATML, ROOT
+from helpers import CHATML, ROOT, sample_text, write_spm_tokenizer
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
@@ -62,11 +63,12 @@ def permuted(rows: torch.Tensor, n_head: int) -> torch.Tensor:
 
 def write_gguf(
     path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch=None, split=0,
-    **more,
+    rows=0, merges=(), writer=None, **more,
 ):  # fmt: skip
     """Write a transformers model as llama.cpp's converter does; returns the weights as a reader dequantizes them."""
     config = model.config
-    writer = gguf.GGUFWriter(path, arch or config.model_type, split_max_tensors=split)
+    if writer is None:
+        writer = gguf.GGUFWriter(path, arch or config.model_type, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -86,7 +88,7 @@ def write_gguf(
     for name, value in more.items():
         getattr(writer, f"add_{name}")(value)
     if tokenizer_dir is not None:
-        add_tokenizer(writer, tokenizer_dir, pre=pre)
+        add_tokenizer(writer, tokenizer_dir, pre=pre, rows=rows, merges=merges)
     stored = {}
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -96,7 +98,7 @@ def write_gguf(
         part = key.split("_proj")[0][-1] if "self_attn" in key and "_proj" in key else ""
         data = (permuted(tensor, heads[part]) if part in heads else tensor).numpy()
         if kind != gguf.GGMLQuantizationType.F32 and data.ndim > 1:
-            data = gguf.quantize(data, kind)
+            data = blocks(data.shape, kind) if kind.name in SCALES else gguf.quantize(data, kind)
             writer.add_tensor(gguf_name(key), data, raw_dtype=kind)
             back = gguf.dequantize(data, kind)
             restored = torch.from_numpy(back)
@@ -119,7 +121,20 @@ def write_gguf(
     return stored
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str) -> None:
+# Bytes of a block that hold fp16 scales: gguf reads these kinds, and writes them not.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> numpy.ndarray:
+    """Blocks of a k-quant at random, with scales of a weight's size."""
+    size, bytes_each = gguf.GGML_QUANT_SIZES[kind]
+    found = numpy.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // size, bytes_each), dtype=numpy.uint8)
+    for start in SCALES[kind.name]:
+        found[..., start : start + 2] = numpy.array([1e-3], dtype=numpy.float16).view(numpy.uint8)
+    return found.reshape(shape[0], -1)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str, rows: int, merges: Iterable[str]) -> None:
     """The metadata llama.cpp's converter writes for a byte-level BPE tokenizer of 400 tokens."""
     content = read_json(folder / "tokenizer.json")
     vocabulary = content["model"]["vocab"]
@@ -127,9 +142,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str) -> None:
     tokens = sorted(vocabulary, key=vocabulary.get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    unused = [f"[PAD{index}]" for index in range(len(tokens), rows)]
+    writer.add_token_list(tokens + unused)
+    writer.add_token_types([3 if token in special else 1 for token in tokens] + [5] * len(unused))
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]] + [*merges])
     for name, token in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|im_end|>")):
         getattr(writer, f"add_{name}_token_id")(vocabulary[token])
     writer.add_chat_template(CHATML)
@@ -170,9 +186,9 @@ def test_an_fp32_gguf_gives_the_logits_of_the_original(case, tmp_path, bpe_dir):
     assert ours.config.norm_eps == 1e-6 and ours.config.rope_base == model.config.rope_parameters["rope_theta"]
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0", *SCALES])
 def test_quantized_weights_are_what_gguf_dequantizes(kind, tmp_path, bpe_dir):
-    model = tiny()
+    model = tiny("qwen3" if kind == "Q4_K" else "llama_tied_gqa", hidden_size=256, intermediate_size=256, head_dim=64)
     stored = write_gguf(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind], tokenizer_dir=bpe_dir)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     model.load_state_dict(stored, strict=False)
@@ -297,15 +313,55 @@ def test_the_tokenizer_splits_digits_as_smollm_does(text, tmp_path, bpe_dir):
     assert rebuilt.decode(ids, skip_special_tokens=False) == TEXTS[text]
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+def test_rows_that_stand_for_no_token_are_left_out_of_the_vocabulary(tmp_path, bpe_dir):
+    """Qwen's embedding has more rows than its tokenizer has ids; llama.cpp names them [PAD400] and so on."""
+    model = tiny("qwen2", vocab_size=416)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir, pre="qwen2", add_bos_token=False, rows=416)
+    folder = convert(tmp_path / "m.gguf", tmp_path / "out")
+    rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert rebuilt.get_vocab_size() == 400 and load_config(folder).padded_vocab_size == 416
+    assert rebuilt.encode("e\u0301").ids == rebuilt.encode("\u00e9").ids  # Qwen composes characters
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(prefix, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    from lit_gpt.tokenizer import Tokenizer
+
+    write_spm_tokenizer(tmp_path / "spm", add_dummy_prefix=prefix)
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "spm" / "tokenizer.model"))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    pieces = range(processor.get_piece_size())
+    kinds = [6 if processor.is_byte(i) else 3 if processor.is_control(i) else 1 for i in pieces]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(i) for i in pieces])
+    writer.add_token_scores([processor.get_score(i) for i in pieces])
+    writer.add_token_types([2, *kinds[1:]])
+    for name, index in (("unk", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_space_prefix(prefix)
+    write_gguf(tmp_path / "m.gguf", tiny(), writer=writer)
+    ours = Tokenizer(convert(tmp_path / "m.gguf", tmp_path / "out"))
+    for text in (*TEXTS.values(), *sample_text(30, seed=2), "", " a", "   a  ", "\n", "a\n\n b"):
+        text = text.replace("<|endoftext|>", "")
+        assert ours.encode(text) == [1, *processor.encode(text)], text
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("<s>a</s>", bos=False) == [1, *processor.encode("a"), 2]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
 def test_other_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path, bpe_dir):
     """transformers keeps a table of its own; only SmolLM's rule is missing from it."""
     from transformers import AutoTokenizer
 
-    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
+    model = tiny("qwen2" if pre == "qwen2" else "llama")
+    write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").backend_tokenizer
+    if pre == "qwen2":
+        theirs.normalizer = rebuilt.normalizer  # Qwen composes characters; transformers forgets it here
     for text in TEXTS.values():
         assert rebuilt.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
         cut = rebuilt.pre_tokenizer.pre_tokenize_str(text)
@@ -343,10 +399,14 @@ REFUSALS = {
     ),
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
     "rope scaling": (
-        changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_yarn_log_mul": 0.5}),
+        changed_tokenizer(
+            {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0},
+            rope_scaling_yarn_log_mul=0.5,
+        ),
         "yarn_log_multiplier of its yarn rope scaling is not supported",
     ),
     "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
+    "a merge of no token": (changed_tokenizer({"merges": ["\u0120 nowhere"]}), "m.gguf: it merges tokens .* lacks"),
     "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold what it should"),
     "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold what it should"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),
