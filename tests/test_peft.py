@@ -11,7 +11,7 @@ import peft_matrix as matrix
 import pytest
 import torch
 import transformers
-from helpers import ROOT, dense, make_adapter, refusal, relative, script
+from helpers import ROOT, dense, losses_of, make_adapter, refusal, relative, script, train
 from peft_matrix import adapted, build, disturb, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -593,3 +593,63 @@ def test_a_lora_is_the_same_function_of_one_rank(name, method, tmp_path):
     assert {*ranks.values()} == {config["r"]} == {config["lora_alpha"]} and not config["rank_pattern"]
     loaded = peft.PeftModel.from_pretrained(build(name)[0], out).eval()
     assert config["peft_type"] == "LORA" and relative(logits(loaded, inputs), logits(model, inputs)) < 1e-5
+
+
+# ---- finetune/ether_hf.py
+
+
+@pytest.fixture(scope="module")
+def hf_work(work, tmp_path_factory):
+    """A folder with the tiny base as Hugging Face's, and one start of an adapter as a PEFT folder and as our file."""
+    made = tmp_path_factory.mktemp("hf")
+    script("scripts/convert_lit_checkpoint.py")(checkpoint_dir=work / "base", out_dir=made / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32)
+    config = EtherPeftConfig(n=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(made / "start")
+    convert("lit", made / "start", work / "base", made / "lit")
+    return made
+
+
+RUN = dict(global_batch_size=6, micro_batch_size=3, learning_rate=0.02, max_steps=6)
+
+
+def test_the_trainer_takes_the_steps_of_finetune_ether(work, hf_work, tmp_path, monkeypatch, capsys):
+    start = hf_work / "lit" / "lit_model_ether_finetuned.pth"
+    flags = [f"--train.{name}={value}" for name, value in RUN.items()]
+    flags += ["--Htype=etherplusHH", "--ether_nb=2", f"--init_from={start}", "--precision=32-true"]
+    train(work, "ether", tmp_path / "ours", *flags)
+    ours = losses_of(tmp_path / "ours")
+    monkeypatch.setattr(
+        peft,
+        "get_peft_model",
+        lambda base, _: peft.PeftModel.from_pretrained(base, hf_work / "start", is_trainable=True),
+    )
+    finetune = script("finetune/ether_hf.py")
+    options = dict(
+        checkpoint_dir=str(hf_work / "base"), train_data_dir=work / "data", out_dir=tmp_path / "theirs", **RUN
+    )
+    finetune(**options, dtype="float32")
+    state = json.loads((tmp_path / "theirs" / "checkpoint-6" / "trainer_state.json").read_text())
+    theirs = [row["loss"] for row in state["log_history"] if "loss" in row]
+    assert theirs == pytest.approx(ours, rel=1e-3) and len(ours) == 6 and ours[-1] < ours[0]
+    adapter = load_adapter(convert("lit", tmp_path / "theirs", work / "base", tmp_path / "back") / start.name, "ether")
+    trained = load_adapter(next((tmp_path / "ours").glob("lit_model_ether_finetuned.pth")), "ether")
+    assert all(relative(adapter.state[key], trained.state[key]) < 1e-3 for key in trained.state)
+    with pytest.raises(FileExistsError):
+        finetune(**options)
+
+
+def test_a_run_of_the_trainer_with_wrong_settings_ends_in_one_line(work, hf_work, tmp_path, capsys):
+    given = dict(checkpoint_dir=hf_work / "base", train_data_dir=work / "data", out_dir=tmp_path / "out", **RUN)
+    wrong = {
+        "micro_batch_size": (4, "--global_batch_size 6 is no multiple"),
+        "target_modules": ("nothing", "--target_modules nothing: Target modules nothing not found"),
+        "ether_nb": (7, "7 blocks do not divide"),
+        "Htype": ("oft", "choices: ether, etherplus, etherplusHH"),
+        "checkpoint_dir": (tmp_path / "none", "none"),
+        "train_data_dir": (tmp_path, "train.pt is not a file"),
+    }
+    for name, (value, message) in wrong.items():
+        arguments = [f"--{flag}={value}" for flag, value in (given | {name: value}).items()]
+        assert message in refusal(capsys, "finetune/ether_hf.py", arguments)
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
