@@ -63,7 +63,8 @@ def work(part: str, out_dir: Path, folder: Path, *, short: bool) -> None:
             traceback.print_exc()
             write(fault=f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")
         write(seconds=monotonic() - start)
-        torch._dynamo.reset()  # it keeps models, whose memory the next case needs
+        if "compiled" in name:
+            torch._dynamo.reset()  # it keeps models, whose memory the next case needs
         gc.collect()
         torch.cuda.empty_cache()
     sys.stdout.flush()

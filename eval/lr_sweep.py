@@ -24,10 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from eval.costs import METHOD_NAMES, table
-from lit_gpt.adapter import AdapterConfig
 from lit_gpt.checkpoint import load_config
 from lit_gpt.cli import main
-from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig
@@ -85,12 +83,12 @@ def setup(
     """
     if unknown := [method for method in methods if method not in NAMES]:
         raise UserError(f"--methods {', '.join(unknown)}: choices are {', '.join(NAMES)}")
-    adapters: dict[str, AdapterConfig] = {"lora": LoraConfig(r=lora_r)}
+    adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
-    config = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"])
+    size = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]).q_size
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [each for seed in seeds for rate in rates for name in methods if (each := (name, rate, seed)) not in done]
@@ -100,7 +98,7 @@ def setup(
         common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed)
         common["io"] = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
         settings = Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
-        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, config))
+        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, size))
         runs.append(run | train_once(settings))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
@@ -117,14 +115,14 @@ def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
     write_json(path, before | settings)
 
 
-def degrees_per_step(method: str, rate: float, config: Config) -> float | None:
+def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
     """Return the degrees by which one Adam step at this rate turns a query's u at its start; None without vectors.
 
     Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
     the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
     """
     has_vectors = method in METHODS and not METHODS[method].matrices
-    return math.degrees(rate * math.sqrt(3 * config.q_size)) if has_vectors else None
+    return math.degrees(rate * math.sqrt(3 * q_size)) if has_vectors else None
 
 
 def train_once(settings: Settings) -> dict[str, Any]:
