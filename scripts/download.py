@@ -113,11 +113,12 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, RuntimeError, json.JSONDecodeError, *(library.TransportError for library in libraries))
+    answers = (errors.HFValidationError, json.JSONDecodeError)
+    failures = (OSError, RuntimeError, *answers, *(library.TransportError for library in libraries))
     try:
         info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
         here = options | {"revision": info.sha}  # all files of one commit
@@ -173,7 +174,8 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
 
     network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
     unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    said, again, kept = " ".join(str(error).split()), "run the command again", "(what is there is kept)"
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    again, kept = "run the command again", "(what is there is kept)"
     if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
         advice = f"clear that up, or choose another --checkpoint_dir, and {again} {kept}"
         return f"cannot write {error.filename or folder}: {error.strerror}; {advice}"
@@ -181,24 +183,22 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
     private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
     status = getattr(getattr(error, "response", None), "status_code", "no answer")
     reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
-    by_hand = (
-        f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
-        f"hand and go on with: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}"
-    )
+    hub, convert = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "scripts/convert_hf_checkpoint.py"
+    by_hand = f"or copy the files of {hub}/{repo_id} into {folder} by hand and go on with: "
+    by_hand += command(convert, checkpoint_dir=folder)
     lines = {
         errors.GatedRepoError: f"{repo_id} is gated: accept its licence on its page on the Hub; {access}",
         errors.RepositoryNotFoundError: f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}",
         errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
-        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
-        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}",
-        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT",
+        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}",
+        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}",
+        errors.HFValidationError: f"{repo_id} is no name that the Hub gives ({said})",
+        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT, {by_hand}",
         # hf_xet's, which moves large files in chunks.
-        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}",
-        Exception: f"the Hub could not be reached ({type(error).__name__}): check the network and {again} {kept}",
+        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}, {by_hand}",
+        Exception: f"the Hub could not be reached ({kind}): check the network and {again} {kept}, {by_hand}",
     }
-    line = next(line for kind, line in lines.items() if isinstance(error, kind))
-    told_by_the_hub = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    return line if isinstance(error, told_by_the_hub) else f"{line}, {by_hand}"
+    return next(line for one, line in lines.items() if isinstance(error, one))
 
 
 if __name__ == "__main__":
