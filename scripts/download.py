@@ -132,7 +132,7 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         check_space(folder, sum(file.size - part.stat().st_size for part, file in parts.items()))
         for part, file in parts.items():
             fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
-        snapshot_download(repo_id, local_dir=folder, allow_patterns=names, tqdm_class=Progress, **here)
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
     except failures as error:
         raise OSError(explanation(error, repo_id, folder, **options)) from error
 
