@@ -7,6 +7,7 @@ Knows nothing of tensors and models. Notable choices:
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -228,12 +229,18 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last.
 
     It lies in ``out_dir``, which may be a disk of its own. What must not be replaced is best found before the work, by
-    ``prepare_out_dir`` with the files' names; here it is looked for once more.
+    ``prepare_out_dir`` with the files' names; here it is looked for once more. What a process that was killed has left
+    there is removed: a lock tells it from another's work, and goes with the process.
     """
     folder = prepare_out_dir(out_dir, overwrite)
+    for leftover in folder.glob(f"{TEMPORARY}staging.*"):
+        if (handle := _take(leftover)) is not None:
+            remove(leftover)
+            os.close(handle)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     staging = temporary_name(folder / "staging")
     staging.mkdir(parents=True)
+    handle = _take(staging)
     try:
         yield staging
         # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.
@@ -243,9 +250,22 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
             move(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
         for each in made:
             with suppress(OSError):  # it holds the result
                 each.rmdir()
+
+
+def _take(folder: Path) -> int | None:
+    """Return a handle whose lock keeps a folder, or None where another process has it, or locks are refused."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes

@@ -51,16 +51,12 @@ def check_unquantized_weights(weights: State) -> None:
 
 
 class Piece(NamedTuple):
-    """Rows of one tensor, and the rows of another that are the same. Reversed, it leads the other way."""
+    """Rows of one tensor, and the rows of another that are the same."""
 
     name: str
     rows: Rows
     source: str
     source_rows: Rows
-
-    def reversed(self) -> "Piece":
-        """Return the piece from the other tensor's side."""
-        return Piece(self.source, self.source_rows, self.name, self.rows)
 
 
 class Layout(NamedTuple):
@@ -174,7 +170,8 @@ def lit_to_hf(weights: State, config: Config) -> tuple[State, Callable[[str], to
     """
     layout = hf_layout(config)
     _check("this lit_config.json", weights, layout.ours)
-    return _assemble(layout.theirs, [piece.reversed() for piece in layout.pieces], weights, weights.__getitem__)
+    pieces = [Piece(theirs, their_rows, ours, rows) for ours, rows, theirs, their_rows in layout.pieces]
+    return _assemble(layout.theirs, pieces, weights, weights.__getitem__)
 
 
 def _assemble(

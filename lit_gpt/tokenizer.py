@@ -170,7 +170,8 @@ class Tokenizer:
         """
         token = self.special_tokens.get(f"{name}_token")
         found = self._vocabulary.token_id(token) if token else self._vocabulary.default_ids.get(name)
-        if found is None:
+        # null says that there is none (Qwen's BOS), whatever the model's files say; every text needs an end
+        if found is None and (name == "eos" or self.files.config.get(f"{name}_token", "") is not None):
             found = next(iter(self.files.model_ids(f"{name}_token_id", self.vocab_size)), None)
         if found is not None:
             self.special_tokens.setdefault(f"{name}_token", self._vocabulary.id_token(found))

@@ -280,7 +280,7 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     named = {name.removesuffix("_id"): tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
     adds = {"bos": words.get("ggml.add_bos_token", "llama" in (kind, pre[:5])), "eos": words.get("ggml.add_eos_token")}
-    bos, eos = ([named[f"{name}_token"]] * bool(added) for name, added in adds.items())
+    bos, eos = ([named[f"{name}_token"]] if added else [] for name, added in adds.items())
     if bos or eos:
         ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
@@ -301,7 +301,8 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
     scores, types, ranks = words["ggml.scores"], words["ggml.token_type"], []
     for piece, index in vocabulary.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[index] == NORMAL]
-        ranks += [(-scores[index], *map(vocabulary.get, pair), pair) for pair in pairs if vocabulary.keys() >= {*pair}]
+        pairs = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
+        ranks += [(-scores[index], index, *map(vocabulary.get, pair), pair) for pair in pairs]
     unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
     merges = [pair for *_, pair in sorted(ranks)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -2,7 +2,8 @@
 
 Reads ``.safetensors`` or, where there are none, ``.bin`` files, in one piece or in shards. Weights keep the type they
 are stored in unless ``--dtype`` says otherwise. The files are memory-mapped and the result is written tensor by
-tensor: memory holds no more than a layer's attention, whatever the model's size. Converting again gives the same files.
+tensor: memory holds no more than one of them, whatever the model's size. Converting again gives the same files. Of a
+model of more than text (Gemma 3, Mistral Small 3) the part that is one of text is converted.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
 """
@@ -22,7 +23,7 @@ from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
 from lit_gpt.cli import main
 from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, read_json, write_json
+from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
 
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
@@ -55,8 +56,9 @@ def setup(
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
     blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
-    lit = write_lit(blanks, weights.__getitem__, config, checkpoint_dir / WEIGHTS)
-    write_json(checkpoint_dir / CONFIG, config.to_dict())
+    with staged_dir(checkpoint_dir, overwrite=True) as staging:
+        lit = write_lit(blanks, weights.__getitem__, config, staging / WEIGHTS)
+        write_json(staging / CONFIG, config.to_dict())
     count = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in lit.values()}.values())
     print(f"{config.name}: {config.architecture}, {count:,} parameters -> {checkpoint_dir / WEIGHTS}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
@@ -116,8 +118,8 @@ def read_weights(path: Path) -> State:
             raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
     state = load_state(path)
     for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise UserError(f"{path} holds {name!r}, expected names and tensors alone: save the model's own state_dict")
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
+            raise UserError(f"{path} holds {name!r}, expected names and dense tensors: save the model's own state_dict")
     return state
 
 
@@ -138,16 +140,12 @@ def settle_ties(weights: State, config: Config) -> Config:
 
     Where config.json ties head and embedding and they differ, the weights are believed, as in transformers.
     """
-    if not config.tie_embeddings:
-        return config
-    names = hf_names(config)
-    (head,), (embedding,) = names[HEAD], names[EMBEDDING]
-    if head not in weights:
-        return config
-    if embedding in weights and not torch.equal(weights[head], weights[embedding]):
-        print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
-        return replace(config, tie_embeddings=False)
-    weights.setdefault(embedding, weights.pop(head))
+    (head,), (embedding,) = (hf_names(config)[key] for key in (HEAD, EMBEDDING))
+    if config.tie_embeddings and head in weights:
+        if not torch.equal(weights.setdefault(embedding, weights[head]), weights[head]):
+            print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")
+            return replace(config, tie_embeddings=False)
+        del weights[head]
     return config
 
 

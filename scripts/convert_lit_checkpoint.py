@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.checkpoint import (
     CONFIG,
     PROMPT_STYLE,
+    WEIGHTS,
     check_checkpoint_dir,
     copy_side_files,
     load_config,
@@ -34,6 +35,7 @@ from lit_gpt.checkpoint import (
 )
 from lit_gpt.cli import main
 from lit_gpt.config import Config
+from lit_gpt.errors import reading
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
 from lit_gpt.hf_config import text_config
@@ -57,12 +59,15 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     config, path = load_config(checkpoint_dir), checkpoint_dir / "config.json"
     described = text_config(read_json(path), config.name) if path.is_file() else None
-    if described is not None:
-        config = replace(Config.from_hf(described, name=config.name), tie_embeddings=config.tie_embeddings)
-    weights = load_state(checkpoint_dir / "lit_model.pth")
-    shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
-    if config.tie_embeddings or shared:
-        config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
+    weights = load_state(checkpoint_dir / WEIGHTS)
+    with reading(checkpoint_dir / WEIGHTS):
+        if described is not None:
+            theirs = Config.from_hf(described, name=config.name)
+            weights = cut_padding(weights, config.vocab_size, theirs.vocab_size)
+            config = replace(theirs, tie_embeddings=config.tie_embeddings)
+        shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
+        if config.tie_embeddings or shared:
+            config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
     hf_weights, make = lit_to_hf(weights, config)
     with staged_dir(out_dir, overwrite) as staging:
         copy_side_files(checkpoint_dir, staging)
@@ -80,15 +85,34 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
     print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
 
 
+def cut_padding(weights: State, used: int, rows: int) -> State:
+    """Return the weights without rows of padding that config.json does not count, and say so.
+
+    Args:
+        weights: of a ``lit_model.pth``, whose embedding and head may be padded, as the original code did.
+        used: ids that the tokenizer uses: rows that are no padding.
+        rows: that config.json counts.
+    """
+    found = len(weights[EMBEDDING])
+    if not used <= rows < found:
+        return weights
+    print(f"note: {found - rows} rows of padding are left out: config.json has a vocabulary of {rows}")
+    return {key: t[:rows] if key in (HEAD, EMBEDDING, "lm_head.bias") else t for key, t in weights.items()}
+
+
 def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
     """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
 
-    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
+    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json. Of a model
+    of more than text it is that of its part of text.
     """
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     if described is None:
         generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         described = config.to_hf() | {key: generation[key] for key in ids if key in generation}
+    if "text_config" in described:
+        told = {key: described[key] for key in ids if described.get(key) is not None}
+        described = described["text_config"] | told | {"architectures": [config.architecture]}
     sizes = Counter()
     for tensor in weights.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()

@@ -10,12 +10,14 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -322,6 +324,17 @@ def export_adapter(adapter: Path, **options) -> Path:
     out = adapter.parent / "out"
     export_lora.setup(checkpoint_dir=adapter.parent / "base", out_dir=out, **path_option(adapter), **options)
     return out
+
+
+@contextmanager
+def file_size_limit(n_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --------------------------------------------------------------------------------------------- runs through the scripts

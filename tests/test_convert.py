@@ -1,7 +1,10 @@
 """Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
 
+import itertools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, file_size_limit
 from hf_models import CASES, SIZES, build, save
 from safetensors.torch import load_file, save_file
 
 from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import TEMPORARY, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes, write_lit
 from lit_gpt.model import deinterleave_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
@@ -135,6 +138,29 @@ def test_a_folder_of_the_original_code_goes_to_the_class_that_it_is(case, tmp_pa
     idx = torch.arange(1, 30)[None]
     torch.testing.assert_close(loaded(idx).logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(load_model(tmp_path / "hf")(idx), theirs(idx).logits)
+
+
+def test_rows_of_padding_that_config_json_does_not_count_are_left_out(tmp_path, bpe_dir, capsys):
+    """160 rows of 150 ids: the original code counts both, config.json one of them."""
+    import transformers
+
+    folder = tmp_path / "hf"
+    theirs = save("phi", folder)
+    described = read_json(folder / "config.json")
+    convert(folder)
+    for rows, message in ((152, "8 rows of padding are left out"), (160, ""), (149, None)):
+        original_config(folder, vocab_size=150)
+        write_json(folder / "config.json", described | {"vocab_size": rows})
+        if message is None:
+            with pytest.raises(ValueError, match=r"has shape \(160, 32\); the model's config asks for \(149, 32\)"):
+                export(folder, tmp_path / "out", bpe_dir, overwrite=True)
+            continue
+        export(folder, tmp_path / "out", bpe_dir, overwrite=True)
+        assert message in capsys.readouterr().out
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values()) and loaded.config.vocab_size == rows
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            assert torch.equal(loaded.state_dict()[name], theirs.state_dict()[name][:rows])
 
 
 def test_an_original_folder_that_no_class_here_can_hold_is_trained_and_not_exported(llama, tmp_path, bpe_dir):
@@ -302,6 +328,10 @@ def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, n
     idx = torch.arange(1, 30)[None]
     torch.testing.assert_close(loaded(idx).logits, whole(idx).logits)
     torch.testing.assert_close(load_model(folder)(idx), whole(idx).logits)
+    described = whole.config.to_dict() | {"eos_token_id": 7}
+    text = convert_lit_checkpoint.config_json(described, loaded.state_dict(), load_config(folder), folder)
+    write_json(out / "config.json", text)
+    assert transformers.AutoConfig.from_pretrained(out).to_dict() == loaded.config.to_dict() | {"eos_token_id": 7}
 
 
 @pytest.mark.parametrize("nested", NESTED)
@@ -526,10 +556,30 @@ def change(folder: Path, drop: str = "", **add: torch.Tensor) -> None:
     save_file({**weights, **add}, folder / "model.safetensors")
 
 
-def lose_a_shard(folder: Path) -> None:
+def first_shard(folder: Path) -> Path:
     (folder / "model.safetensors").unlink()
     save("llama_tied_gqa", folder, max_shard_size="10KB")
-    sorted(folder.glob("model-*"))[0].unlink()
+    return sorted(folder.glob("model-*"))[0]
+
+
+def lie(path: Path, old: str, new: str, *, longer: int = 0) -> None:
+    """Change a safetensors file's header, or the length that it is said to have; the tensors' bytes stay."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(old.encode(), new.encode(), 1)
+    assert header != content[8 : 8 + size] or longer
+    path.write_bytes((len(header) + longer).to_bytes(8, "little") + header + content[8 + size :])
+
+
+class Code:
+    """Runs when it is unpickled by whoever lets it."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("code_has_run"),)
+
+
+def bin_with_code(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors") | {"a": Code()}, bin_instead(folder))
 
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -582,7 +632,18 @@ REFUSALS = {
         r"bin holds 'state_dict', expected",
     ),
     "numbers for names": (lambda d: torch.save({1: torch.ones(2)}, bin_instead(d)), "bin holds 1, expected names and"),
-    "shard missing": (lose_a_shard, "names files that are not there .model-00001.*download.py"),
+    "code in a bin": (bin_with_code, "pytorch_model.bin is corrupt, cut short, or not a PyTorch file"),
+    "sparse": (
+        lambda d: torch.save({NORM: torch.ones(24).to_sparse()}, bin_instead(d)),
+        f"bin holds '{NORM}', expected names and dense",
+    ),
+    "shard missing": (lambda d: first_shard(d).unlink(), "names files that are not there .model-00001.*download.py"),
+    "shard truncated": (lambda d: cut(first_shard(d)), "model-00001-of-.*.safetensors is corrupt or truncated"),
+    "shard outside": (lambda d: only_an_index(d, {"weight_map": {"a": "../x"}}), f"{INDEX} names ../x, outside the"),
+    "shard elsewhere": (lambda d: only_an_index(d, {"weight_map": {"a": "/etc/x"}}), f"{INDEX} names /etc/x, outside"),
+    "sizes that lie": (lambda d: lie(d / "model.safetensors", "[24]", "[25]"), "safetensors is corrupt or truncated"),
+    "offsets that lie": (lambda d: lie(d / "model.safetensors", "[0,", "[8,"), "safetensors is corrupt or truncated"),
+    "a header too long": (lambda d: lie(d / "model.safetensors", "", "", longer=2**40), "safetensors is corrupt"),
     "tensor missing": (lambda d: change(d, NORM), f"1 missing .{NORM}"),
     "tensor unknown": (lambda d: change(d, **{"model.norm.bias": torch.zeros(24)}), "1 not known .model.norm.bias"),
     "shape": (lambda d: change(d, **{NORM: torch.zeros(5)}), rf"{NORM} has shape \(5,\); .* \(24,\)"),
@@ -619,7 +680,59 @@ def test_refusal(case, llama, capsys):
     assert stop.value.code == 1 and len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0]), lines[0]
+    assert not Path("code_has_run").exists()
     assert ({path.name for path in llama.iterdir()} if llama.exists() else set()) == before
+
+
+def test_a_full_disk_leaves_what_was_there(llama, tmp_path, bpe_dir, capsys):
+    """Files of 37 kB and more may grow to 4 kB, or to 20 kB, on the way in and on the way back."""
+    from lit_gpt.cli import main
+
+    convert(llama, dtype="float16")
+    export(llama, tmp_path / "out", bpe_dir)
+    before = {path: path.read_bytes() for folder in (llama, tmp_path / "out") for path in folder.iterdir()}
+    back = ["--checkpoint_dir", str(llama), "--out_dir", str(tmp_path / "out"), "--overwrite", "true"]
+    for setup, arguments in ((convert_hf_checkpoint.setup, back[:2]), (convert_lit_checkpoint.setup, back)):
+        for room in (4_000, 20_000):
+            with file_size_limit(room), pytest.raises(SystemExit):
+                main(setup, arguments)
+            assert re.search(r"error: .*(File too large|writing failed).*/", capsys.readouterr().err)
+            assert {
+                path: path.read_bytes() for folder in {p.parent for p in before} for path in folder.iterdir()
+            } == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_conversion_leaves_nothing_that_the_next_one_does_not_remove(llama, monkeypatch, number):
+    """The process ends half-way through the weights; what another is at in the same folder stays."""
+    from lit_gpt import checkpoint
+    from lit_gpt.cli import main
+
+    before = {path.name for path in llama.iterdir()}
+    child = os.fork()
+    if not child:
+        fill, calls = checkpoint._fill_record, itertools.count()
+
+        def end_at_the_sixth(*record) -> None:
+            fill(*record)
+            if next(calls) == 5:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_fill_record", end_at_the_sixth)
+            try:
+                main(convert_hf_checkpoint.setup, ["--checkpoint_dir", str(llama)])
+            except SystemExit as stop:
+                os._exit(stop.code)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (130 if number == signal.SIGINT else -number)
+    left = {path.name for path in llama.iterdir()} - before
+    assert len(left) == (number == signal.SIGKILL) and all(name.startswith(TEMPORARY) for name in left)
+    with staged_dir(llama, overwrite=True) as another:
+        convert(llama)
+        assert another.is_dir()
+    assert {path.name for path in llama.iterdir()} - before == {"lit_model.pth", "lit_config.json"}
 
 
 def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
@@ -629,6 +742,13 @@ def test_refusals_of_the_way_back(tmp_path, llama, bpe_dir):
     cut(llama / "lit_model.pth")
     with pytest.raises(ValueError, match=r"lit_model.pth is corrupt"):
         export(llama, tmp_path / "out", bpe_dir)
+    for state, message in (
+        ({}, r"lit_model.pth does not hold what it should"),
+        (dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), torch.ones(160, 24)), r"15 missing .*norm_1"),
+    ):
+        save_state(state, llama / "lit_model.pth")
+        with pytest.raises(ValueError, match=message):
+            export(llama, tmp_path / "out", bpe_dir)
     assert not (tmp_path / "out").exists()
 
 

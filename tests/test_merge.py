@@ -3,17 +3,15 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refusal, script, write_base
+from helpers import file_size_limit, refusal, script, write_base
 from torch import nn
 
 from lit_gpt import GPT, Config
@@ -283,17 +281,6 @@ def test_flags_that_cannot_work_are_refused(bpe_dir, tmp_path, capsys):
     ):
         assert message in refusal(capsys, *flags(base, path, kind, *more))
     assert not left(tmp_path)
-
-
-@contextmanager
-def file_size_limit(n_bytes: int):
-    """Files may not grow beyond a size, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [20_000, 60_000])

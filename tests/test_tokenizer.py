@@ -6,6 +6,7 @@ import shutil
 import pytest
 from helpers import CHATML, edit_json, sample_text, write_spm_tokenizer
 
+from lit_gpt.files import read_json, write_json
 from lit_gpt.tokenizer import Tokenizer
 
 TEXTS = [
@@ -327,6 +328,17 @@ def test_special_ids_come_from_the_models_files_where_the_tokenizers_name_none(b
     assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (1, 2)
     edit_json(tmp_path / "special_tokens_map.json", eos_token={"content": "<|endoftext|>", "lstrip": False})
     assert Tokenizer(tmp_path).eos_id == 0
+
+
+def test_a_token_that_is_null_is_none_whatever_the_models_files_say(bpe_dir, tmp_path):
+    """Qwen's BOS: evaluation began texts with the id in generation_config.json, transformers with EOS."""
+    shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
+    config = read_json(tmp_path / "tokenizer_config.json") | {"bos_token": None, "pad_token": None}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    edit_json(tmp_path / "generation_config.json", bos_token_id=0, pad_token_id=1, eos_token_id=[2, 0])
+    ours, theirs = Tokenizer(tmp_path), oracle(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 2, None)
 
 
 def test_cutting_and_padding_stored_in_the_file_are_ignored(bpe_dir, tmp_path):
