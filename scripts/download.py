@@ -125,7 +125,8 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         files = {file.rfilename: file for file in info.siblings or []}
         names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
         if not tokenizer_only and "config.json" in files:
-            refuse_unsupported(repo_id, **here)
+            origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
+            refuse_unsupported(repo_id, origins, **here)
         folder.mkdir(parents=True, exist_ok=True)
         large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
         parts = {part_file(file, folder): file for file in large}
@@ -137,14 +138,14 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         raise OSError(explanation(error, repo_id, folder, **options)) from error
 
 
-def refuse_unsupported(repo_id: str, **options: Any) -> None:
+def refuse_unsupported(repo_id: str, origins: list[str], **options: Any) -> None:
     """Raise where the repo's config.json, which is fetched alone and not kept, tells of what cannot be converted."""
     from huggingface_hub import hf_hub_download
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
     with reading(f"config.json of {repo_id}"):
-        check_supported(json.loads(text), repo_id)
+        check_supported(json.loads(text), " made of ".join([repo_id, *origins]))
 
 
 def part_file(file: Any, folder: Path) -> Path:

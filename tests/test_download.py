@@ -110,7 +110,8 @@ class Hub(BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": f, "size": len(content(f, repo)), "oid": sha(f, repo)[:40]} for f in files]
             return self.answer(200, {}, json.dumps(rows).encode())
         if is_api:
-            info = {"id": repo, "sha": COMMIT, "siblings": [sibling(name, repo) for name in files]}
+            tags = ["base_model:quantized:tiny/both"] if repo == "tiny/quantized" else []
+            info = {"id": repo, "sha": COMMIT, "siblings": [sibling(name, repo) for name in files], "tags": tags}
             return self.answer(200, {}, json.dumps(info).encode())
         name = "/".join(parts[4:])
         self.seen.append((self.command, repo, name, self.headers.get("Range")))
@@ -284,7 +285,8 @@ def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(repo, e
     done = download("--repo_id", repo, endpoint=endpoint, cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert lines[0].startswith(f"error: {repo}: ") and re.search(OTHERS[repo][1], lines[0]), lines
+    origin = " made of tiny/both" if repo == "tiny/quantized" else ""
+    assert lines[0].startswith(f"error: {repo}{origin}: ") and re.search(OTHERS[repo][1], lines[0]), lines
     assert {name for _, _, name, _ in Hub.seen} == {"config.json"} and not (tmp_path / "checkpoints").exists()
 
 
