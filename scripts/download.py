@@ -31,7 +31,6 @@ from lit_gpt.files import TEMPORARY, Progress, check_space
 from lit_gpt.tokenizer_files import NAMES
 
 WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
-CONFIGS = ("config.json", "generation_config.json")
 
 
 def setup(
@@ -84,7 +83,7 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
         ValueError: the repo has no weights, or none in the format asked for.
     """
     names = [name for name in names if "/" not in name]
-    beside = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in (*NAMES, *CONFIGS))]
+    beside = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in NAMES)]
     if tokenizer_only:
         return beside
     have = {kind: fnmatch.filter(names, pattern) for kind, pattern in WEIGHTS.items()}
@@ -96,6 +95,8 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
         if have[not kind]:
             other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
         raise UserError(f"{repo_id} has no {WEIGHTS[kind]}{other}")
+    if "config.json" not in names:
+        raise UserError(f"{repo_id} has no config.json, so no model that can be converted")
     whole = WEIGHTS[kind].replace("*", "")  # what is read, also where there are shards too
     return beside + ([whole] if whole in names else have[kind] + fnmatch.filter(names, f"{whole}.index.json"))
 
@@ -116,15 +117,14 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
     from huggingface_hub import HfApi, errors, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
-    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    answers = (errors.HFValidationError, json.JSONDecodeError)
-    failures = (OSError, RuntimeError, *answers, *(library.TransportError for library in libraries))
+    transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
+    failures = (OSError, RuntimeError, errors.HFValidationError, json.JSONDecodeError, *transport)
     try:
         info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
         here = options | {"revision": info.sha}  # all files of one commit
         files = {file.rfilename: file for file in info.siblings or []}
         names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
-        if not tokenizer_only and "config.json" in files:
+        if not tokenizer_only:
             origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
             refuse_unsupported(repo_id, origins, **here)
         folder.mkdir(parents=True, exist_ok=True)
