@@ -42,7 +42,7 @@ SAFETENSORS_DTYPES = {
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
-SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
+SIDE_FILES = (*NAMES, CONFIG, PROMPT_STYLE)
 
 
 def hub_name(folder: Path | str) -> str | None:
