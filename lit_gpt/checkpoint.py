@@ -45,6 +45,12 @@ SAFETENSORS_DTYPES = {
 SIDE_FILES = (*NAMES, CONFIG, PROMPT_STYLE)
 
 
+def hub_name(folder: Path | str) -> str | None:
+    """Return ORG/NAME of a folder that lies where download.py puts it, below checkpoints/; None of others."""
+    name = Path(folder).resolve()
+    return f"{name.parent.name}/{name.name}" if name.parent.parent.name == "checkpoints" else None
+
+
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     """Return the folder as a ``Path``.
 
