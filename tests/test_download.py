@@ -22,7 +22,7 @@ from lit_gpt.config import KNOWN_MODELS, Config, check_supported
 from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
 from lit_gpt.model import GPT
-from scripts.download import nearest, wanted_files
+from scripts.download import nearest, setup, wanted_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_VerySecretToken"
@@ -301,19 +301,33 @@ FAILURES = {
     "gated": (["tiny/gated"], {}, "tiny/gated is gated: accept its licence.*--access_token=<HF_TOKEN> or set HF_TOKEN"),
     "not found": (["meta-llama/llama-2-7b"], {}, "not found on the Hub .or it is private.*did you mean meta-llama/L"),
     "revision": (["tiny/both", "--revision", "nowhere"], {}, "tiny/both has no revision nowhere"),
-    "no weights": (["tiny/none"], {}, r"tiny/none has no pytorch_model\*.bin, so nothing"),
     "no such format": (["tiny/bin", "--from_safetensors", "true"], {}, "has .bin files: --from_safetensors false"),
     "forbidden": (["tiny/forbidden", f"--access_token={TOKEN}"], {}, "HTTP 403.*token is not valid"),
     "server error": (["tiny/broken"], {}, "HTTP 501.*try again later"),
     "offline": (["tiny/both"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set.*by hand and go on with"),
     "unreachable": (["tiny/both"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be reached.*by hand and go on"),
-    "GGUF": (["tiny/gguf"], {}, "no pytorch_model.*copy one of its .gguf files by hand, for scripts/convert_gguf"),
-    "no config": (["tiny/adapter"], {}, "tiny/adapter has no config.json, so no model that can be converted"),
     "portal": (["tiny/portal"], {}, "what answers is not the Hub .Expecting value.*HF_ENDPOINT"),
     "no name": (["tiny/a--b"], {}, r"tiny/a--b is no name that the Hub gives .Cannot have"),
-    "characters": (["tiny/a b"], {}, "--repo_id tiny/a b is not of the form ORG/NAME"),
-    "form": (["SmolLM2-135M"], {}, "not of the form ORG/NAME; did you mean HuggingFaceTB/SmolLM2-135M"),
 }
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [
+        ("tiny/none", r"tiny/none has no pytorch_model\*.bin, so nothing that can be converted"),
+        ("tiny/adapter", "tiny/adapter has no config.json, so no model that can be converted"),
+        ("tiny/gguf", "no pytorch_model.*copy one of its .gguf files by hand, for scripts/convert_gguf_checkpoint.py"),
+    ],
+)
+def test_a_repo_without_a_model_is_refused_by_its_files_alone(repo, message):
+    with pytest.raises(UserError, match=message):
+        wanted_files(REPOS[repo], repo, from_safetensors=None, tokenizer_only=False)
+
+
+@pytest.mark.parametrize("repo_id", ["SmolLM2-135M", "HuggingFaceTB/SmolLM2 135M", "HuggingFaceTB/SmolLM2-135M/"])
+def test_a_name_of_another_form_is_refused_with_the_nearest(repo_id):
+    with pytest.raises(UserError, match="is not of the form ORG/NAME; did you mean HuggingFaceTB/SmolLM2-135M"):
+        setup(repo_id=repo_id)
 
 
 @pytest.mark.parametrize("space", ["{}\n", "  {} ", "{}\r\n"])
