@@ -42,7 +42,13 @@ SAFETENSORS_DTYPES = {
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
-SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
+SIDE_FILES = (*NAMES, CONFIG, PROMPT_STYLE)
+
+
+def hub_name(folder: Path | str) -> str | None:
+    """Return ORG/NAME of a folder that lies where download.py puts it, below checkpoints/; None of others."""
+    name = Path(folder).resolve()
+    return f"{name.parent.name}/{name.name}" if name.parent.parent.name == "checkpoints" else None
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:

@@ -246,7 +246,13 @@ class FusedReflection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, *vectors: Tensor
+        ctx: Any,
+        x: Tensor,
+        center: Tensor | None,
+        block_mask: Tensor | None,
+        save_output: bool,
+        *vectors: Tensor,
+        unused: None = None,  # see reflections.py
     ) -> Tensor:
         reflect = _reflect if _is_plain(x) else torch.ops.ether.reflect
         y, projections = reflect(x, center, block_mask, save_output, vectors)

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
+from lit_gpt.checkpoint import CONFIG, WEIGHTS, hub_name, load_state
 from lit_gpt.cli import main
 from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
@@ -65,10 +65,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
-    folder = checkpoint_dir.resolve()
-    below = folder.parent.parent.name == "checkpoints"  # as download.py makes it
-    repo_id = f"{folder.parent.name}/{folder.name}" if below else "ORG/NAME"
-    again = f"get them with: {command('scripts/download.py', repo_id=repo_id)}"
+    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
