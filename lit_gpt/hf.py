@@ -200,7 +200,9 @@ def _check(who: str, given: State, expected: Shapes) -> None:
     for what, keys, there in (("missing", expected, given), ("not known", given, expected)):
         found = [key for key in keys if key not in there]
         if found:
-            problems.append(f"{len(found)} {what} ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''})")
+            problems.append(
+                f"{len(found)} {what} ({', '.join(map(str, found[:4]))}{', ...' if len(found) > 4 else ''})"
+            )
     if problems:
         raise UserError(f"the weights are not those of {who}: {'; '.join(problems)}")
     for key, shape in expected.items():

@@ -35,7 +35,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import reading
-from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
+from lit_gpt.files import check_space, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
 from lit_gpt.hf_config import SPECIAL_IDS, text_config
 from lit_gpt.serving import MODEL, commands, serving_notes, write_card
@@ -131,6 +131,7 @@ def main_dtype(weights: State) -> torch.dtype:
 
 def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: Path) -> None:
     """Write ``model.safetensors``, or shards of it and their index, of what ``lit_to_hf`` returns."""
+    check_space(folder, sum(tensor.nbytes for tensor in weights.values()))
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
         stream_safetensors({key: weights[key] for key in keys}, make, folder / name)
