@@ -1,7 +1,7 @@
 """Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder, with no other source.
 
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
-converts them like any checkpoint, tensor by tensor: memory holds a layer's attention in fp32, whatever the model's
+converts them like any checkpoint, tensor by tensor: memory holds a few tensors of the result, whatever the model's
 size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
 pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
 tokenizer's files and a generation_config.json that the folder has already are the original's, and are kept.
@@ -95,7 +95,7 @@ def setup(
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
-        write_lit(blanks, lambda name: dequantized(sources[name], config), config, staging / WEIGHTS)
+        write_lit(blanks, lambda name: dequantized(sources[name], blanks[name], config), config, staging / WEIGHTS)
         for name in files.keys() - kept:
             write_json(staging / name, files[name])
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
@@ -120,8 +120,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
     missing = [str(part) for part in parts if not part.is_file()]
     if missing:
-        what = f"{missing[0]} not found{f' ({len(missing)} of {count} parts are missing)' if split else ''}"
-        raise FileNotFoundError(f"{what}; a .gguf file was expected, of a model in parts all of them")
+        raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
     metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
         try:
@@ -181,8 +180,7 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
         strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
         if strange:
             raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
-        found = {theirs: shortest(told[ours]) for theirs, ours in ROPE_SCALING.items() if ours in told}
-        return {"rope_type": kind, **found}
+        return {"rope_type": kind, **{key: shortest(told[its]) for key, its in ROPE_SCALING.items() if its in told}}
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
@@ -202,11 +200,13 @@ def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
     return {known.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
 
 
-def dequantized(tensor: Any, config: Config) -> torch.Tensor:
-    """Return a tensor of the file in fp32, rows of q and k in the order of Hugging Face."""
+def dequantized(tensor: Any, blank: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return a tensor of the file in the dtype of ``blank``, rows of q and k in the order of Hugging Face."""
+    values = torch.empty_like(blank, device="cpu")
     with reading(f"tensor {tensor.name}"):
-        array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
+        for start in range(0, len(values), 1024):  # an embedding in fp32 is as large as a small model
+            rows = slice(start, start + 1024)
+            values[rows] = torch.tensor(gguf.dequantize(tensor.data[rows], tensor.tensor_type))
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
     if heads and config.architecture == "LlamaForCausalLM":
         # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
