@@ -55,19 +55,19 @@ To load it, in this folder:
 """
 FP32 = "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1"
 STYLE = (
-    "prompt style {style} does not travel: servers make a text of messages with the base's chat template; "
-    "send them the text that lit_gpt/prompts.py makes"
+    "prompt style {style} does not travel with these files: a server renders messages with the base's chat template; "
+    "send it a text that is rendered already, as lit_gpt/prompts.py does"
 )
 
 
 def hf_folder(checkpoint_dir: Path) -> Path:
     """Return the folder with a base as servers read it: this one, or the one that convert_lit_checkpoint has to write.
 
-    Servers name the modules of a multimodal model otherwise; an adapter belongs to its text model, which is converted.
+    An adapter of a multimodal model belongs to its text model: in the whole model, modules have other names.
     """
-    config = checkpoint_dir / "config.json"
-    listed = read_json(config).get("architectures") if config.is_file() else None
-    if not {*(listed or [])} & {*MULTIMODAL} and any([*checkpoint_dir.glob(pattern)] for pattern in HF_WEIGHTS):
+    path, has_weights = checkpoint_dir / "config.json", any(any(checkpoint_dir.glob(each)) for each in HF_WEIGHTS)
+    listed = str(read_json(path).get("architectures")) if path.is_file() and has_weights else None
+    if listed and not any(name in listed for name in MULTIMODAL):
         return checkpoint_dir
     return Path(f"{os.path.abspath(checkpoint_dir)}-hf")
 
