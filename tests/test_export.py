@@ -157,8 +157,8 @@ def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, ca
         f"{out}: {adapter}, {about}",
         f"rank 8 (q_proj 8, v_proj 8), {size / 1e6:.1f} MB in fp32",
         lines[-6],
-        "prompt style alpaca does not travel: servers make a text of messages with the base's chat template; send them "
-        "the text that lit_gpt/prompts.py makes",
+        "prompt style alpaca does not travel with these files: a server renders messages with the base's chat "
+        "template; send it a text that is rendered already, as lit_gpt/prompts.py does",
         "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1",
         f"PEFT: AutoPeftModelForCausalLM.from_pretrained('{out}')",
         f"vLLM: vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules out={out}",
