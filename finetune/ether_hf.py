@@ -12,7 +12,7 @@ are the Trainer's. The folder it writes loads in PEFT after ``import lit_gpt.pef
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def setup(
     epochs: int = TrainArgs.epochs,
     max_steps: int | None = None,
     activation_checkpointing: bool = False,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: str = "bfloat16",
     seed: int = 1337,
     resume: bool = False,
 ) -> None:
@@ -62,7 +62,7 @@ def setup(
         epochs: how often to go through the data.
         max_steps: stop after this many optimizer steps; the schedule ends there too.
         activation_checkpointing: compute activations again in the backward pass.
-        dtype: of the base model; the adapter's vectors are fp32 in any case.
+        dtype: of the base model (bfloat16, float32, or auto: its files'); the adapter's vectors are fp32 in any case.
         seed: of the rows' order and the adapter's start.
         resume: go on from the last checkpoint in out_dir where there is one.
     """
@@ -85,7 +85,7 @@ def setup(
         raise UserError(
             f"--global_batch_size {global_batch_size} is no multiple of --micro_batch_size on all processes"
         )
-    model = adapted_model(checkpoint_dir, config, samples, seed=seed, dtype=getattr(torch, dtype))
+    model = adapted_model(checkpoint_dir, config, samples, seed=seed, dtype=dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
@@ -96,7 +96,7 @@ def setup(
     trainer.save_model()
 
 
-def adapted_model(checkpoint_dir: str, config: Any, samples: list[Sample], *, seed: int, dtype: torch.dtype) -> Any:
+def adapted_model(checkpoint_dir: str, config: Any, samples: list[Sample], *, seed: int, dtype: str) -> Any:
     """Return the base with a new adapter on; raise UserError where the data or the targets are not the model's."""
     import peft
     import transformers

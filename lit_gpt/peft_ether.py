@@ -97,7 +97,7 @@ class EtherPeftConfig(PeftConfig):
             raise UserError(f"method {self.method!r} is unknown; choices: {', '.join(methods)}")
         problems, indices = Problems(), self.layers_to_transform is not None
         for name, n in {"n": self.n, **self.n_pattern}.items():
-            problems.expect(isinstance(n, int) and n >= 1, f"{name} is {n}; the number of blocks is at least 1")
+            problems.expect(isinstance(n, int) and n >= 1, f"{name} is {n!r}; the number of blocks is at least 1")
         for name in ("dropout", "block_dropout"):
             problems.expect(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         flips = self.flip_side and METHODS[self.method].two_sided
@@ -309,9 +309,8 @@ class EtherModel(tuners_utils.BaseTuner):
         problems = {name: reason for name in targets if (reason := unsuited(peft_config, name, targets[name], model))}
         told = [f"{name} {reason}" for name, reason in problems.items()]
         if every and told:
-            peft_config.target_modules -= problems.keys()
             warnings.warn(f"all-linear leaves out {len(told)} modules: {'; '.join(told)[:400]}", stacklevel=2)
-            told = []
+            peft_config.target_modules, told = peft_config.target_modules - problems.keys(), []
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3 and self._check_target_module_exists(peft_config, name):
                 told.append(f"{name} holds experts as one plain parameter, not as Linears: it cannot be a target")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -42,6 +42,8 @@ SETTINGS = {
 }
 """PEFT's names of an adapter's settings, with ours."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+STYLE = "prompt_style"
+"""What only we write into a PEFT folder: how prompts were written."""
 ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
@@ -92,8 +94,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     written = EtherPeftConfig(**settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
     written.base_model_name_or_path = str(checkpoint_dir)
     written.save_pretrained(out_dir)
-    style = {"prompt_style": adapter.prompt_style} if adapter.prompt_style else {}
-    save_file(tensors, out_dir / TENSORS, metadata={"format": "pt", **style})
+    save_file(tensors, out_dir / TENSORS, metadata={"format": "pt", STYLE: adapter.prompt_style or ""})
 
 
 def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
@@ -101,7 +102,7 @@ def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     peft_config, config = read_peft(folder), load_config(check_checkpoint_dir(checkpoint_dir))
     with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt") as file:
         given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        style = (file.metadata() or {}).get("prompt_style")
+        style = (file.metadata() or {}).get(STYLE) or None
     settings = {ours: getattr(peft_config, name) for name, ours in SETTINGS.items()}
     pairs = [*counterparts(config, EtherConfig(**{**settings, **dict.fromkeys(TARGETS, True), "nb": 1}))]
     found = {target for target, _, theirs in pairs if theirs in given}
@@ -117,7 +118,7 @@ def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     save_adapter(out_dir / KINDS["ether"].file_name, model, **meta)
 
 
-def to_lora(folder: Path, base: Path | str, out_dir: Path) -> None:
+def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     """Write a PEFT ETHER folder as a PEFT LoRA folder, exact in fp32; of one rank, as llama.cpp knows no other."""
     import peft
     import transformers
@@ -128,8 +129,8 @@ def to_lora(folder: Path, base: Path | str, out_dir: Path) -> None:
     kind = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
     model = getattr(transformers, kind).from_pretrained(str(base), dtype="auto")
     model = peft.PeftModel.from_pretrained(model, folder).get_base_model()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, EtherLinear)}
-    factors = {name: layer.factors("default") for name, layer in layers.items()}
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, EtherLinear))
+    factors = {name: layer.factors("default") for name, layer in layers}
     r, tensors = max(len(a) for a, _ in factors.values()), {}
     for name, (a, b) in factors.items():
         tensors[f"{ROOT}{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, r - len(a)))
@@ -141,17 +142,14 @@ def to_lora(folder: Path, base: Path | str, out_dir: Path) -> None:
     save_file(tensors, out_dir / TENSORS, metadata={"format": "pt"})
 
 
-def read_peft(folder: Path):
+def read_peft(folder: Path) -> Any:
     """Return the config of a PEFT ETHER folder; raise UserError where it is none."""
-    import peft
-
     from lit_gpt.peft_ether import EtherPeftConfig
 
-    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is no PEFT folder: it has no {missing[0]}")
+    if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
+        raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
     with reading(folder / CONFIG):
-        config = peft.PeftConfig.from_pretrained(folder)
+        config = EtherPeftConfig.from_pretrained(folder)
     if not isinstance(config, EtherPeftConfig) or config.modules_to_save:
         more = " and modules trained in full" if config.modules_to_save else ""
         raise UserError(f"{folder} holds {config.peft_type.value}{more}; an ETHER adapter alone was expected")

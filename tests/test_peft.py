@@ -445,6 +445,7 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_replaced(name):
     [
         (dict(method="oft"), "method 'oft' is unknown; choices: ether, etherplus, etherplusHH"),
         (dict(n=0), "n is 0"),
+        (dict(n="2"), "n is '2'"),
         (dict(n_pattern={"q": 1.5}), "q is 1.5"),
         (dict(block_dropout=1.0), "block_dropout must be in"),
         (dict(flip_side=True), "flip_side means nothing"),
@@ -563,7 +564,7 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, c
         line = failure("peft", adapter, tmp_path / name / "base")
         assert reason in line and "export_lora.py or merge_ether.py may do" in line
     base = tmp_path / "oft" / "base"
-    assert "is no PEFT folder: it has no adapter_config.json" in failure("lit", tmp_path / "oft", base)
+    assert "is no PEFT folder: it needs adapter_config.json" in failure("lit", tmp_path / "oft", base)
     lora = tmp_path / "lora"
     build("llama")[0].save_pretrained(tmp_path / "model")
     peft.get_peft_model(build("llama")[0], peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(lora)
