@@ -75,9 +75,9 @@ def text_config(described: dict[str, Any], name: str) -> dict[str, Any]:
         text = described.get("text_config") or {}
         classes = {family.model_type: known for known, family in FAMILIES.items()}
         architecture = classes.get(text.get("model_type"), f"{architecture} ({text.get('model_type')})")
-        outer = {key: described[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in described}
-        ids = {key: described[key] for key in SPECIAL_IDS if described.get(key) is not None}
-        described = {**outer, **text, **ids}
+        dtype = {key: described[key] for key in ("torch_dtype", "dtype") if key in described}
+        whole = ("tie_word_embeddings", *SPECIAL_IDS)  # the whole model's word counts in transformers
+        described = {**dtype, **text, **{key: described[key] for key in whole if described.get(key) is not None}}
     if architecture not in FAMILIES:
         reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
         reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")

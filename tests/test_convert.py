@@ -268,14 +268,17 @@ def with_vision(folder: Path, kind: str, nested: str, *, text_type: str, **field
     return whole
 
 
-@pytest.mark.parametrize(("kind", "text_type"), [("Mistral3", "mistral"), ("Gemma3", "gemma3_text")])
+@pytest.mark.parametrize(
+    ("kind", "text_type", "tied"),
+    [("Mistral3", "mistral", False), ("Mistral3", "mistral", True), ("Gemma3", "gemma3_text", True)],
+)
 @pytest.mark.parametrize("nested", NESTED)
 @torch.inference_mode()
-def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested, kind, text_type):
+def test_of_a_model_that_sees_the_text_is_converted(tmp_path, bpe_dir, capsys, nested, kind, text_type, tied):
     import transformers
 
     folder, out = tmp_path / "hf", tmp_path / "out"
-    whole = with_vision(folder, kind, nested, text_type=text_type, tie_word_embeddings=kind == "Gemma3")
+    whole = with_vision(folder, kind, nested, text_type=text_type, tie_word_embeddings=tied)
     edit_config(folder, eos_token_id=7)
     capsys.readouterr()
     convert(folder)

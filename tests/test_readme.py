@@ -41,6 +41,7 @@ def flags_of(script: str) -> frozenset[str]:
 
 def tree() -> set[str]:
     """The paths of the table of files; one without a folder is in the folder of the one before it."""
+    folder = ""
     table, paths = README.partition("\n## Files\n")[2].partition("\n\n`tests/`")[0], set()
     for path in re.findall(r"`([^`]+)`", table):
         folder = path.partition("/")[0] if "/" in path[:-1] else folder
