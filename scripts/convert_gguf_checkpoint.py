@@ -4,7 +4,7 @@ Weights are dequantized (what the quantization lost stays lost) and take Hugging
 converts them like any checkpoint, tensor by tensor: memory holds a few tensors of the result, whatever the model's
 size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
 pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
-tokenizer's files and a generation_config.json that the folder has already are the original's, and are kept.
+tokenizer's files, config.json and generation_config.json that the folder has already are the original's, and kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -31,8 +31,8 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, prepare_out_dir, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_layout, write_lit
+from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
+from lit_gpt.hf import hf_layout, parameter_shapes, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
@@ -41,10 +41,9 @@ FILES = (CONFIG, "config.json", "generation_config.json", "tokenizer.json", "tok
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
 # Keys of config.json, and of the metadata behind the architecture's name.
-SIZES = {
-    "max_position_embeddings": "context_length", "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
-}  # fmt: skip
+SIZES = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
+         "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
+         "num_attention_heads": "attention.head_count"}  # fmt: skip
 ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -81,7 +80,8 @@ def setup(
         overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
-    there = {name for name in {*FILES[2:], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
+    # With --overwrite the config.json is no longer the original's to keep
+    there = {name for name in {*FILES[1 + overwrite :], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
     kept = there | ({"tokenizer.json"} if there & {*TOKENIZERS} else set())
     prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
     metadata, tensors = read_gguf(gguf_path)
@@ -91,6 +91,9 @@ def setup(
         files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
         if "tokenizer.json" not in kept:
             files |= tokenizer_files(words, config, gguf_path)
+    path = checkpoint_dir / "config.json"
+    if path.name in kept and parameter_shapes(Config.from_hf(read_json(path))) != parameter_shapes(config):
+        print(f"note: {path} is kept, and describes a model of other sizes; --overwrite true replaces it")
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
@@ -204,9 +207,8 @@ def dequantized(tensor: Any, blank: torch.Tensor, config: Config) -> torch.Tenso
     """Return a tensor of the file in the dtype of ``blank``, rows of q and k in the order of Hugging Face."""
     values = torch.empty_like(blank, device="cpu")
     with reading(f"tensor {tensor.name}"):
-        for start in range(0, len(values), 1024):  # an embedding in fp32 is as large as a small model
-            rows = slice(start, start + 1024)
-            values[rows] = torch.tensor(gguf.dequantize(tensor.data[rows], tensor.tensor_type))
+        for i in range(0, len(values), 1024):  # an embedding in fp32 is as large as a small model
+            values[i : i + 1024] = torch.tensor(gguf.dequantize(tensor.data[i : i + 1024], tensor.tensor_type))
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
     if heads and config.architecture == "LlamaForCausalLM":
         # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
@@ -252,8 +254,7 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     else:
         what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
         raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
-    kinds = zip(tokens, types, strict=False)
-    matched = [(token, type_ != USER_DEFINED) for token, type_ in kinds if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]
+    matched = [(t, k != USER_DEFINED) for t, k in zip(tokens, types, strict=False) if UNKNOWN <= k <= USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
     named = {name: tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.

@@ -273,20 +273,23 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_folder_has_of_the_original_is_kept_and_a_config_json_replaced_on_request_alone(tmp_path, bpe_dir):
-    """One of another model would have gone into what is exported."""
+def test_what_the_folder_has_of_the_original_is_kept_and_a_config_json_replaced_on_request(tmp_path, bpe_dir, capsys):
     write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
-    shutil.copytree(bpe_dir, tmp_path / "out")
-    own = {"eos_token_id": [2, 0], "own": "word"}
-    for name in ("generation_config.json", "config.json"):
-        write_json(tmp_path / "out" / name, own)
-    with pytest.raises(FileExistsError, match=r"already holds config.json; .*--overwrite true"):
-        convert(tmp_path / "m.gguf", tmp_path / "out")
-    assert not (tmp_path / "out" / "lit_model.pth").exists()
-    convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=True)
-    assert read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 2
-    assert read_json(tmp_path / "out" / "generation_config.json") == own
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bpe_dir / "tokenizer.json").read_bytes()
+    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"own": "word"}
+    for name in ("lit_model.pth", "lit_config.json", "generation_config.json"):
+        (tmp_path / "out" / name).unlink()
+    for overwrite, layers in ((False, 2), (False, 7), (True, 7)):
+        (tmp_path / "out" / "lit_model.pth").unlink(missing_ok=True)
+        (tmp_path / "out" / "lit_config.json").unlink(missing_ok=True)
+        write_json(tmp_path / "out" / "config.json", own | {"num_hidden_layers": layers})
+        write_json(tmp_path / "out" / "generation_config.json", {"own": "word"})
+        capsys.readouterr()
+        convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=overwrite)
+        found = read_json(tmp_path / "out" / "config.json")
+        assert ("own" in found, found["num_hidden_layers"]) == (not overwrite, 2 if overwrite else layers)
+        noted = "is kept, and describes a model of other sizes" in capsys.readouterr().out
+        assert noted == (found["num_hidden_layers"] == 7)
+        assert read_json(tmp_path / "out" / "generation_config.json") == {"own": "word"}
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):
