@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
-import yaml
 from helpers import export_adapter, make_adapter, path_option, relative
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from lit_gpt import Config
@@ -300,17 +300,17 @@ def test_the_smallest_setting_of_vllm_is_named(rank, limit):
 
 def test_the_card_says_what_was_printed_and_how_to_load_the_folder(tmp_path, bpe_dir, capsys):
     out = export_adapter(make_adapter(tmp_path, "llama", bpe_dir, **LORA, targets=("query", "mlp")))
-    head, _, body = (out / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    card = ModelCard((out / "README.md").read_text())
     tags = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["ether"]}
-    assert yaml.safe_load(head) == tags, "the Hub refuses a base_model that is a folder"
+    assert card.data.to_dict() == tags, "the Hub refuses a base_model that is a folder"
     about, *notes = capsys.readouterr().out.splitlines()[-8:-3]
     assert (
         about.partition(", ")[2]
         == f"LoRA of rank 3 on query, mlp, prompt style alpaca, as a LoRA of {tmp_path / 'base'}"
     )
-    assert f"# out\n\n{about.partition(', ')[2]}. It computes the same function.\n" in body
-    assert "\n".join(f"- {note}" for note in notes) in body and len(notes) == 4
-    assert "- PEFT: `AutoPeftModelForCausalLM.from_pretrained('.')`\n- vLLM: `vllm serve" in body
+    assert f"# out\n\n{about.partition(', ')[2]}. It computes the same function.\n" in card.text
+    assert "\n".join(f"- {note}" for note in notes) in card.text and len(notes) == 4
+    assert "- PEFT: `AutoPeftModelForCausalLM.from_pretrained('.')`\n- vLLM: `vllm serve" in card.text
 
 
 @pytest.mark.parametrize("style", ["alpaca", "chat", None])
@@ -332,7 +332,7 @@ def test_a_converted_model_has_a_card_where_it_was_finetuned(style, tmp_path, bp
     assert card.exists() == bool(style)
     if style:
         text = card.read_text()
-        assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+        assert ModelCard(text).data.library_name == "transformers"
         assert all(f"- {note}\n" in text for note in notes) and "vLLM: `vllm serve .`" in text
 
 

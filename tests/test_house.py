@@ -109,7 +109,8 @@ def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu.sh", "scripts/environment.sh", ".ci/run"]
+    "script",
+    [*(f"scripts/{name}.sh" for name in ("quickstart", "test", "gpu", "environment")), "tests/servers.sh", ".ci/run"],
 )
 def test_shell_script_parses(script):
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
