@@ -108,9 +108,7 @@ def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
     assert "--checkpoint_dir" in done.stdout or "--io.checkpoint_dir" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "script", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu.sh", "scripts/environment.sh", ".ci/run"]
-)
+@pytest.mark.parametrize("script", [*map(relative_path, sorted((ROOT / "scripts").glob("*.sh"))), ".ci/run"])
 def test_shell_script_parses(script):
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
 
