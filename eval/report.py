@@ -35,7 +35,7 @@ from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
-from lit_gpt.errors import Problems, UserError, command, reading
+from lit_gpt.errors import Problems, UserError, command, out_of_memory, reading
 from lit_gpt.files import atomic_write, file_sha256, read_json, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
@@ -43,16 +43,13 @@ from lit_gpt.plots import picture
 from lit_gpt.run_folder import SUMMARY
 from lit_gpt.tokenizer import Tokenizer
 
-TASKS = {
-    "mmlu": ("MMLU", 0.25),
-    "arc_challenge": ("ARC", 0.2502),
-    "truthfulqa_mc1": ("TruthfulQA-1", 0.2261),
-    "truthfulqa_mc2": ("TruthfulQA-2", 0.4484),
-}
-"""The paper's tasks: their columns, and what equally likely answers get, computed from the data sets."""
+TASKS = {"mmlu": ("MMLU", 0.25), "arc_challenge": ("ARC", 0.2502)}
+TASKS |= {"truthfulqa_mc1": ("TruthfulQA-1", 0.2261), "truthfulqa_mc2": ("TruthfulQA-2", 0.4484)}
+"""The paper's tasks: their columns, and what equally likely answers get, computed from the whole data sets."""
+ACCURACY = ("acc,none", "acc_stderr,none")
 OVER_SUBJECTS, MEAN = " over subjects", "mean"
 TEXT, HELD_OUT = "text", "held-out rows"
-PERPLEXITY, CHANGE = "perplexity on {}", "change on {} [95%]"
+PERPLEXITY, CHANGE = "perplexity on {}", "change on {}"
 DRAWS = 2000
 NOTES = """Accuracies in %, ± standard error: of other questions, not of another run. ARC is `acc`. A change is the loss
 minus the first model's in nats per token, with a 95% interval; above 0 is worse. report.json names the command that
@@ -75,11 +72,6 @@ class Line:
     adapter: AdapterFile | None = None
     trained: int | None = None
     numbers: dict[str, Number] = field(default_factory=dict)
-
-    @property
-    def has_strengths(self) -> bool:
-        """Return True for an adapter with a way to the identity."""
-        return self.adapter is not None and getattr(self.adapter.config, "Htype", None) != "ether"
 
     def open(self, base: Path | None) -> list[Any]:
         """Find folder, adapter and the number of trained parameters; return what tells the weights from others."""
@@ -159,15 +151,7 @@ def read_documents(files: Sequence[str]) -> list[str]:
     return [document for document in found if document]
 
 
-def measure_line(
-    line: Line,
-    plan: Plan,
-    *,
-    base: Path | None,
-    folder: Path,
-    first: dict[str, Found | None],
-    failures: list[dict[str, Any]],
-) -> Line:
+def measure_line(line: Line, plan: Plan, *, base: Path | None, folder: Path, first: dict, failures: list) -> Line:
     """Fill in the numbers of a line, and return it.
 
     Args:
@@ -183,11 +167,12 @@ def measure_line(
             identity = line.open(base)
             name = re.sub(r"[^a-zA-Z0-9+.-]+", "_", f"{line.name}-{line.strength:g}-{measure}")
             found = kept(folder / f"{name}.json", [*identity, key], partial(make, line))
-            of_first = first.setdefault(measure, found)
-            samples = "losses" in found
-            numbers = sample_numbers(measure, found, of_first) if samples else task_numbers(found)
+            first.setdefault(measure, found)
+            numbers = task_numbers(found) if "results" in found else sample_numbers(measure, found, first[measure])
             line.numbers |= {column: number | {"command": found["command"]} for column, number in numbers.items()}
-        except (UserError, OSError) as error:
+        except Exception as error:
+            if not (isinstance(error, UserError | OSError) or out_of_memory(error)):
+                raise
             first.setdefault(measure, None)
             failures.append(
                 {"model": line.name, "strength": line.strength, "measure": measure, "error": one_line(error)}
@@ -201,7 +186,7 @@ def kept(file: Path, key: Any, make: Callable[[Path], Found]) -> Found:
 
     ``make`` may write to the path that it is given; it is the same one after an interruption.
     """
-    if not file.exists() or read_json(file)["key"] != key:
+    if not file.exists() or read_json(file).get("key") != key:
         part = file.with_suffix(".part")
         write_json(file, make(part) | {"key": key})
         part.unlink(missing_ok=True)
@@ -221,21 +206,25 @@ def task_numbers(found: Found) -> dict[str, Number]:
     columns = {}
     for name in (name for name in found["results"] if name not in inner):
         label, tasks = TASKS.get(name, [name])[0], leaves(found, name)
-        for column, names in {label: [name], label + OVER_SUBJECTS: tasks if tasks != [name] else []}.items():
+        for column, names in {label: [name], label + OVER_SUBJECTS: tasks}.items():
             scores = [found["results"][each] for each in names]
-            pairs = [(values.get("acc,none"), values.get("acc_stderr,none")) for values in scores]
-            if any(value is None for value, _ in pairs):  # NaN is null in JSON
+            if any(values.get("acc,none") is None for values in scores):  # NaN is null in JSON
                 raise UserError(f"{name} has no accuracy, or one that is no number")
-            columns |= {column: mean_of([{"value": value, "error": error} for value, error in pairs])} if pairs else {}
+            if column == label or tasks != [name]:
+                columns[column] = mean_of(*([values.get(key) for values in scores] for key in ACCURACY))
     return columns
 
 
-def mean_of(numbers: Sequence[Number]) -> Number:
-    """Return the mean of accuracies, with its standard error where all have one (the harness's may be "N/A")."""
-    value, errors = fmean(number["value"] for number in numbers), [number["error"] for number in numbers]
-    error = math.hypot(*errors) / len(errors) if all(isinstance(error, float) for error in errors) else None
+def accuracy(value: float, error: float | None = None) -> Number:
+    """Return a number for the table, of an accuracy from 0 to 1."""
     shown = f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
     return {"value": value, "error": error, "shown": shown}
+
+
+def mean_of(values: Sequence[float], errors: Sequence[Any]) -> Number:
+    """Return the mean of accuracies, with its standard error where all have one (the harness's may be "N/A")."""
+    known = all(isinstance(error, float) for error in errors)
+    return accuracy(fmean(values), math.hypot(*errors) / len(errors) if known else None)
 
 
 def sample_numbers(name: str, found: Found, first: Found | None) -> dict[str, Number]:
@@ -258,16 +247,10 @@ def write_report(out_dir: Path, lines: list[Line], failures: list[dict[str, Any]
     columns = list(dict.fromkeys(column for line in lines for column in line.numbers))
     accuracies = [column for column in columns if any("error" in line.numbers.get(column, {}) for line in lines)]
     averaged = [column for column in accuracies if not column.endswith(OVER_SUBJECTS)]
-    chance = {
-        column: {"value": share, "error": None, "shown": f"{100 * share:.2f}"} for column, share in TASKS.values()
-    }
-    lines = [
-        *lines,
-        Line("chance", Path(), numbers={column: chance[column] for column in averaged if column in chance}),
-    ]
-    for line in lines:
-        if len(averaged) > 1 and {*averaged} <= line.numbers.keys():
-            line.numbers[MEAN] = mean_of([line.numbers[column] for column in averaged])
+    chance = {column: accuracy(share) for column, share in TASKS.values() if column in averaged}
+    lines = [*lines, Line("chance", Path(), numbers=chance)]
+    for numbers in (line.numbers for line in lines if len(averaged) > 1 and {*averaged} <= line.numbers.keys()):
+        numbers[MEAN] = mean_of(*([numbers[column][key] for column in averaged] for key in ("value", "error")))
     columns = [*accuracies, MEAN, *(column for column in columns if column not in accuracies)]
     columns = [column for column in columns if any(column in line.numbers for line in lines)]
     shown = [
@@ -305,14 +288,17 @@ def draw_accuracies(path: Path, lines: list[Line], columns: Sequence[str]) -> No
 def draw_strengths(path: Path, lines: list[Line], x: str, y: str) -> None:
     """Draw two columns against each other, a curve for each model, its points marked with their strengths."""
     with picture(path, size=(7.5, 4.5)) as axes:
-        for name in dict.fromkeys(line.name for line in lines if {x, y} <= line.numbers.keys()):
-            own = [line for line in lines if line.name == name and {x, y} <= line.numbers.keys()]
-            own.sort(key=lambda line: line.strength)
-            points = [(line.numbers[x]["value"], line.numbers[y]["value"]) for line in own]
-            axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
-            for line, point in zip(own, points, strict=True):
-                axes.annotate(f"{line.strength:g}", point, (3, 3), textcoords="offset points", fontsize="x-small")
-        axes.set(xlabel=x, ylabel=y)
+        found = sorted((line for line in lines if {x, y} <= line.numbers.keys()), key=lambda line: line.strength)
+        for name in dict.fromkeys(line.name for line in lines if line in found):
+            points = {
+                line.strength: (line.numbers[x]["value"], line.numbers[y]["value"])
+                for line in found
+                if line.name == name
+            }
+            axes.plot(*zip(*points.values(), strict=True), marker="o", ms=4, label=name)
+            for strength, point in points.items():
+                axes.annotate(f"{strength:g}", point, (3, 3), textcoords="offset points", fontsize="x-small")
+        axes.set(xlabel=f"{x}, nats per token", ylabel=y)
 
 
 def setup(
@@ -368,8 +354,8 @@ def setup(
     dial = {name: plan[name] for name in dialled if name in plan}
     for name, path in models.items():
         lines.append(measured(Line(name, Path(path)), plan))
-        if lines[-1].has_strengths:
-            lines += [measured(Line(name, Path(path), s), dial) for s in strengths or () if s != 1]
+        if lines[-1].adapter and getattr(lines[-1].adapter.config, "Htype", None) != "ether":  # no way to the identity
+            lines += [measured(Line(name, Path(path), s), dial) for s in dict.fromkeys(strengths or ()) if s != 1]
     print(f"\n{write_report(out_dir, lines, failures)}\nwrote {out_dir}")
     if failures:
         raise UserError(

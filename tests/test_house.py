@@ -108,10 +108,10 @@ def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
     assert "--checkpoint_dir" in done.stdout or "--io.checkpoint_dir" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "script",
-    [*(f"scripts/{name}.sh" for name in ("quickstart", "test", "gpu", "environment")), "tests/servers.sh", ".ci/run"],
-)
+SHELL = [path for folder in ("scripts", "tests") for path in sorted((ROOT / folder).glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", [*map(relative_path, SHELL), ".ci/run"])
 def test_shell_script_parses(script):
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
 

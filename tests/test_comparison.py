@@ -1,0 +1,215 @@
+"""The report that compares models, and the script that makes the paper's table with it."""
+
+import json
+import math
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from helpers import ADAPTER, ROOT, refusal, sample_text, script, train
+from lm_eval.api.instance import Instance
+
+from eval import lm_eval_harness
+from eval.harness_model import HarnessModel
+from eval.report import read_documents, sample_numbers, task_numbers
+from lit_gpt.checkpoint import load_model
+from lit_gpt.cli import main
+from lit_gpt.merge import merge_adapter
+from lit_gpt.tokenizer import Tokenizer
+
+REPORT = "eval/report.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep `datasets` offline and out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """A few rows of made-up ARC, laid out like the Hub."""
+    root, texts = tmp_path_factory.mktemp("hub"), sample_text(200)
+    folder = root / "allenai/ai2_arc/ARC-Challenge"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        choices = [{"text": texts[4 * i : 4 * i + 4], "label": list("ABCD")} for i in range(5)]
+        rows = [
+            {"id": str(i), "question": f"{texts[-i]}?", "choices": c, "answerKey": "A"} for i, c in enumerate(choices)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"  - {{split: {s}, path: ARC-Challenge/{s}.jsonl}}\n" for s in ("train", "validation", "test")]
+    head = "---\nconfigs:\n- config_name: ARC-Challenge\n  data_files:\n"
+    (folder.parent / "README.md").write_text(head + "".join(files) + "---\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(work, tmp_path_factory) -> Path:
+    """A folder with runs of ETHER and ETHER+, the latter merged, and unseen text."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("ether", "etherplusHH"):
+        train(work, method, folder / method)
+    merge_adapter("ether", folder / "etherplusHH" / ADAPTER, checkpoint_dir=work / "base", precision="32-true")
+    (folder / "text.txt").write_text("\n\n".join(" ".join(sample_text(3, seed=seed)) for seed in range(12)))
+    return folder
+
+
+def flags(work: Path, runs: Path, out: Path, *more: str, **models: Path) -> list[str]:
+    """Return the command line of a report on these models."""
+    named = {"untuned": work / "base"} | models
+    given = {"out_dir": out, "checkpoint_dir": work / "base", "text": f"['{runs / 'text.txt'}']"}
+    given |= {"models": json.dumps({name: str(path) for name, path in named.items()})}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
+
+
+def numbers(out: Path) -> dict[tuple[str, float], dict[str, dict]]:
+    """Return report.json's numbers by column, of each model and strength."""
+    return {
+        (line["model"], line["strength"]): line["numbers"]
+        for line in json.loads((out / "report.json").read_text())["models"]
+    }
+
+
+def test_the_report_measures_what_the_parts_measure(work, runs, data_dir, tmp_path, monkeypatch, capsys):
+    """Its oracles: the run's own validation, the harness's rolling log-likelihood, the merged model, the base."""
+    out, plus = tmp_path / "out", runs / "etherplusHH"
+    more = ["--eval_tasks", "['arc_challenge']", "--data_dir", str(data_dir), "--val_data_dir", str(work / "data")]
+    models = dict(
+        plus=plus / ADAPTER, merged=plus / "merged", ether=runs / "ether" / ADAPTER, gone=tmp_path / "gone.pth"
+    )
+    arguments = flags(work, runs, out, *more, "--strengths", "[0, 0.5, 1, 2]", **models)
+    line = refusal(capsys, REPORT, arguments)
+    assert line == "error: 3 measurements failed, gone on arc_challenge first"
+    found, text = numbers(out), (out / "report.md").read_text()
+    assert text.count("gone.pth is not a file") == 3
+    plain = [("untuned", 1), ("merged", 1), ("ether", 1), ("gone", 1), ("chance", 1)]
+    assert [*found] == [plain[0], *(("plus", strength) for strength in (1, 0, 0.5, 2)), *plain[1:]]
+    assert {path.name for path in out.iterdir()} == {
+        "results",
+        "report.json",
+        "report.md",
+        "accuracies.png",
+        "strengths.png",
+    }
+    summary = json.loads((plus / "summary.json").read_text())
+    for model, when in (("untuned", "before"), ("plus", "after"), ("merged", "after")):
+        loss = math.log(found[model, 1]["perplexity on held-out rows"]["value"])
+        assert loss == pytest.approx(summary[f"val_response_loss_{when}"], rel=1e-5)
+    for column, number in found["plus", 1].items():
+        assert found["merged", 1][column]["value"] == pytest.approx(number["value"], abs=1e-5, rel=1e-4), column
+        if "change" in column:
+            assert found["plus", 0][column]["value"] == 0 != found["plus", 0.5][column]["value"]
+            assert number["low"] < number["value"] < number["high"]
+    base = HarnessModel(load_model(work / "base"), Tokenizer(work / "base"))
+    texts = read_documents([str(runs / "text.txt")])
+    rolling = base.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (each,), 0) for each in texts])
+    per_token = -sum(rolling) / sum(len(base.tok_encode(each)) for each in texts)
+    assert len(texts) == 12 and math.log(found["untuned", 1]["perplexity on text"]["value"]) == pytest.approx(
+        per_token, rel=1e-5
+    )
+    trained = {line["model"]: line["trained"] for line in json.loads((out / "report.json").read_text())["models"]}
+    assert trained["plus"] == trained["merged"] == summary["trainable_parameters"] and trained["untuned"] is None
+    command = shlex.split(found["plus", 1]["ARC"]["command"])
+    assert command[:2] == ["python", "eval/lm_eval_harness.py"] and str(plus / ADAPTER) in command
+    main(script(command[1]), [*command[2:], "--save_filepath", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())["results"]["arc_challenge"]
+    assert again["acc,none"] == found["plus", 1]["ARC"]["value"]
+    assert again["acc_stderr,none"] == found["plus", 1]["ARC"]["error"]
+
+    tasks = []
+    monkeypatch.setattr(lm_eval_harness, "setup", lambda **options: tasks.append(options) or setup(**options))
+    monkeypatch.setattr("eval.report.load_adapted_model", None)  # what was measured is not measured again
+    setup = script("eval/lm_eval_harness.py")
+    refusal(capsys, REPORT, arguments)
+    assert not tasks and (out / "report.md").read_text() == text
+    refusal(capsys, REPORT, [*arguments, "--limit", "2"])
+    assert [options["limit"] for options in tasks] == [2] * 4
+
+
+def test_a_group_is_averaged_over_questions_and_over_subjects(capsys):
+    def values(accuracy: float, error: float, n: int) -> dict:
+        return {"acc,none": accuracy, "acc_stderr,none": error, "sample_len": n}
+
+    leaves = {"mmlu_a": values(0.2, 0.03, 100), "mmlu_b": values(0.5, 0.04, 200), "mmlu_c": values(0.8, 0.12, 10)}
+    tops = {
+        "mmlu": values(0.41, 0.02, 310),
+        "mmlu_stem": values(0.4, 0.1, 300),
+        "truthfulqa_mc1": values(0.3, "N/A", 1),
+    }
+    children = {"mmlu": ["mmlu_stem", "mmlu_c"], "mmlu_stem": ["mmlu_a", "mmlu_b"]}
+    found = task_numbers({"results": {**tops, **leaves}, "group_subtasks": children})
+    assert {column: number["shown"] for column, number in found.items()} == {
+        "MMLU": "41.00 ± 2.00", "MMLU over subjects": "50.00 ± 4.33", "TruthfulQA-1": "30.00",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="odd has no accuracy"):
+        task_numbers({"results": {"odd": {"bleu,none": 1.0}}, "group_subtasks": {}})
+
+
+def test_the_interval_is_that_of_paired_differences():
+    torch.manual_seed(0)
+    first, noise = 100 + 30 * torch.randn(400), torch.randn(400)
+    one = {"losses": first.tolist(), "tokens": [20] * 400, "key": 1}
+    other = {"losses": (first + 1 + noise).tolist(), "tokens": [20] * 400, "key": 2}
+    change = sample_numbers("text", other, one)["change on text"]
+    assert change["value"] == pytest.approx((1 + noise.mean().item()) / 20, rel=1e-4)
+    width = 2 * 1.96 * noise.std().item() / 20 / math.sqrt(400)  # the spread of the documents themselves drops out
+    assert change["high"] - change["low"] == pytest.approx(width, rel=0.1)
+    assert sample_numbers("text", one, one)["change on text"]["shown"] == ""
+    assert "change on text" not in sample_numbers("text", other, None)
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    for more, message in (
+        (["--text", "null"], "give --models, and --eval_tasks, --text or --val_data_dir"),
+        (["--text", f"['{tmp_path / 'rows.jsonl'}']"], "rows.jsonl does not hold what it should (KeyError: 'text')"),
+        (["--text", f"['{tmp_path / 'blank.txt'}']"], "blank.txt: there is no text in it"),
+        (["--text", "['none.txt']", "--precision", "8"], "--precision 8 is unknown here"),
+        (["--val_data_dir", str(tmp_path)], "No such file or directory"),
+    ):
+        assert message in refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+    alone = flags(work, runs, tmp_path / "out", "--checkpoint_dir", "null", plus=runs / "etherplusHH" / ADAPTER)
+    refusal(capsys, REPORT, alone)
+    assert "is an adapter: give the folder of its base model" in (tmp_path / "out/report.md").read_text()
+
+
+def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, tmp_path, capsys):
+    """The shell script's own commands, run in this process; finished rows are not run again."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >>"$LOG"\n')
+    (tmp_path / "python").chmod(0o755)
+    out = tmp_path / "table 5"
+    settings = dict(
+        PYTHON=tmp_path / "python", LOG=tmp_path / "log", CHECKPOINT=work / "base", DATA=work / "data", OUT=out
+    )
+    settings |= dict(STEPS=2, ETHER_N=2, OFT_N=2, EVAL_DATA=data_dir, TASKS="['arc_challenge']", PRECISION="32-true")
+
+    def commands() -> list[list[str]]:
+        (tmp_path / "log").write_text("")
+        environment = os.environ | {name: str(value) for name, value in settings.items()}
+        subprocess.run(
+            ["bash", str(ROOT / "scripts/reproduce_table5.sh")], env=environment, check=True, capture_output=True
+        )
+        return [line.strip("\0").split("\0") for line in (tmp_path / "log").read_text().split("\n\0")[:-1]]
+
+    wanted = commands()
+    rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[:-1:2]]
+    assert rates == ["5e-4", "5e-4", "2e-3", "5e-3"]
+    for name, *arguments in wanted:
+        main(script(name), arguments)
+    assert [*numbers(out / "report")] == [(name, 1) for name in ("untuned", "LoRA", "OFT", "ETHER", "ETHER+", "chance")]
+    (out / "OFT" / "summary.json").unlink()
+    assert commands() == [wanted[2], wanted[-1]]
+    settings["STEPS"] = ""
+    (out / "OFT" / "merged" / "lit_model.pth").unlink()
+    epoch, *_ = commands()
+    assert epoch[epoch.index("--train.epochs") :][:4] == ["--train.epochs", "1", "--train.lr_warmup_steps", "1000"]
