@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -82,16 +83,14 @@ def setup(
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:
-        raise UserError(
-            f"--global_batch_size {global_batch_size} is no multiple of --micro_batch_size on all processes"
-        )
+        raise UserError(f"--global_batch_size {global_batch_size} is no multiple of all processes' micro batches")
     model = adapted_model(checkpoint_dir, config, samples, seed=seed, dtype=dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, **schedule))
+    steps = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
     rows = [samples[i] for i in sample_order(len(samples), n_samples, seed=seed)]
-    trainer = transformers.Trainer(model, args, batch, rows, optimizers=(optimizer, scheduler))
+    optimizers = (optimizer, LambdaLR(optimizer, lambda step: rate(step, **steps)))
+    trainer = transformers.Trainer(model, args, batch, rows, optimizers=optimizers)
     trainer.train(resume_from_checkpoint=resume and any(out_dir.glob("checkpoint-*")))
     trainer.save_model()
 
