@@ -29,6 +29,11 @@ from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.settings import TrainArgs
 from lit_gpt.train import learning_rate as rate
 
+FIXED = dict(
+    logging_steps=1, report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0
+)
+"""What the Trainer is told in any run; the rows are in our order already."""
+
 
 def setup(
     *,
@@ -69,38 +74,37 @@ def setup(
     """
     import transformers
 
-    from lit_gpt.peft_ether import EtherPeftConfig
-
     out_dir = prepare_out_dir(out_dir, resume, names=["adapter_config.json"])
-    config = EtherPeftConfig(method=Htype, n=ether_nb, target_modules=target_modules, task_type="CAUSAL_LM")
     samples = load_split(train_data_dir / TRAIN_FILE)
     n_samples = min(epochs * len(samples), (max_steps or math.inf) * global_batch_size)
     n_steps = math.ceil(n_samples / global_batch_size)
     args = transformers.TrainingArguments(
-        str(out_dir), max_steps=n_steps, seed=seed, logging_steps=1, report_to=[], remove_unused_columns=False,
-        per_device_train_batch_size=micro_batch_size, gradient_checkpointing=activation_checkpointing,
-        train_sampling_strategy="sequential", max_grad_norm=0.0,
+        str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size,
+        gradient_checkpointing=activation_checkpointing, **FIXED,
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:
         raise UserError(f"--global_batch_size {global_batch_size} is no multiple of all processes' micro batches")
-    model = adapted_model(checkpoint_dir, config, samples, seed=seed, dtype=dtype)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    transformers.set_seed(seed)
+    model = adapted_model(checkpoint_dir, dtype, samples, method=Htype, n=ether_nb, target_modules=target_modules)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     steps = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
     rows = [samples[i] for i in sample_order(len(samples), n_samples, seed=seed)]
-    optimizers = (optimizer, LambdaLR(optimizer, lambda step: rate(step, **steps)))
-    trainer = transformers.Trainer(model, args, batch, rows, optimizers=optimizers)
+    scheduler = LambdaLR(optimizer, lambda step: rate(step, **steps))
+    trainer = transformers.Trainer(model, args, batch, rows, optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=resume and any(out_dir.glob("checkpoint-*")))
     trainer.save_model()
 
 
-def adapted_model(checkpoint_dir: str, config: Any, samples: list[Sample], *, seed: int, dtype: str) -> Any:
+def adapted_model(checkpoint_dir: str, dtype: str, samples: list[Sample], **settings: Any) -> Any:
     """Return the base with a new adapter on; raise UserError where the data or the targets are not the model's."""
     import peft
     import transformers
 
-    transformers.set_seed(seed)
+    from lit_gpt.peft_ether import EtherPeftConfig
+
+    config = EtherPeftConfig(**settings, task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype)
     largest, known = max(int(s["input_ids"].max()) for s in samples), model.get_input_embeddings().num_embeddings
     if largest >= known:
