@@ -247,6 +247,7 @@ def setup(
     checkpoint_dir: Path,
     ether_path: Path | None = None,
     lora_path: Path | None = None,
+    strength: float = 1.0,
     precision: str | None = None,
     quantize: str | None = None,
     prompt_style: str | None = None,
@@ -263,6 +264,7 @@ def setup(
         checkpoint_dir: folder of a base or merged model.
         ether_path: an unmerged ETHER or OFT adapter of this model.
         lora_path: an unmerged LoRA adapter of this model.
+        strength: of the adapter, 0 (the base model) to 1 (all that it learned) and beyond.
         precision: 32-true, bf16-true or 16-true; by default bf16-true on a GPU, 32-true elsewhere.
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: less memory, rougher weights.
         prompt_style: chat (the model's chat template) or a style such as alpaca; by default the one recorded with the
@@ -277,7 +279,7 @@ def setup(
     folder, device = check_checkpoint_dir(checkpoint_dir), choose_device()
     tokenizer = Tokenizer(folder)
     precision = precision or ("bf16-true" if device.type == "cuda" else "32-true")
-    adapter = open_adapter(ether_path, lora_path)
+    adapter = open_adapter(ether_path, lora_path, strength)
     style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)

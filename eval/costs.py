@@ -13,9 +13,11 @@ Notable choices:
   all, and memory holds the model once.
 """
 
+import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -27,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lit_gpt.adapter import TARGETS, adapter_layers, adapter_parameters
+from lit_gpt.adapter import TARGETS, AdapterConfig, adapter_layers, adapter_parameters
 from lit_gpt.adapter_files import make_trainable
 from lit_gpt.checkpoint import meta_model
 from lit_gpt.config import Config
@@ -42,36 +44,32 @@ from lit_gpt.train import compile_blocks
 
 FLOOR, LORA = "frozen model", "LoRA r=8"
 METHOD_NAMES = {"ether": "ETHER", "etherplus": "ETHER+ one-sided", "etherplusHH": "ETHER+ two-sided", "oft": "OFT"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A name, and the adapter that the model gets; None for the floor."""
-
-    label: str
-    adapter: EtherConfig | LoraConfig | None
+RATIOS = {"time_x_floor": FLOOR, "time_x_lora": LORA}
+Rows = dict[str, dict[str, Any]]
+"""By label, values by name."""
+Adapter = AdapterConfig | None
+"""None for the floor."""
 
 
 def choose_variants(
     config: Config, *, targets: Sequence[str], blocks: Sequence[int], oft_blocks: Sequence[int]
-) -> tuple[list[Variant], list[str]]:
+) -> tuple[dict[str, Adapter], list[str]]:
     """Return floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
     chosen = {target: target in targets for target in TARGETS}
-    variants, left_out = [Variant(FLOOR, None), Variant(LORA, LoraConfig(r=8, **chosen))], []
-    model = meta_model(replace(config, n_layer=1))
+    variants: dict[str, Adapter] = {FLOOR: None, LORA: LoraConfig(r=8, **chosen)}
+    left_out, model = [], meta_model(replace(config, n_layer=1))
     for method, name in METHOD_NAMES.items():
         for n in oft_blocks if METHODS[method].matrices else blocks:
             adapter = EtherConfig(Htype=method, nb=n, **chosen)
             try:
                 check_blocks(model, adapter)
+                variants[f"{name} n={n}"] = adapter
             except UserError as error:
                 left_out.append(f"{name} n={n} is left out: {error}")
-            else:
-                variants.append(Variant(f"{name} n={n}", adapter))
     return variants, left_out
 
 
-def attach(model: GPT, adapter: EtherConfig | LoraConfig | None) -> GPT:
+def attach(model: GPT, adapter: Adapter) -> GPT:
     """Give the model its adapter, or the floor's scalar, freeze the rest, and return it."""
     if adapter is None:
         weight = model.requires_grad_(False).transformer.wte.weight
@@ -90,135 +88,143 @@ def step_loss(model: GPT, idx: Tensor) -> Tensor:
     return F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten(), reduction="sum")
 
 
-def count(config: Config, variant: Variant, *, seq_length: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+# ----------------------------------------------------------------------------------------------------------- counting
+def count(config: Config, adapter: Adapter, *, seq_length: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
     """Return what a step of one sequence costs, as ``count_model``.
 
     Every layer after the first costs the same, so models of one and of two layers tell it for any depth, exactly.
     """
-    one, two = (count_model(replace(config, n_layer=depth), variant, seq_length, dtype) for depth in (1, 2))
+    one, two = (count_model(replace(config, n_layer=depth), adapter, seq_length, dtype) for depth in (1, 2))
     return {name: one[name] + (config.n_layer - 1) * (two[name] - one[name]) for name in one}
 
 
-def count_model(config: Config, variant: Variant, seq_length: int, dtype: torch.dtype) -> dict[str, int]:
+def count_model(config: Config, adapter: Adapter, seq_length: int, dtype: torch.dtype) -> dict[str, int]:
     """Count trained parameters, adapter bytes, FLOPs of products and of the rest, bytes saved for the backward pass."""
     base = meta_model(config, dtype)
-    model = attach(share_weights(base), variant.adapter)
+    model = attach(share_weights(base), adapter)
+    spread_evenly(model)
+    with FlopCounterMode(display=False) as products:
+        step_loss(model, torch.empty(1, seq_length, dtype=torch.long, device="meta")).backward()
+    with FakeTensorMode():
+        fake = attach(share_weights(base, "cpu"), adapter)
+        spread_evenly(fake)
+        with LiveBytes(fake.parameters()) as live:
+            loss = step_loss(fake, torch.zeros(1, seq_length, dtype=torch.long))
+            saved = live.now - loss.nbytes  # all that lives now lives for the backward pass
+    of_experts = config.n_expert_per_token / max(1, config.n_expert)
+    rest = (
+        layer.elementwise_flops(seq_length * (of_experts if ".experts." in name else 1))
+        for name, layer in adapter_layers(model)
+    )
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": sum(p.nbytes for p in adapter_parameters(model).values()),
-        "product_flops": product_flops(model, seq_length),
-        "elementwise_flops": elementwise_flops(model, seq_length),
-        "saved_bytes": saved_bytes(base, variant.adapter, seq_length),
+        "product_flops": products.get_total_flops(),
+        "elementwise_flops": round(sum(rest)),
+        "saved_bytes": saved,
     }
 
 
-def product_flops(model: GPT, seq_length: int) -> int:
-    """Count the FLOPs of the matrix products of a step, for a model on the meta device."""
-    spread_evenly(model)
-    with FlopCounterMode(display=False) as counter:
-        step_loss(model, torch.empty(1, seq_length, dtype=torch.long, device="meta")).backward()
-    return counter.get_total_flops()
-
-
-def elementwise_flops(model: GPT, seq_length: int) -> int:
-    """Return the FLOPs that a model's adapters add to a step outside of matrix products."""
-    total = 0.0
-    for name, layer in adapter_layers(model):
-        share = model.config.n_expert_per_token / model.config.n_expert if ".experts." in name else 1
-        total += layer.elementwise_flops(seq_length * share)
-    return round(total)
-
-
-def saved_bytes(base: GPT, adapter: EtherConfig | LoraConfig | None, seq_length: int) -> int:
-    """Count the bytes that the forward pass keeps for the backward pass."""
-    with FakeTensorMode():
-        model = attach(share_weights(base, "cpu"), adapter)
-        spread_evenly(model)
-        with LiveBytes(model.parameters()) as live:
-            loss = step_loss(model, torch.zeros(1, seq_length, dtype=torch.long))
-            return live.now - loss.nbytes  # all that lives now lives for the backward pass
+# ------------------------------------------------------------------------------------------------------------- timing
+def random_base(config: Config, *, dtype: torch.dtype, device: torch.device, scheme: str | None = None) -> GPT:
+    """Return a frozen model with random weights, which ``scheme`` quantizes."""
+    base = meta_model(config, dtype).requires_grad_(False).to_empty(device=device)
+    for parameter in base.parameters():
+        parameter.normal_(std=0.02)
+    base.tie_weights()
+    if scheme is not None:
+        quantize_model(base, scheme, base.state_dict(), dtype=dtype, device=device)
+    return base
 
 
 def random_models(
-    config: Config,
-    variants: Sequence[Variant],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiled: bool = False,
-    scheme: str | None = None,
-) -> list[GPT]:
-    """Return a model for each variant, all on one set of random weights, which ``scheme`` quantizes."""
-    base = meta_model(config, dtype).requires_grad_(False)
-
-    def draw(parameter: Tensor) -> Tensor:
-        return torch.empty_like(parameter, device=device).normal_(std=0.02)
-
-    class RandomState(dict):
-        """A model's weights by name, drawn when they are asked for: never all of them unquantized."""
-
-        def __getitem__(self, name: str) -> Tensor:
-            return draw(super().__getitem__(name))
-
-    if scheme is not None:
-        quantize_model(base, scheme, RandomState(base.state_dict()), dtype=dtype, device=device)
-    for module in base.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                setattr(module, name, nn.Parameter(draw(parameter), requires_grad=False))
-    base.tie_weights()
-    models = [attach(share_weights(base), variant.adapter) for variant in variants]
-    for model in models if compiled else ():
+    config: Config, variants: Mapping[str, Adapter], *, compiled: bool = False, **options: Any
+) -> dict[str, GPT]:
+    """Return by label a model for each variant, all on one ``random_base``."""
+    base = random_base(config, **options)
+    models = {label: attach(share_weights(base), adapter) for label, adapter in variants.items()}
+    for model in models.values() if compiled else ():
         compile_blocks(model)
     return models
 
 
-def measure(models: Sequence[GPT], *, seq_length: int, rounds: int) -> list[dict[str, Any]]:
-    """Return for each of ``random_models`` the ``seconds`` of a step in each round; on a GPU also ``peak_bytes``.
+def timed(calls: Mapping[Any, Callable[[], Any]], device: torch.device, *, rounds: int) -> dict[Any, dict[str, Any]]:
+    """Return for each call its ``seconds`` in each round; on a GPU also ``peak_bytes``, above those held before.
 
-    A round before the first is discarded. A peak is what the weights, this one adapter and a step took together.
+    The calls take turns, in another order each round; a round before the first is discarded.
     """
-    device = models[0].lm_head.weight.device
-    trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
-    held = torch.cuda.memory_allocated() - sum(trained) if device.type == "cuda" else 0
-    idx = torch.randint(models[0].config.vocab_size, (1, seq_length), device=device)
-    found: list[dict[str, Any]] = [{"seconds": []} for _ in models]
-    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False):
-        for index in random.Random(turn).sample(range(len(models)), len(models)):
-            seconds, peak = timed_step(models[index], idx)
-            if turn > 0:
-                found[index]["seconds"].append(seconds)
-                found[index] |= {} if peak is None else {"peak_bytes": held + trained[index] + peak}
+    found: dict[Any, dict[str, Any]] = {label: {"seconds": []} for label in calls}
+    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
+        for label in random.Random(turn).sample(list(calls), len(calls)):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            start = perf_counter()
+            calls[label]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = perf_counter() - start
+            found[label]["seconds"] += [seconds] * (turn > 0)
+            if device.type == "cuda":
+                found[label]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
     return found
 
 
-def timed_step(model: GPT, idx: Tensor) -> tuple[float, int | None]:
-    """Return the seconds of a forward and backward pass, and on a GPU the bytes beyond those held before."""
-    on_gpu = idx.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    start = perf_counter()
-    step_loss(model, idx).backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = perf_counter() - start
-    model.zero_grad()
-    return seconds, torch.cuda.max_memory_allocated() - held if on_gpu else None
+def measure(models: Mapping[str, nn.Module], idx: Tensor, *, rounds: int, loss: Any = step_loss) -> Rows:
+    """Time a step of each model, ``loss(model, idx)`` and its gradients, as ``timed``; with ``RATIOS`` over the rounds.
+
+    A peak is what the weights, which all share, this one adapter and a step take together.
+    """
+    trained = {label: [p for p in model.parameters() if p.requires_grad] for label, model in models.items()}
+
+    def step(label: str) -> None:  # an expert that no token reaches has no gradient
+        torch.autograd.grad(loss(models[label], idx), trained[label], allow_unused=True)
+
+    n_bytes = {label: sum(p.nbytes for p in parameters) for label, parameters in trained.items()}
+    shared = torch.cuda.memory_allocated() - sum(n_bytes.values())
+    rows = timed({label: partial(step, label) for label in models}, idx.device, rounds=rounds)
+    for label, row in rows.items():
+        for name, other in RATIOS.items() if rows.keys() >= {*RATIOS.values()} else ():
+            ratios = [own / its for own, its in zip(row["seconds"], rows[other]["seconds"], strict=True)]
+            row[name] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+        if "peak_bytes" in row:
+            row["peak_bytes"] += shared + n_bytes[label]
+    return rows
 
 
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Add each row's time over the floor's and LoRA's: median and range over the rounds of the ratio within a round."""
-    for row in rows:
-        for name, other in zip(("time_x_floor", "time_x_lora"), rows[:2], strict=True):
-            each = [own / its for own, its in zip(row["seconds"], other["seconds"], strict=True)]
-            row[name] = {"median": median(each), "min": min(each), "max": max(each)}
+def time_columns(row: Mapping[str, Any]) -> dict[str, float | str]:
+    """Return for people how long a step takes, median and range of the ratios, and on a GPU its peak memory."""
+    columns: dict[str, float | str] = {"step, ms": 1e3 * median(row["seconds"])}
+    for name, other in RATIOS.items():
+        if its := row.get(name):
+            columns[f"x {other}"] = f"{its['median']:.3f} ({its['min']:.3f} to {its['max']:.3f})"
+    return columns | ({"peak, GB": row["peak_bytes"] / 1e9} if "peak_bytes" in row else {})
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return an aligned Markdown table, its first column flush left."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in (header, rule, *lines))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+def fitting(config: Config, dtype: torch.dtype, device: torch.device) -> float:
+    """Return how many times a model's weights fit a device's memory."""
+    on_gpu = device.type == "cuda"
+    have = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return have / sum(parameter.nbytes for parameter in meta_model(config, dtype).parameters())
+
+
+def describe(device: torch.device) -> str:
+    """Return a device in words."""
+    if device.type != "cuda":
+        return f"a CPU with {torch.get_num_threads()} threads"
+    card = torch.cuda.get_device_properties(device)
+    return f"{card.name}, {card.total_memory / 1e9:.0f} GB, capability {card.major}.{card.minor}"
+
+
+def table(rows: Mapping[str, Mapping[str, float | str]]) -> str:
+    """Return rows by label as an aligned Markdown table: numbers with three figures, the first column flush left."""
+
+    def cell(value: float | str) -> str:
+        return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["", *names], *([label, *(cell(row.get(name, "")) for name in names)] for label, row in rows.items())]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    return "\n".join(f"| {' | '.join([line[0].ljust(first), *map(str.rjust, line[1:], others)])} |" for line in lines)

@@ -7,21 +7,21 @@ Counting takes seconds and needs neither weights nor memory; ``costs.py`` says h
 """
 
 import math
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 import torch
 
-from eval.costs import FLOOR, LORA, add_ratios, choose_variants, count, measure, random_models, table
+from eval import costs
+from eval.costs import FLOOR, LORA, Rows
 from lit_gpt.adapter import TARGETS
-from lit_gpt.checkpoint import check_checkpoint_dir, load_config, meta_model
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
@@ -37,6 +37,8 @@ PUBLISHED_TFLOPS = {
     "Llama-2-7b-hf": (256, (6.85, 25.26, 25.26, 12.07, 8.22, 51.65, 18.66, 9.04)),
     "phi-1_5": (1045, (6.04, 9.13, 9.13, 7.07, 6.71, 10.78, 7.69, 6.79)),
 }
+# What the FLOPs of a model follow from; its name may differ.
+SIZES = attrgetter("mlp_class", "n_layer", "n_embd", "q_size", "kv_size", "intermediate_size", "padded_vocab_size")
 
 RESULTS, PICTURE = "efficiency.json", "flops.png"
 
@@ -44,74 +46,37 @@ RESULTS, PICTURE = "efficiency.json", "flops.png"
 def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict[str, float]]:
     """Return the paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
     for name, (length, figures) in PUBLISHED_TFLOPS.items():
-        if model_sizes(config) == model_sizes(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
+        if SIZES(config) == SIZES(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
             return length, dict(zip(PUBLISHED_LABELS, figures, strict=True))
     return 0, {}
 
 
-def model_sizes(config: Config) -> tuple[int | str, ...]:
-    """Return what the FLOPs of a model follow from; its name may differ."""
-    widths = (config.n_embd, config.q_size, config.kv_size, config.intermediate_size, config.padded_vocab_size)
-    return (config.mlp_class, config.n_layer, *widths)
+def cost_columns(row: Mapping[str, Any], floor: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, str]:
+    """Return for people what was counted of a method, beside the floor and LoRA."""
+    return {
+        "trained": f"{row['trained_parameters']:,}",
+        "TFLOPs": f"{row['product_flops'] / 1e12:#.4g}",
+        "of floor": f"{row['product_flops'] / floor['product_flops']:.2%}",
+        "element-wise": f"{row['elementwise_flops'] / floor['product_flops']:.3%}",
+        "saved, MB": f"{row['saved_bytes'] / 1e6:,.0f}",
+        f"x {LORA}": f"{row['saved_bytes'] / lora['saved_bytes']:.3f}",
+    }
 
 
-def cost_table(rows: Sequence[dict[str, Any]], published_length: int) -> str:
-    """Return what was counted, for people; the paper's figures where there is a length that they belong to."""
-    floor, lora = rows[:2]
-    lines = []
-    for row in rows:
-        products, saved = row["product_flops"], row["saved_bytes"]
-        line = {
-            "": row["label"],
-            "trained": f"{row['trained_parameters']:,}",
-            "adapter bytes": f"{row['adapter_bytes']:,}",
-            "TFLOPs": f"{products / 1e12:#.4g}",
-            "of floor": f"{products / floor['product_flops']:.2%}",
-            "element-wise": f"{row['elementwise_flops'] / floor['product_flops']:.3%}",
-            "saved, MB": f"{saved / 1e6:,.0f}",
-            "x floor": f"{saved / floor['saved_bytes']:.3f}",
-            f"x {LORA}": f"{saved / lora['saved_bytes']:.3f}",
-        }
-        if published_length:
-            line[f"published, T = {published_length}"] = f"{row['published_tflops'] or ''}"
-        lines.append(line)
-    return table(list(lines[0]), [list(line.values()) for line in lines])
-
-
-def print_times(rows: Sequence[dict[str, Any]], *, where: str, compiled: bool) -> None:
-    """Print a table of the times, and how they were taken."""
-    peaks = "peak_bytes" in rows[0]
-    header = ["", "step, s", "x floor", "range", f"x {LORA}", "range"]
-    header += ["peak, GB", "x floor", f"x {LORA}"] * peaks
-    lines = []
-    for row in rows:
-        line = [row["label"], f"{median(row['seconds']):.4g}"]
-        for ratio in (row["time_x_floor"], row["time_x_lora"]):
-            line += [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}"]
-        if peaks:
-            line += [f"{row['peak_bytes'] / 1e9:.2f}"]
-            line += [f"{row['peak_bytes'] / other['peak_bytes']:.3f}" for other in rows[:2]]
-        lines.append(line)
-    how = f"{'compiled' if compiled else 'eager'}, medians of {len(rows[0]['seconds'])} rounds in turns"
-    print(f"\nForward and backward on {where}, {how}:\n\n{table(header, lines)}")
-    if not peaks:
-        print("\nPeak memory is measured on GPUs alone; on a CPU compare what is saved for the backward pass.")
-
-
-def draw_flops(path: Path, rows: Sequence[dict[str, Any]], *, title: str, published: bool) -> None:
+def draw_flops(path: Path, rows: Rows, *, title: str, published: bool) -> None:
     """Draw bars of a step's FLOPs: ours, and the published code's where they are of the same length."""
-    floor, methods = rows[0]["product_flops"] / 1e12, rows[1:]
-    series = {"this repository": [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in methods]}
+    rows = dict(rows)
+    floor = rows.pop(FLOOR)["product_flops"] / 1e12
+    series = {"this repository": [(row["product_flops"] + row["elementwise_flops"]) / 1e12 for row in rows.values()]}
     if published:
-        series["the paper's code (its Table 1)"] = [row["published_tflops"] or math.nan for row in methods]
+        series["the paper's code (its Table 1)"] = [row["published_tflops"] or math.nan for row in rows.values()]
     digits, thickness = 2 if floor >= 1 else 4, 0.8 / len(series)
-    with picture(path, size=(7.5, 1.1 + 0.4 * len(methods))) as axes:
+    with picture(path, size=(7.5, 1.1 + 0.4 * len(rows))) as axes:
         for index, (name, values) in enumerate(series.items()):
-            middles = [row - 0.4 + thickness * (index + 0.5) for row in range(len(methods))]
-            bars = axes.barh(middles, values, thickness, label=name)
-            axes.bar_label(bars, fmt=f"%.{digits}f", padding=3, fontsize=8)
+            middles = [row - 0.4 + thickness * (index + 0.5) for row in range(len(rows))]
+            axes.bar_label(axes.barh(middles, values, thickness, label=name), fmt=f"%.{digits}f", padding=3, fontsize=8)
         axes.axvline(floor, color="0.25", linestyle="--", linewidth=1, label=f"{FLOOR}: {floor:.{digits}f}")
-        axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.set(xlabel="TFLOPs of a training step (forward and backward)", title=title)
         axes.invert_yaxis()
         axes.margins(x=0.1, y=0.01)
@@ -125,33 +90,16 @@ def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: in
     return config if n_layer is None else replace(config, n_layer=n_layer)
 
 
-def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int) -> None:
+def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int, fits: bool) -> None:
     """Raise, with everything that is wrong, where the settings make no step of this model."""
     problems, longest = Problems(), config.block_size
-    problems.expect(config.n_layer >= 1, f"--n_layer {config.n_layer}: expected 1 or more")
     problems.expect(rounds >= 1, f"--rounds {rounds}: expected 1 or more")
     problems.expect(1 <= seq_length <= longest, f"--seq_length {seq_length}: {config.name} takes 1 to {longest} tokens")
     known = targets and {*targets} <= {*TARGETS}
     problems.expect(known, f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
+    # On a CPU the system would end the process without a word.
+    problems.expect(fits, "--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
     problems.check()
-
-
-def check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise where the weights alone do not fit: on a CPU the system would end the process without a word."""
-    need = sum(parameter.nbytes for parameter in meta_model(config, dtype).parameters())
-    on_gpu = device.type == "cuda"
-    have = torch.cuda.mem_get_info()[1] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
-        raise UserError(
-            f"--time true: {need / 1e9:.1f} GB of weights do not fit the {have / 1e9:.1f} GB of this {device.type}; "
-            "time fewer layers, with --n_layer 2"
-        )
-
-
-def describe(device: torch.device) -> str:
-    """Return a device's name; of a CPU the number of threads."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_name() if on_gpu else f"a CPU with {torch.get_num_threads()} threads"
 
 
 def setup(
@@ -187,31 +135,36 @@ def setup(
         out_dir: gets efficiency.json and flops.png; by default logs/efficiency/NAME.
         overwrite: let it replace an efficiency.json and a flops.png that are there.
     """
-    config = read_config(model_name, checkpoint_dir, n_layer)
-    check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds)
+    config, dtype, device = read_config(model_name, checkpoint_dir, n_layer), weights_dtype(precision), choose_device()
+    fits = not time or costs.fitting(config, dtype, device) >= 1
+    check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds, fits=fits)
     folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
-    dtype, device = weights_dtype(precision), choose_device()
-    if time:
-        check_memory(config, dtype, device)
-        warn_of_slow_products(precision, device)
-    variants, left_out = choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
+    variants, left_out = costs.choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
     length, published = published_figures(config, targets)
     depth = f"{config.n_layer} layer{'s' * (config.n_layer > 1)}"
     title = f"{config.name}, {depth}, T = {seq_length}, {' and '.join(targets)} adapted"
     print("\n".join((f"{title}, {precision}", *left_out, "")))
-    rows = [{"label": variant.label, "published_tflops": published.get(variant.label)} for variant in variants]
-    for row, variant in zip(rows, variants, strict=True):
-        row |= count(config, variant, seq_length=seq_length, dtype=dtype)
-    print(cost_table(rows, length))
+    rows: Rows = {}
+    for label, adapter in variants.items():
+        rows[label] = {"label": label, "published_tflops": published.get(label)}
+        rows[label] |= costs.count(config, adapter, seq_length=seq_length, dtype=dtype)
+    shown = {label: cost_columns(row, rows[FLOOR], rows[LORA]) for label, row in rows.items()}
+    for label, columns in shown.items() if length else ():
+        columns[f"published, T = {length}"] = f"{published.get(label, '')}"
+    print(costs.table(shown))
     settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
-    settings |= {"timed_on": describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
+    settings |= {"timed_on": costs.describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
     if time:
-        models = random_models(config, variants, dtype=dtype, device=device, compiled=compile)
-        for row, times in zip(rows, measure(models, seq_length=seq_length, rounds=rounds), strict=True):
-            row |= times
-        add_ratios(rows)
-        print_times(rows, where=settings["timed_on"], compiled=compile)
-    write_json(folder / RESULTS, {**settings, "published_length": length, "left_out": left_out, "rows": rows})
+        warn_of_slow_products(precision, device)
+        models = costs.random_models(config, variants, dtype=dtype, device=device, compiled=compile)
+        times = costs.measure(models, torch.randint(config.vocab_size, (1, seq_length), device=device), rounds=rounds)
+        for label, row in rows.items():
+            row |= times[label]
+        how = f"{'compiled' if compile else 'eager'}, medians (ranges) of {rounds} rounds in turns"
+        print(f"\nForward and backward on {settings['timed_on']}, {how}:\n")
+        print(costs.table({label: costs.time_columns(row) for label, row in times.items()}))
+    results = {**settings, "published_length": length, "left_out": left_out, "rows": list(rows.values())}
+    write_json(folder / RESULTS, results)
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
 

@@ -25,9 +25,9 @@ from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS, DEFAULT_OTHER_SEED
 from lm_eval.models.utils import chunks, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_gpt.errors import UserError
+from lit_gpt.files import Progress
 from lit_gpt.generate import common_length, generate
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):
         self.n_requests += len(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         shared, separate = split_by_gain(self.make_rows(requests))
-        with progress_bar(len(requests)) as bar:
+        with Progress(total=len(requests), unit=" requests") as bar:
             for row_states in chain(self.run_shared(shared), self.run_separate(separate)):
                 # The last states of a row predict a request's continuation.
                 wanted = [(states, number) for row, states in row_states for number in row.requests]
@@ -222,7 +222,7 @@ class HarnessModel(TemplateLM):
         self.n_requests += len(requests)
         answers: dict[str, str] = {}
         results = []
-        with progress_bar(len(requests)) as bar:
+        with Progress(total=len(requests), unit=" requests") as bar:
             for context, options in (request.args for request in requests):
                 settings = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)
                 key = json.dumps([context, settings], default=str)
@@ -271,9 +271,3 @@ def split_by_gain(rows: list[Row]) -> tuple[dict[tuple[int, ...], list[Row]], li
         else:
             separate += families[head]
     return shared, separate
-
-
-def progress_bar(total: int) -> tqdm:
-    """Return a bar that is one line on a terminal, and in a log file one line a minute."""
-    live = sys.stderr.isatty()
-    return tqdm(total=total, unit="request", leave=False, mininterval=0.5 if live else 60, delay=1 if live else 60)

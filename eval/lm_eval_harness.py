@@ -93,6 +93,7 @@ def setup(
     eval_tasks: list[str],
     ether_path: Path | None = None,
     lora_path: Path | None = None,
+    strength: float = 1.0,
     precision: str = "32-true",
     quantize: str | None = None,
     save_filepath: Path | None = None,
@@ -111,6 +112,7 @@ def setup(
         eval_tasks: names of tasks or groups, or patterns; old names (truthfulqa_mc, hendrycksTest-*) are understood.
         ether_path: an ETHER, ETHER+ or OFT adapter to evaluate the model with, unmerged.
         lora_path: a LoRA adapter to evaluate the model with, unmerged.
+        strength: of the adapter, 0 (the base model) to 1 (all that it learned) and beyond.
         precision: 32-true, bf16-true or 16-true.
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, as the adapter may have been trained.
         save_filepath: write the results to this JSON file.
@@ -130,7 +132,7 @@ def setup(
     problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
     problems.attempt(check_checkpoint_dir, checkpoint_dir)
-    adapter = problems.attempt(open_adapter, ether_path, lora_path)
+    adapter = problems.attempt(open_adapter, ether_path, lora_path, strength)
     problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
@@ -146,7 +148,7 @@ def setup(
     if save_filepath is not None:
         settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, "data_dir": data_dir}
         settings |= {"precision": precision, "quantize": quantize, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot}
-        save_results(save_filepath, results, {**settings, **options, "device": str(device)})
+        save_results(save_filepath, results, {**settings, **options, "strength": strength, "device": str(device)})
 
 
 def save_results(file: Path, results: dict[str, Any], settings: dict[str, Any]) -> None:

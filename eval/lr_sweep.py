@@ -12,7 +12,6 @@ of all methods, along straight lines between the measured rates (mean over seeds
 range* is the same for the method's own best. A run that diverges keeps nothing.
 """
 
-import csv
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from eval.costs import METHOD_NAMES, table
-from lit_gpt.adapter import AdapterConfig
 from lit_gpt.checkpoint import load_config
 from lit_gpt.cli import main
-from lit_gpt.config import Config
 from lit_gpt.data import read_data_config
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig
@@ -45,11 +42,10 @@ PICTURES = {
     "response_loss": ("loss.png", "response loss after training (nats per token)"),
     "weight_change": ("weight_change.png", "relative change of the adapted weights"),
 }
+LOSSES = {"untuned": "val_response_loss_before", "response_loss": "val_response_loss_after", "loss": "val_loss_after"}
 COLUMNS = ("method", "rate", "seed", "degrees_per_step", "response_loss", "loss", "weight_change", "diverged")
 KEPT = 0.9
 """Share of the best loss reduction that a usable rate keeps."""
-COMPARED, SEEDS = ["ether", "etherplusHH", "oft", "lora"], [0, 1, 2]
-HALF_DECADES = [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
 NAMES = METHOD_NAMES | {"lora": "LoRA"}
 Run = Mapping[str, Any]
 
@@ -59,9 +55,9 @@ def setup(
     data_dir: str,
     out_dir: Path,
     checkpoint_dir: str | None = None,
-    methods: list[str] = COMPARED,
-    rates: list[float] = HALF_DECADES,
-    seeds: list[int] = SEEDS,
+    methods: tuple[str, ...] = ("ether", "etherplusHH", "oft", "lora"),
+    rates: tuple[float, ...] = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1),
+    seeds: tuple[int, ...] = (0, 1, 2),
     max_steps: int = 150,
     batch_size: int = 8,
     ether_nb: int = 4,
@@ -87,28 +83,22 @@ def setup(
     """
     if unknown := [method for method in methods if method not in NAMES]:
         raise UserError(f"--methods {', '.join(unknown)}: choices are {', '.join(NAMES)}")
-    adapters: dict[str, AdapterConfig] = {"lora": LoraConfig(r=lora_r)}
+    adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
-    config = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"])
-    common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision)
+    size = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]).q_size
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
-    wanted = [(method, rate, seed) for seed in seeds for rate in rates for method in methods]
-    wanted = [run for run in wanted if run not in done]
+    wanted = [each for seed in seeds for rate in rates for name in methods if (each := (name, rate, seed)) not in done]
     for number, (method, rate, seed) in enumerate(wanted, start=1):
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
-        folder = out_dir / "runs" / f"{method}-{rate:g}-{seed}"
-        settings = Settings(
-            adapter=adapters[method],
-            io=IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=str(folder)),
-            train=TrainArgs(learning_rate=rate, **train),
-            seed=seed,
-            **common,
-        )
-        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, config))
+        folder = str(out_dir / "runs" / f"{method}-{rate:g}-{seed}")
+        common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed)
+        common["io"] = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
+        settings = Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
+        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, size))
         runs.append(run | train_once(settings))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
@@ -125,14 +115,14 @@ def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
     write_json(path, before | settings)
 
 
-def degrees_per_step(method: str, rate: float, config: Config) -> float | None:
+def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
     """Return the degrees by which one Adam step at this rate turns a query's u at its start; None without vectors.
 
     Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
     the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
     """
     has_vectors = method in METHODS and not METHODS[method].matrices
-    return math.degrees(rate * math.sqrt(3 * config.q_size)) if has_vectors else None
+    return math.degrees(rate * math.sqrt(3 * q_size)) if has_vectors else None
 
 
 def train_once(settings: Settings) -> dict[str, Any]:
@@ -143,15 +133,11 @@ def train_once(settings: Settings) -> dict[str, Any]:
         finetune(replace(settings, resume=is_done, overwrite=not is_done))
     except Diverged as error:
         print(f"diverged: {error}")
-        return dict.fromkeys(("untuned", "response_loss", "loss", "weight_change")) | {"diverged": True}
+        return dict.fromkeys((*LOSSES, "weight_change")) | {"diverged": True}
     summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
-    return dict(
-        untuned=summary["val_response_loss_before"],
-        response_loss=summary["val_response_loss_after"],
-        loss=summary["val_loss_after"],
-        weight_change=fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"]),
-        diverged=summary["val_response_loss_after"] is None,  # no number, in the last step alone
-    )
+    found = {name: summary[its] for name, its in LOSSES.items()}
+    found["weight_change"] = fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"])
+    return found | {"diverged": found["response_loss"] is None}  # no number, in the last step alone
 
 
 # ------------------------------------------------------------------------------------------------------- reporting
@@ -164,47 +150,42 @@ def mean_curve(runs: Sequence[Run], method: str, column: str) -> dict[float, flo
 
 def usable_decades(curve: Mapping[float, float], limit: float) -> float:
     """Return the decades of learning rate along which a curve, straight between its points, is at most ``limit``."""
-    points = [(math.log10(rate), loss) for rate, loss in sorted(curve.items())]
     total = 0.0
-    for (left, a), (right, b) in pairwise(points):
+    for (left, a), (right, b) in pairwise(sorted(curve.items())):
         low, high = sorted((a, b))
-        if math.isinf(high):  # nothing is known of the way to a run that diverged
-            continue
-        if high <= limit:
-            total += right - left
-        elif low <= limit:  # the way from the good end to where the line crosses the limit
-            total += (right - left) * (limit - low) / (high - low)
+        if math.isfinite(high):  # nothing is known of the way to a run that diverged
+            # from the good end to where the line crosses the limit
+            share = 1.0 if high <= limit else (limit - low) / (high - low or 1)
+            total += max(0.0, share) * math.log10(right / left)
     return total
 
 
 def report(out_dir: Path, runs: Sequence[Run]) -> None:
     """Write table, CSV file and pictures of the runs there are."""
-    with atomic_write(out_dir / CSV) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(runs)
+    cells = [["" if run[name] is None else str(run[name]) for name in COLUMNS] for run in runs]
     losses = {method: mean_curve(runs, method, "response_loss") for method in dict.fromkeys(r["method"] for r in runs)}
     untuned = [run["untuned"] for run in runs if run["untuned"] is not None]
-    with atomic_write(out_dir / TABLE) as temporary:
-        text = summarise(losses, runs, untuned[0]) if untuned else "Every run diverged."
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    summary = summarise(losses, runs, untuned[0]) if untuned else "Every run diverged."
+    for name, text in {CSV: "\n".join(map(",".join, [COLUMNS, *cells])), TABLE: summary}.items():
+        with atomic_write(out_dir / name) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
     for column, (name, label) in PICTURES.items() if untuned else ():
         draw(out_dir / name, runs, column=column, label=label, top=untuned[0])
 
 
 def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], untuned: float) -> str:
     """Return a line a method in Markdown: its best rate and loss there, seeds, usable range and own range."""
-    best = min(min(curve.values()) for curve in losses.values())
-    lines = []
+    best, lines = min(min(curve.values()) for curve in losses.values()), {}
     for method, curve in losses.items():
-        rate = min(curve, key=lambda rate: curve[rate])
+        rate = min(curve, key=curve.__getitem__)
         at_best = [run["response_loss"] for run in runs if (run["method"], run["rate"]) == (method, rate)]
-        spread = f"{min(at_best):.3f} to {max(at_best):.3f}" if math.isfinite(curve[rate]) else ""
-        decades = [usable_decades(curve, untuned - KEPT * (untuned - loss)) for loss in (best, curve[rate])]
-        lines.append([NAMES[method], f"{rate:g}", f"{curve[rate]:.4f}", spread, str(len(at_best))])
-        lines[-1] += [f"{number:.1f}" for number in decades]
-    header = ["", "best rate", "response loss", "over seeds", "seeds", "usable, decades", "own range, decades"]
-    return f"Response loss, untuned {untuned:.4f}; {len(runs)} runs\n\n{table(header, lines)}"
+        line = {"best rate": f"{rate:g}", "response loss": f"{curve[rate]:.4f}"}
+        line["over seeds"] = f"{min(at_best):.3f} to {max(at_best):.3f}" if math.isfinite(curve[rate]) else ""
+        line["seeds"] = f"{len(at_best)}"
+        for column, loss in {"usable, decades": best, "own range, decades": curve[rate]}.items():
+            line[column] = f"{usable_decades(curve, untuned - KEPT * (untuned - loss)):.1f}"
+        lines[NAMES[method]] = line
+    return f"Response loss, untuned {untuned:.4f}; {len(runs)} runs\n\n{table(lines)}"
 
 
 def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float) -> None:

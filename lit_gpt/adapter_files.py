@@ -5,8 +5,9 @@ An adapter file carries itself, ``{"model": {...}, "config": {...}}``: its tenso
 "config" is one of the original code's; what it is follows from its keys and shapes.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,32 @@ from torch import Tensor, nn
 from lit_gpt.adapter import AdapterConfig, adapter_parameters, adapter_state, mark_only_adapter_as_trainable
 from lit_gpt.checkpoint import WEIGHTS, fingerprint, load_state, save_state
 from lit_gpt.errors import UserError, reading
-from lit_gpt.ether import METHODS, EtherConfig, add_ether, ether_filter
-from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.ether import METHODS, EtherConfig, add_ether, ether_filter, set_ether_strength
+from lit_gpt.lora import LoraConfig, add_lora, set_lora_strength
 from lit_gpt.model import GPT
 from lit_gpt.quantize import load_base
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of adapters: its config class, how it is put on a model, and the name of its file in a run folder."""
+    """A family of adapters.
+
+    Attributes:
+        config_class: of its settings.
+        add: puts it on a model.
+        file_name: of its file in a run folder.
+        set_strength: returns its tensors at a strength, from these and a config; 0 makes it the identity.
+    """
 
     config_class: type
     add: Callable[[GPT, Any], None]
     file_name: str
+    set_strength: Callable[[Mapping[str, Tensor], Any, float], dict[str, Tensor]]
 
 
 KINDS = {
-    "ether": Kind(EtherConfig, add_ether, "lit_model_ether_finetuned.pth"),
-    "lora": Kind(LoraConfig, add_lora, "lit_model_lora_finetuned.pth"),
+    "ether": Kind(EtherConfig, add_ether, "lit_model_ether_finetuned.pth", set_ether_strength),
+    "lora": Kind(LoraConfig, add_lora, "lit_model_lora_finetuned.pth", set_lora_strength),
 }
 
 
@@ -67,12 +76,30 @@ def save_adapter(
     save_state({"model": adapter_state(model), "config": meta}, path)
 
 
-def open_adapter(ether_path: Path | str | None = None, lora_path: Path | str | None = None) -> AdapterFile | None:
+def open_adapter(
+    ether_path: Path | str | None = None, lora_path: Path | str | None = None, strength: float = 1.0
+) -> AdapterFile | None:
     """Read the adapter file that one of ``--ether_path`` and ``--lora_path`` names; return None where neither does."""
     if ether_path and lora_path:
         raise UserError("give --ether_path or --lora_path, not both")
+    if strength != 1 and not (ether_path or lora_path):
+        raise UserError(f"--strength {strength:g} needs an adapter file: give --ether_path or --lora_path")
     path, kind = (ether_path, "ether") if ether_path else (lora_path, "lora")
-    return load_adapter(path, kind) if path else None
+    return set_strength(load_adapter(path, kind), strength) if path else None
+
+
+def set_strength(adapter: AdapterFile, strength: float) -> AdapterFile:
+    """Return an adapter at a strength: 0 is the base model exactly, 1 the adapter as it was saved.
+
+    Raises:
+        ValueError: the adapter is an ETHER one, or the strength is no finite number.
+    """
+    if not math.isfinite(strength):
+        raise UserError(f"--strength {strength}: expected a number; 0 is the base model, 1 the whole adapter")
+    if strength == 1:
+        return adapter
+    state = KINDS[adapter.kind].set_strength(adapter.state, adapter.config, strength)
+    return replace(adapter, state=state)
 
 
 def load_adapter(path: Path | str, kind: str) -> AdapterFile:

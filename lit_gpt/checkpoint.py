@@ -42,7 +42,13 @@ SAFETENSORS_DTYPES = {
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
-SIDE_FILES = (*NAMES, "config.json", "generation_config.json", CONFIG, PROMPT_STYLE)
+SIDE_FILES = (*NAMES, CONFIG, PROMPT_STYLE)
+
+
+def hub_name(folder: Path | str) -> str | None:
+    """Return ORG/NAME of a folder that lies where download.py puts it, below checkpoints/; None of others."""
+    name = Path(folder).resolve()
+    return f"{name.parent.name}/{name.name}" if name.parent.parent.name == "checkpoints" else None
 
 
 def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
@@ -226,9 +232,6 @@ def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Ten
         template: what to write, as tensors on the meta device: names, shapes, dtypes.
         make: gives the tensor of a name.
         path: the file.
-
-    Raises:
-        OSError: there is no room for it.
     """
     blanks = dict(sorted(template.items(), key=lambda item: (-item[1].itemsize, item[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -239,15 +242,14 @@ def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Ten
         header[name] = {"dtype": dtype, "shape": list(blank.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=end, unit="B") as bar:
-        check_space(temporary, end)
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name, blank in blanks.items():
-                tensor = make(name)
-                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
-                file.write(_bytes_of(tensor))
-                bar.update(tensor.nbytes)
+    progress = Progress(desc=f"writing {Path(path).name}", total=end, unit="B")
+    with atomic_write(path) as temporary, temporary.open("wb") as file, progress as bar:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, blank in blanks.items():
+            tensor = make(name)
+            assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
+            file.write(_bytes_of(tensor))
+            bar.update(tensor.nbytes)
 
 
 def side_files(folder: Path | str) -> list[str]:

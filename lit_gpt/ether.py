@@ -14,8 +14,9 @@ Notable choices:
 """
 
 import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,9 +44,12 @@ from lit_gpt.reflections import (
     reflect_plus,
     reflection_factors,
     rotate,
+    turn,
 )
 
 Vectors = tuple[Tensor, ...]
+SECOND_VECTOR = re.compile(r"(.*\.ether_R)([24])([qkv]?)")
+"""Names of ETHER+'s v: ``ether_R2`` and ``ether_R4``, whose u are ``ether_R`` and ``ether_R3``."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +337,27 @@ def check_sizes(n: int, sizes: dict[str, int]) -> None:
             f"{n} blocks do not divide {module} of size {size} into blocks of 2 or more; "
             f"legal for all chosen targets: {', '.join(map(str, legal))}"
         )
+
+
+def set_ether_strength(state: Mapping[str, Tensor], config: EtherConfig, strength: float) -> dict[str, Tensor]:
+    """Return an adapter's tensors at a strength: ETHER+'s v turned from -u, OFT's A times it.
+
+    Raises:
+        ValueError: ETHER, whose reflections are never near the identity.
+    """
+    method = METHODS[config.Htype]
+    if method.matrices:
+        return {name: strength * tensor for name, tensor in state.items()}
+    if method.tensors == 1:
+        raise UserError(
+            f"--strength {strength:g}: an ETHER reflection has no way to the identity; ETHER+, OFT and LoRA have one"
+        )
+    changed = dict(state)
+    for stem, number, part in (found.groups() for found in map(SECOND_VECTOR.fullmatch, state) if found):
+        u = state.get(f"{stem}{'' if number == '2' else '3'}{part}")
+        if u is not None:  # where it is missing the file fits no model, which is said when it is put on one
+            changed[f"{stem}{number}{part}"] = turn(u, state[f"{stem}{number}{part}"], strength)
+    return changed
 
 
 def ether_filter(name: str, _: Any = None) -> bool:

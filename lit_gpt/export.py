@@ -7,35 +7,35 @@ Notable choices:
 - lora_alpha is the rank: every scale is 1, also where a server looks at ``r`` alone. A scale of ours goes into B.
 - Where Hugging Face holds several Linears of ours in one (q, k and v of GPT-NeoX, Falcon and Phi-3, gate and up of
   Phi-3), their A are stacked and the ranks add up.
-- ``r`` is the largest rank and ``rank_pattern`` lists the smaller ones: vLLM holds its limit against ``r``.
+- Every module gets the largest rank, filled up with zeros: llama.cpp knows one alpha a file and divides it by the rank
+  of each tensor, so smaller ranks would be scaled up.
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
 
+import json
 import math
-import shlex
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
-from lit_gpt.adapter import AdapterLayer, Part, adapter_layers, rows_in_memory
-from lit_gpt.adapter_files import attach_adapter, check_base, open_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state, meta_model
+from lit_gpt.adapter import TARGETS, AdapterLayer, Part, adapter_layers, rows_in_memory
+from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, hub_name, load_config, load_state, meta_model
 from lit_gpt.config import Config
 from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
-from lit_gpt.hf import Layout, hf_layout
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.hf import EMBEDDING, Layout, hf_layout
+from lit_gpt.serving import hf_folder, lora_commands, lora_limits, serving_notes, write_card
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's ``--max-lora-rank``."""
-WITHOUT_LORA_IN_VLLM = ("GPTNeoXForCausalLM",)
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
-HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
@@ -54,6 +54,11 @@ class Export:
     update: float = 0.0
     change: float = 0.0
 
+    @property
+    def rank(self) -> int:
+        """Return the largest rank, which every module of the file gets."""
+        return max(self.ranks.values())
+
     def add(self, module: str, a: Tensor, b: Tensor) -> None:
         """Take the A (r, in) and B (out, r) of one Hugging Face module."""
         module = IN_MEMORY.get(module, module)
@@ -62,6 +67,13 @@ class Export:
             self.tensors[f"base_model.model.{module}.{name}.weight"] = factor.contiguous()
         self.update += squared_norm(a, b)
         self.change += squared_norm(torch.cat([a.bfloat16().float(), a]), torch.cat([b.bfloat16().float(), -b], dim=1))
+
+    def pad(self) -> None:
+        """Fill up every A and B with zeros to the largest rank, which changes no product."""
+        for name, factor in self.tensors.items():
+            down = ".lora_A." in name
+            missing = self.rank - factor.shape[0 if down else 1]
+            self.tensors[name] = functional.pad(factor, (0, 0, 0, missing) if down else (0, missing))
 
     @property
     def rounding(self) -> float:
@@ -81,21 +93,23 @@ def export_adapter(
     out_dir: Path,
     ether_path: Path | None = None,
     lora_path: Path | None = None,
+    strength: float = 1.0,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter as a PEFT LoRA folder (adapter_config.json, adapter_model.safetensors).
+    """Write an adapter as a PEFT LoRA folder: adapter_config.json, adapter_model.safetensors, and a README.md.
 
     Args:
         checkpoint_dir: the base model's folder.
         out_dir: the folder to write.
         ether_path: an ETHER or ETHER+ adapter file, ours or the original code's; or
         lora_path: a LoRA adapter file.
+        strength: of the adapter, 0 (none of it) to 1 (all of it).
         overwrite: replace an adapter that is already in out_dir.
 
     Raises:
         ValueError: the adapter is no LoRA of what Hugging Face's model holds (or none that is worth it).
     """
-    adapter = open_adapter(ether_path, lora_path)
+    adapter = open_adapter(ether_path, lora_path, strength)
     if not adapter:
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     config = load_config(check_checkpoint_dir(checkpoint_dir))
@@ -104,29 +118,59 @@ def export_adapter(
     model = meta_model(config)
     attach_adapter(model, adapter)
     layers = dict(adapter_layers(model))
+    flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": adapter.path}
+    merge, weights = command(f"scripts/merge_{adapter.kind}.py", **flags), load_state(checkpoint_dir / WEIGHTS)
     try:
         check_low_rank(layers, config)
-        export = factorise(layers, config, load_state(checkpoint_dir / WEIGHTS))
+        export = factorise(layers, config, weights)
     except UserError as error:
-        flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": adapter.path}
-        merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
         raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
     if not math.isfinite(export.update):
         raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
-    base = adapter.base.get("name") or config.name
+    served = hf_folder(checkpoint_dir)
+    on_hub = hub_name(checkpoint_dir) if served == checkpoint_dir else None
+    base, limits = on_hub or os.path.abspath(served), lora_limits(config, export.rank, head="lm_head" in export.ranks)
+    notes = facts(export, config) + serving_notes(checkpoint_dir, adapter.prompt_style, weights[EMBEDDING].dtype)
+    notes += [f"{server} takes {limit}: merge for it" for server, limit in limits.items()]
+    load = partial(lora_commands, name=out_dir.resolve().name, rank=export.rank, without=limits)
     with staged_dir(out_dir, overwrite) as staging:
-        write_json(staging / "adapter_config.json", peft_config(export.ranks, base=base))
+        write_json(staging / "adapter_config.json", peft_config(export, base=base))
         with atomic_write(staging / "adapter_model.safetensors") as temporary:
             save_file(export.tensors, temporary, metadata={"format": "pt"})
+        # The Hub refuses a page whose head names a folder as the base.
+        head = "library_name: peft" + (f"\nbase_model: {json.dumps(on_hub)}" if on_hub else "")
+        about = f"{describe(adapter)}, as a LoRA of {base}. It computes the same function."
+        write_card(staging, out_dir, head=head, about=about, notes=notes, load=load(base, Path()))
+    print(f"{out_dir}: {adapter.path}, {describe(adapter)}, as a LoRA of {base}", *notes, sep="\n")
+    if limits:
+        print(f"merge: {merge}")
+    if served != checkpoint_dir:
+        print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
+    print(*(f"{program}: {line}" for program, line in load(str(served), out_dir).items()), sep="\n")
+
+
+def describe(adapter: AdapterFile) -> str:
+    """Return an adapter's method, size, targets and prompt style in words."""
+    config = adapter.config
+    method = f"LoRA of rank {config.r}" if adapter.kind == "lora" else f"{config.Htype} with n = {config.nb}"
     style = f", prompt style {adapter.prompt_style}" if adapter.prompt_style else ""
-    print(f"{out_dir}: {adapter.path} as a LoRA of {base}{style}")
-    tokenizer = Tokenizer(checkpoint_dir)
-    end = tokenizer.answer_end(adapter.prompt_style) if adapter.prompt_style else None
-    if end is not None and end not in tokenizer.eos_ids:
-        print(
-            f"its answers end with token {end}, which the base's files do not tell: ask with stop_token_ids = [{end}]"
-        )
-    report(export, config, checkpoint_dir=checkpoint_dir, out_dir=out_dir)
+    return f"{method} on {', '.join(target for target in TARGETS if getattr(config, target))}{style}"
+
+
+def facts(export: Export, config: Config) -> list[str]:
+    """Return rank, size and accuracy in words, and what tying the head means."""
+    ranks = ", ".join(f"{name} {rank}" for name, rank in export.ranks.items())
+    padded = "" if len({*export.ranks.values()}) == 1 else ", filled up with zeros"
+    size = sum(tensor.nbytes for tensor in export.tensors.values())
+    found = [
+        f"rank {export.rank} ({ranks}{padded}), {size / 1e6:.1f} MB in fp32",
+        f"exact in fp32; on a server in bf16 its rounded factors change the weight update by {export.rounding:.1e}",
+    ]
+    if config.tie_embeddings and "lm_head" in export.ranks:
+        found.append("the head is tied: unmerged, the embedding stays; PEFT's merge_and_unload would change it too")
+    if config.architecture == "GPTNeoXForCausalLM":
+        found.append("vLLM takes a LoRA on a GPTNeoXForCausalLM from version 0.32 on")
+    return found
 
 
 def check_low_rank(layers: Mapping[str, AdapterLayer], config: Config) -> None:
@@ -163,6 +207,7 @@ def factorise(layers: Mapping[str, AdapterLayer], config: Config, weights: Mappi
         if r * (f + d) >= f * d:
             raise UserError(f"rank {r} takes as much room as {module} itself, {f} x {d}")
         export.add(module, a, b)
+    export.pad()
     return export
 
 
@@ -178,44 +223,16 @@ def place(layout: Layout, layer: AdapterLayer, key: str, part: Part) -> tuple[st
     raise AssertionError(f"{key} has no place in the layout")
 
 
-def peft_config(ranks: dict[str, int], *, base: str) -> dict:
+def peft_config(export: Export, *, base: str) -> dict:
     """Return the content of PEFT's ``adapter_config.json``."""
-    r = max(ranks.values())
-    smaller = {name: rank for name, rank in ranks.items() if rank < r}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "target_modules": sorted(ranks),
-        "r": r,
-        "lora_alpha": r,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
+        "target_modules": sorted(export.ranks),
+        "r": export.rank,
+        "lora_alpha": export.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def report(export: Export, config: Config, *, checkpoint_dir: Path, out_dir: Path) -> None:
-    """Print rank, size and accuracy, what a server has to know, and the next command."""
-    r = max(export.ranks.values())
-    ranks = ", ".join(f"{name} {rank}" for name, rank in export.ranks.items())
-    size = sum(tensor.nbytes for tensor in export.tensors.values())
-    print(f"rank {r} ({ranks}), {size / 1e6:.1f} MB in fp32")
-    print(f"exact in fp32; on a server in bf16 its rounded factors change the weight update by {export.rounding:.1e}")
-    if len({*export.ranks.values()}) > 1:
-        print("llama.cpp scales all modules by one alpha, so it needs equal ranks: merge for it")
-    if config.tie_embeddings and "lm_head" in export.ranks:
-        print("the head is tied: unmerged, the embedding stays as it is; PEFT's merge_and_unload would change it too")
-    limit = next((limit for limit in VLLM_RANKS if r <= limit), None)
-    if limit is None or config.architecture in WITHOUT_LORA_IN_VLLM:
-        reason = f"no LoRA on a {config.architecture}" if limit else f"no rank above {VLLM_RANKS[-1]}"
-        print(f"vLLM takes {reason}: merge for it; in PEFT: PeftModel.from_pretrained(base, '{out_dir}')")
-        return
-    served = checkpoint_dir
-    if not any([*checkpoint_dir.glob(pattern)] for pattern in HF_WEIGHTS):
-        served = Path(f"{checkpoint_dir}-hf")
-        print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
-    words = ["vllm", "serve", str(served), "--enable-lora", "--max-lora-rank", str(limit)]
-    print(f"next: {shlex.join([*words, '--lora-modules', f'{out_dir.name}={out_dir}'])}")

@@ -235,7 +235,8 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
     folder = prepare_out_dir(out_dir, overwrite)
     for leftover in folder.glob(f"{TEMPORARY}staging.*"):
         if (handle := _take(leftover)) is not None:
-            remove(leftover)
+            with suppress(OSError):  # another user's, or another process is just removing it
+                remove(leftover)
             os.close(handle)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     staging = temporary_name(folder / "staging")
@@ -258,14 +259,15 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _take(folder: Path) -> int | None:
-    """Return a handle whose lock keeps a folder, or None where another process has it, or locks are refused."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
-        os.close(handle)
-        return None
+    """Return a handle whose lock keeps a folder, or None where another process or user has it, or locks are refused."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
+            os.close(handle)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes

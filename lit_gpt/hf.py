@@ -10,7 +10,7 @@ Nothing here knows a format of file: tensors come from a dict or a function.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from lit_gpt.families import FAMILIES
 from lit_gpt.model import GPT, deinterleave_qkv
 
 State = dict[str, torch.Tensor]
+Shapes = dict[str, torch.Size]
 Rows = slice | torch.Tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -62,8 +63,8 @@ class Piece(NamedTuple):
 class Layout(NamedTuple):
     """A model's tensors on both sides, and the rows of ours with those of Hugging Face's; none of a tied head."""
 
-    ours: dict[str, torch.Size]
-    theirs: dict[str, torch.Size]
+    ours: Shapes
+    theirs: Shapes
     pieces: list[Piece]
 
 
@@ -86,25 +87,14 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
         heads = range(config.n_head if ours.endswith("norm_q") else config.n_query_groups)
         names = [name.replace("{h}", str(h)) for name in names for h in (heads if "{h}" in name else (0,))]
         for i, e in product(range(layers), range(experts)):
-            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e, h="{h}") for name in names)
+            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e) for name in names)
     return modules
 
 
-def parameter_shapes(config: Config) -> dict[str, torch.Size]:
+def parameter_shapes(config: Config) -> Shapes:
     """Return every key of a ``lit_model.pth`` of this config, with its shape."""
     with torch.device("meta"):
         return {key: tensor.shape for key, tensor in GPT(config).state_dict().items()}
-
-
-def hf_names(config: Config) -> dict[str, tuple[str, ...]]:
-    """Return every key of a ``lit_model.pth`` of this config, with the keys of Hugging Face's tensors that it is of."""
-    shapes = parameter_shapes(config)
-    return {
-        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs)
-        for ours, theirs in hf_modules(config).items()
-        for kind in ("weight", "bias")
-        if f"{ours}.{kind}" in shapes
-    }
 
 
 def hf_layout(config: Config) -> Layout:
@@ -112,19 +102,21 @@ def hf_layout(config: Config) -> Layout:
 
     A name of theirs that several parts of ours have is one tensor, in which these lie one after another as listed.
     """
-    ours, theirs, height, pieces = parameter_shapes(config), {}, Counter(), []
+    ours, theirs, pieces = parameter_shapes(config), {}, []
+    height = Counter()  # of what is known so far of a tensor of theirs
     qkv = deinterleave_qkv(torch.arange(sum(config.qkv_sizes)), config).split(config.qkv_sizes)
-    for key, names in hf_names(config).items():
-        if key == HEAD and config.tie_embeddings:
+    for (module, names), kind in product(hf_modules(config).items(), ("weight", "bias")):
+        key = f"{module}.{kind}"
+        if key not in ours or (key == HEAD and config.tie_embeddings):
             continue
         size = ours[key][0] // len(names)
         parts: Sequence[Rows] = [slice(start, start + size) for start in range(0, ours[key][0], size)]
-        if ".attn.attn." in key and len(names) == len(qkv):
+        if module.endswith(".attn.attn") and len(names) == len(qkv):
             parts = qkv
-        for name, rows in zip(names, parts, strict=True):
-            n_rows = size if isinstance(rows, slice) else len(rows)
-            pieces.append(Piece(key, rows, name, slice(height[name], height[name] + n_rows)))
-            height[name] += n_rows
+        for name, rows in zip((f"{name}.{kind}" for name in names), parts, strict=True):
+            start = height[name]
+            height[name] += size if isinstance(rows, slice) else len(rows)
+            pieces.append(Piece(key, rows, name, slice(start, height[name])))
             theirs[name] = torch.Size((height[name], *ours[key][1:]))
     place = {key: n for n, key in enumerate(ours)}  # layer by layer, for shards that are whole layers
     return Layout(ours, theirs, sorted(pieces, key=lambda piece: place[piece.name]))
@@ -170,12 +162,12 @@ def lit_to_hf(weights: State, config: Config) -> tuple[State, Callable[[str], to
     """
     layout = hf_layout(config)
     _check("this lit_config.json", weights, layout.ours)
-    pieces = [Piece(theirs, their_rows, ours, rows) for ours, rows, theirs, their_rows in layout.pieces]
-    return _assemble(layout.theirs, pieces, weights, weights.__getitem__)
+    back = [Piece(piece.source, piece.source_rows, piece.name, piece.rows) for piece in layout.pieces]
+    return _assemble(layout.theirs, back, weights, weights.__getitem__)
 
 
 def _assemble(
-    shapes: Mapping[str, torch.Size], pieces: Iterable[Piece], sources: State, read: Callable[[str], torch.Tensor]
+    shapes: Shapes, pieces: Iterable[Piece], sources: State, read: Callable[[str], torch.Tensor]
 ) -> tuple[State, Callable[[str], torch.Tensor]]:
     """Return tensors that pieces of others make up: as they will be, on the meta device, and a function that makes one.
 
@@ -202,13 +194,15 @@ def _assemble(
     return blanks, make
 
 
-def _check(who: str, given: State, expected: Mapping[str, torch.Size]) -> None:
+def _check(who: str, given: State, expected: Shapes) -> None:
     """Raise where keys are missing or left over, naming the first few, or a shape is another."""
     problems = []
     for what, keys, there in (("missing", expected, given), ("not known", given, expected)):
         found = [key for key in keys if key not in there]
         if found:
-            problems.append(f"{len(found)} {what} ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''})")
+            problems.append(
+                f"{len(found)} {what} ({', '.join(map(str, found[:4]))}{', ...' if len(found) > 4 else ''})"
+            )
     if problems:
         raise UserError(f"the weights are not those of {who}: {'; '.join(problems)}")
     for key, shape in expected.items():

@@ -29,6 +29,7 @@ GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_
 """Names of a GELU, with PyTorch's name of its approximation."""
 MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
 """Classes whose text model can be read alone."""
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 REFUSED = {
     "qk_layernorm": "norms of q and k",
     "alibi": "models with ALiBi in place of rotary positions (falcon-rw)",
@@ -75,7 +76,8 @@ def text_config(described: dict[str, Any], name: str) -> dict[str, Any]:
         classes = {family.model_type: known for known, family in FAMILIES.items()}
         architecture = classes.get(text.get("model_type"), f"{architecture} ({text.get('model_type')})")
         outer = {key: described[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in described}
-        described = {**outer, **text}
+        ids = {key: described[key] for key in SPECIAL_IDS if described.get(key) is not None}
+        described = {**outer, **text, **ids}
     if architecture not in FAMILIES:
         reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
         reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")

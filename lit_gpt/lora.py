@@ -5,6 +5,7 @@ q, k, v the A of the adapted parts are stacked (r rows each) in ``lora_A``, and 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,6 +108,11 @@ class LoraQKVLinear(LoraLayer, QKVLinear):
 def add_lora(model: GPT, config: LoraConfig) -> None:
     """Put LoRA layers in the place of the Linears that the config's targets name; works on the meta device."""
     replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
+
+
+def set_lora_strength(state: Mapping[str, Tensor], _: LoraConfig, strength: float) -> dict[str, Tensor]:
+    """Return an adapter's tensors with its branches scaled by ``strength``."""
+    return {name: strength * tensor if name.endswith("lora_B") else tensor for name, tensor in state.items()}
 
 
 def lora_filter(name: str, _: Any = None) -> bool:

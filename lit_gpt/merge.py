@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from lit_gpt.adapter import adapter_layers, adapter_parameters, is_finite, rows_in_memory
-from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter
+from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter, set_strength
 from lit_gpt.checkpoint import (
     CONFIG,
     PROMPT_STYLE,
@@ -54,6 +54,7 @@ def merge_adapter(
     checkpoint_dir: Path,
     out_dir: Path | None = None,
     precision: str = "bf16-true",
+    strength: float = 1.0,
     verify: bool = False,
     verify_data_dir: Path | None = None,
     overwrite: bool = False,
@@ -66,6 +67,7 @@ def merge_adapter(
         checkpoint_dir: the base model's folder.
         out_dir: the folder to write; merged/ beside the adapter file by default.
         precision: of the written weights: 32-true, bf16-true or 16-true.
+        strength: of the adapter: 0 leaves the base as it is, 1 merges what was learned, 0.5 goes half the way.
         verify: compare the logits of the merged and the unmerged model on a few rows, both computed in fp32.
         verify_data_dir: prepared data whose test.pt gives these rows; by default that of the adapter's run.
         overwrite: write into a folder that already holds a model.
@@ -76,7 +78,7 @@ def merge_adapter(
     weights_dtype(precision)  # refuses an unknown one
     if verify_data_dir and not verify:
         raise UserError("--verify_data_dir is of no use without --verify true")
-    adapter = load_adapter(path, kind)
+    adapter = set_strength(load_adapter(path, kind), strength)
     names = [*side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
     out_dir = out_dir or Path(path).parent / "merged"
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)

@@ -35,7 +35,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # if true, the backward pass computes all but each block's input again
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         wte = TokenEmbedding(config.padded_vocab_size, config.n_embd)
-        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": build_norm(config)})
         self.tie_weights()
 
@@ -90,11 +90,11 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, d)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's type, as Gemma's is
-        kinds = self.config.layer_kinds
-        contexts = {kind: self.attention_context(kind, x, input_pos, lengths) for kind in set(kinds)}
+        kinds = dict.fromkeys(block.kind for block in self.transformer.h)
+        contexts = {kind: self.attention_context(kind, x, input_pos, lengths) for kind in kinds}
         compute_again = self.activation_checkpointing and torch.is_grad_enabled()
-        for block, kind in zip(self.transformer.h, kinds, strict=True):
-            context = contexts[kind]
+        for block in self.transformer.h:
+            context = contexts[block.kind]
             x = checkpoint(block, x, *context, use_reentrant=False) if compute_again else block(x, *context)
         return self.transformer.ln_f(x)
 
@@ -140,8 +140,9 @@ class TokenEmbedding(nn.Embedding):
 class Block(nn.Module):
     """Attention and MLP around the residual stream, one after the other or in parallel."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kind: LayerKind) -> None:
         super().__init__()
+        self.kind = kind
         self.parallel_residual, self.residual_scale = config.parallel_residual, config.residual_scale
         pre, post = (build_norm if present else no_norm for present in (config.pre_norm, config.post_norm))
         self.norm_1 = pre(config)

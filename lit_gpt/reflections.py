@@ -157,6 +157,26 @@ def axis_angle(u: Tensor, v: Tensor) -> Tensor:
     return torch.atan2(torch.linalg.vector_norm(v - along * u, dim=-1), along.squeeze(-1).abs())
 
 
+def turn(u: Tensor, v: Tensor, strength: float) -> Tensor:
+    """Return v at a share of its way from -u, where ETHER+ is the identity: a vector at ``strength`` times their angle.
+
+    Args:
+        u, v: (..., b).
+        strength: 0 gives -u exactly and 1 the direction of v; beyond them the vector turns on, in the plane of both.
+
+    Returns:
+        (..., b) in v's dtype, as long as u; a zero v, which has no direction, stays what it is.
+    """
+    wide_u, unit_u, unit_v = u.double(), unit(u.double()), unit(v.double())
+    along = _dot(unit_u, unit_v)
+    across = unit_v - along * unit_u
+    length, distance = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (wide_u, across))
+    angle = strength * torch.atan2(distance, -along)
+    turned = angle.sin() * length * F.normalize(across, dim=-1) - angle.cos() * wide_u
+    turned = torch.where(distance < 1e-12, -wide_u, turned)  # v on u's axis: R is I, and there is no plane to turn in
+    return torch.where(v.any(dim=-1, keepdim=True), turned.to(v.dtype), v)
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=-1, keepdim=True)
 

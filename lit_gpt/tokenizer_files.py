@@ -17,8 +17,9 @@ from lit_gpt.files import read_json
 
 NAMES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "config.json", "generation_config.json",
 )  # fmt: skip
-"""Patterns of a tokenizer's files, those that only other programs read among them."""
+"""Patterns of the files that tell of a tokenizer, here or in other programs."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
 

@@ -1,10 +1,10 @@
 """Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder, with no other source.
 
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
-converts them like any checkpoint, tensor by tensor: memory holds a layer's attention in fp32, whatever the model's
+converts them like any checkpoint, tensor by tensor: memory holds a few tensors of the result, whatever the model's
 size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
-pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. A
-tokenizer, config.json or generation_config.json that the folder has already is kept.
+pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
+tokenizer's files and a generation_config.json that the folder has already are the original's, and are kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -31,20 +31,22 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_names, write_lit
+from lit_gpt.files import map_or_read, prepare_out_dir, settled_folder, staged_dir, write_json
+from lit_gpt.hf import hf_layout, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FILES = (CONFIG, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
-# What stands under NAME.rope.scaling, as Hugging Face's rope_scaling calls it.
-ROPE_SCALING = {
-    "factor": "factor", "original_context_length": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
+# Keys of config.json, and of the metadata behind the architecture's name.
+SIZES = {
+    "max_position_embeddings": "context_length", "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
 }  # fmt: skip
-CUT_SHORT = (ValueError, IndexError, KeyError, OverflowError, MemoryError)  # what NumPy says of a short file
+ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Kinds of token in tokenizer.ggml.token_type: all but the first and the last two are matched before the text is split.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -76,40 +78,28 @@ def setup(
         gguf_path: the .gguf file.
         checkpoint_dir: the folder to write lit_model.pth, the configs and the tokenizer into.
         dtype: the type to store weights in.
-        overwrite: replace the model and the configs that are already in checkpoint_dir.
+        overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
-    has_tokenizer = any((checkpoint_dir / name).is_file() for name in TOKENIZERS)
-    names = [WEIGHTS, CONFIG] + ([] if has_tokenizer else ["tokenizer_config.json", "tokenizer.json"])
-    prepare_out_dir(checkpoint_dir, overwrite, names=names)
+    there = {name for name in {*FILES[2:], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
+    kept = there | ({"tokenizer.json"} if there & {*TOKENIZERS} else set())
+    prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
         config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
         words = section(metadata, "tokenizer.")
         files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
-        if not has_tokenizer:
+        if "tokenizer.json" not in kept:
             files |= tokenizer_files(words, config, gguf_path)
-    if not overwrite:  # as the tokenizer, the configs of the model's Hugging Face folder are kept
-        files = {name: content for name, content in files.items() if not (checkpoint_dir / name).is_file()}
-        check_same_model(checkpoint_dir / "config.json", config)
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
-        write_lit(blanks, lambda name: dequantized(sources[name], config), config, staging / WEIGHTS)
-        for name, content in files.items():
-            write_json(staging / name, content)
+        write_lit(blanks, lambda name: dequantized(sources[name], blanks[name], config), config, staging / WEIGHTS)
+        for name in files.keys() - kept:
+            write_json(staging / name, files[name])
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
-
-
-def check_same_model(path: Path, config: Config) -> None:
-    """Raise where a config.json that is to be kept describes a model of other sizes, which an export would read."""
-    other = Config.from_hf(read_json(path), name=config.name) if path.is_file() else config
-    for name in ("n_layer", "n_embd", "n_head", "n_query_groups", "intermediate_size", "padded_vocab_size"):
-        if (theirs := getattr(other, name)) != (ours := getattr(config, name)):
-            what = f"{path} is of another model ({name} is {theirs}, in the GGUF file {ours})"
-            raise UserError(f"{what}; choose another folder, or replace it with --overwrite true")
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,29 +115,23 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:  # what is mapped stays after its name has gone
             return gguf.GGUFReader(shutil.copyfile(part, Path(folder) / part.name))
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; a .gguf file was expected")
-    parts, split = [path], SPLIT_NAME.search(path.name)
-    if split:
-        stem, count = path.name[: split.start()], int(split[1])
-        parts = [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    missing = ", ".join(part.name for part in parts if not part.is_file())
+    split = SPLIT_NAME.search(path.name)
+    count = int(split[1]) if split else 1
+    parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
+    missing = [str(part) for part in parts if not part.is_file()]
     if missing:
-        raise FileNotFoundError(f"{path} is one of {len(parts)} parts, {missing} missing beside it; get all parts")
-    metadata: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
+        raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
+    metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
         try:
             reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        except CUT_SHORT as error:
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # NumPy's, of a short file
             raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
-        raise UserError(
-            f"{path} is part {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of a model: give all parts "
-            "their own names again (NAME-00001-of-00003.gguf and so on), in one folder"
-        )
+        what = f"part {metadata.get('split.no', 0) + 1} of {metadata.get('split.count')} of a model"
+        raise UserError(f"{path} is {what}; give all parts their names again (NAME-00001-of-00003.gguf, ...)")
     return metadata, tensors
 
 
@@ -166,11 +150,7 @@ def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, 
     described = {
         "architectures": ARCHITECTURES[kind],
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "max_position_embeddings": int(sizes["context_length"]),
-        "hidden_size": int(sizes["embedding_length"]),
-        "num_hidden_layers": int(sizes["block_count"]),
-        "intermediate_size": int(sizes["feed_forward_length"]),
-        "num_attention_heads": int(sizes["attention.head_count"]),
+        **{theirs: int(sizes[ours]) for theirs, ours in SIZES.items()},
         "num_key_value_heads": sizes.get("attention.head_count_kv"),
         "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count")),
         "rms_norm_eps": shortest(sizes["attention.layer_norm_rms_epsilon"]),
@@ -194,13 +174,13 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    told = section(sizes, "rope.scaling.") | {"finetuned": None}
-    kind = told.pop("type", "linear" if "factor" in told else "none")
+    told = {"factor": sizes.get("rope.scale_linear")} | section(sizes, "rope.scaling.")  # the older key first
+    kind = told.pop("type", "linear") if told["factor"] else "none"
     if kind != "none":
-        strange = ", ".join(key for key, value in told.items() if value is not None and key not in ROPE_SCALING)
+        strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
         if strange:
             raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
-        return {"rope_type": kind} | {ours: shortest(told[key]) for key, ours in ROPE_SCALING.items() if key in told}
+        return {"rope_type": kind, **{key: shortest(told[its]) for key, its in ROPE_SCALING.items() if its in told}}
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
@@ -215,19 +195,18 @@ def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
 
 def hf_tensors(tensors: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the tensors by Hugging Face's names; one without keeps its own, which ``write_lit`` refuses."""
-    kind = next(kind for kind, architecture in ARCHITECTURES.items() if architecture == config.architecture)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.n_layer)
-    known = {names.get_name(name, (".weight", ".bias")): name for group in hf_names(config).values() for name in group}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # the others have some of these
+    known = {names.get_name(name, (".weight", ".bias")): name for name in hf_layout(config).theirs}
     return {known.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
 
 
-def dequantized(tensor: Any, config: Config) -> torch.Tensor:
-    """Return a tensor of the file in fp32, rows of q and k in the order of Hugging Face."""
-    try:
-        array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise UserError(f"tensor {tensor.name}: {error}; {HF_ROUTE}") from error
-    values = torch.from_numpy(array if array.flags.writeable else array.copy())  # fp32 comes as the mapped file itself
+def dequantized(tensor: Any, blank: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return a tensor of the file in the dtype of ``blank``, rows of q and k in the order of Hugging Face."""
+    values = torch.empty_like(blank, device="cpu")
+    with reading(f"tensor {tensor.name}"):
+        for start in range(0, len(values), 1024):  # an embedding in fp32 is as large as a small model
+            rows = slice(start, start + 1024)
+            values[rows] = torch.tensor(gguf.dequantize(tensor.data[rows], tensor.tensor_type))
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups}.get(tensor.name.split(".")[-2])
     if heads and config.architecture == "LlamaForCausalLM":
         # llama.cpp rotates pairs of rows that lie side by side; in Hugging Face's order a head's halves pair up.
@@ -236,19 +215,18 @@ def dequantized(tensor: Any, config: Config) -> torch.Tensor:
 
 
 def special_ids(words: dict[str, Any]) -> dict[str, int]:
-    """Return the special tokens' ids that the file has, as Hugging Face calls them."""
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {name: words.get(f"ggml.{key}_token_id") for name, key in keys.items()}
-    return {f"{name}_token_id": index for name, index in ids.items() if index is not None}
+    """Return the ids of the special tokens that the file names, by Hugging Face's names of the tokens."""
+    ids = {f"{name}_token": words.get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    return {name: index for name, index in ids.items() if index is not None}
 
 
 def model_files(words: dict[str, Any], config: Config, *, dtype: str) -> dict[str, Any]:
     """Return what config.json and generation_config.json hold."""
-    ids = special_ids(words)
-    ids.pop("unk_token_id", None)
-    eos, end_of_turn = ids.get("eos_token_id"), words.get("ggml.eot_token_id", ids.get("eos_token_id"))
-    ends = {} if eos in (None, end_of_turn) else {"eos_token_id": [eos, end_of_turn]}  # Llama 3 has two
-    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | ends}
+    ids = {f"{name}_id": index for name, index in special_ids(words).items() if name != "unk_token"}
+    found = [words.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [end for end in dict.fromkeys(found) if end is not None]  # Llama 3 has several
+    several = {"eos_token_id": ends} if len(ends) > 1 else {}
+    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | several}
 
 
 def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[str, Any]:
@@ -265,22 +243,22 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
         tokenizer = sentencepiece_tokenizer(words, vocabulary)
     elif kind == "gpt2" and pre in PRE_TOKENIZERS:
         merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
+        if not vocabulary.keys() >= {part for pair in merges for part in (*pair, "".join(pair))}:
+            raise UserError(f"{path}: it merges tokens that its vocabulary lacks; get the file again")
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
         tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
     else:
-        raise UserError(
-            f"{path}: tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can); "
-            "put the original's tokenizer.json into --checkpoint_dir first"
-        )
-    for token, type_ in zip(tokens, types, strict=False):
-        if type_ in (UNKNOWN, CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != USER_DEFINED)])
-    named = {name.removesuffix("_id"): tokens[index] for name, index in special_ids(words).items()}
+        what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
+        raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
+    kinds = zip(tokens, types, strict=False)
+    matched = [(token, type_ != USER_DEFINED) for token, type_ in kinds if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
+    named = {name: tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
-    adds = {"bos": words.get("ggml.add_bos_token", "llama" in (kind, pre[:5])), "eos": words.get("ggml.add_eos_token")}
-    bos, eos = ([named[f"{name}_token"]] if added else [] for name, added in adds.items())
+    adds = {"bos_token": kind == "llama" or pre == "llama-bpe", "eos_token": False}
+    bos, eos = ([named[name]] if words.get(f"ggml.add_{name}", usual) else [] for name, usual in adds.items())
     if bos or eos:
         ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
@@ -298,17 +276,15 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
     SentencePiece joins the two neighbours that make the piece of the best score: any two, so each pair of pieces that
     makes one is a merge.
     """
-    scores, types, ranks = words["ggml.scores"], words["ggml.token_type"], []
-    for piece, index in vocabulary.items():
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[index] == NORMAL]
-        pairs = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
-        ranks += [(-scores[index], index, *map(vocabulary.get, pair), pair) for pair in pairs]
+    scores, types, merges = words["ggml.scores"], words["ggml.token_type"], []
+    for piece in sorted(vocabulary, key=lambda piece: -scores[vocabulary[piece]]):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[vocabulary[piece]] == NORMAL]
+        known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
+        merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
     unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
-    merges = [pair for *_, pair in sorted(ranks)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = words.get("ggml.add_space_prefix", True)
-    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     return tokenizer

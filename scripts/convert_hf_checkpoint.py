@@ -11,6 +11,7 @@ model of more than text (Gemma 3, Mistral Small 3) the part that is one of text 
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import CONFIG, WEIGHTS, load_state
+from lit_gpt.checkpoint import CONFIG, WEIGHTS, hub_name, load_state
 from lit_gpt.cli import main
 from lit_gpt.config import Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_names, write_lit
+from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_modules, write_lit
 
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
 """The beginning of the names of what a multimodal model has beside its model of text."""
@@ -45,13 +46,7 @@ def setup(
     """
     files = weight_files(checkpoint_dir)
     config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
-    weights: State = {}
-    for file in files:
-        found = read_weights(file)
-        if twice := weights.keys() & found:
-            raise UserError(f"{file} holds {min(twice)} as another file does: remove the files of an older upload")
-        weights |= found
-    weights = text_weights(weights)
+    weights = text_weights(files)
     check_unquantized_weights(weights)
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
@@ -70,10 +65,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
-    folder = checkpoint_dir.resolve()
-    below = folder.parent.parent.name == "checkpoints"  # as download.py makes it
-    repo_id = f"{folder.parent.name}/{folder.name}" if below else "ORG/NAME"
-    again = f"get them with: {command('scripts/download.py', repo_id=repo_id)}"
+    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
@@ -123,16 +115,26 @@ def read_weights(path: Path) -> State:
     return state
 
 
-def text_weights(weights: State) -> State:
-    """Return the weights of a multimodal model's text part, named as in a model of text; say what is left out."""
-    left = Counter(found[0] for found in map(NOT_TEXT.match, weights) if found)
-    if left:
-        parts = ", ".join(f"{count} tensors of {part}" for part, count in left.items())
+def text_weights(files: Iterable[Path]) -> State:
+    """Memory-map the weights of all files; of a model of more than text its text part, named as a model of text is.
+
+    Raises:
+        ValueError: a file is corrupt, or two tensors have one name.
+    """
+    weights, left_out = {}, Counter()
+    for file in files:
+        for name, tensor in read_weights(file).items():
+            if part := NOT_TEXT.match(name):
+                left_out[part[0]] += 1
+                continue
+            name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+            if name in weights:
+                raise UserError(f"{file} holds {name}, which is there already: remove the files of an older upload")
+            weights[name] = tensor
+    if left_out:
+        parts = ", ".join(f"{count} tensors of {part}" for part, count in left_out.items())
         print(f"note: the model of text alone is converted, without {parts}")
-    names = {name: re.sub(r"^(model\.)?language_model\.", r"\1", name) for name in weights if not NOT_TEXT.match(name)}
-    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise UserError(f"the weights hold {twice[0]} twice, under language_model and without: remove one")
-    return {text_name: weights[name] for name, text_name in names.items()}
+    return weights
 
 
 def settle_ties(weights: State, config: Config) -> Config:
@@ -140,7 +142,7 @@ def settle_ties(weights: State, config: Config) -> Config:
 
     Where config.json ties head and embedding and they differ, the weights are believed, as in transformers.
     """
-    (head,), (embedding,) = (hf_names(config)[key] for key in (HEAD, EMBEDDING))
+    head, embedding = (f"{hf_modules(config)[key.removesuffix('.weight')][0]}.weight" for key in (HEAD, EMBEDDING))
     if config.tie_embeddings and head in weights:
         if not torch.equal(weights.setdefault(embedding, weights[head]), weights[head]):
             print("note: config.json ties head and embedding, but the file holds two different ones: both are kept")

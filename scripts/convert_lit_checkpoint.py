@@ -8,7 +8,6 @@ Face checkpoint there and back gives the same tensors, bit for bit.
 """
 
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -36,9 +35,10 @@ from lit_gpt.checkpoint import (
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import reading
-from lit_gpt.files import prepare_out_dir, read_json, staged_dir, write_json
+from lit_gpt.files import check_space, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
-from lit_gpt.hf_config import text_config
+from lit_gpt.hf_config import SPECIAL_IDS, text_config
+from lit_gpt.serving import MODEL, commands, serving_notes, write_card
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -73,16 +73,23 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         copy_side_files(checkpoint_dir, staging)
         (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
         write_json(staging / "config.json", config_json(described, hf_weights, config, checkpoint_dir))
-        if (staging / PROMPT_STYLE).is_file():
-            list_answer_end(staging, load_prompt_style(staging))
+        style = load_prompt_style(staging) if (staging / PROMPT_STYLE).is_file() else None  # of finetuned models
+        if style:
+            list_answer_end(staging, style)
+        notes = serving_notes(staging, style, main_dtype(hf_weights))
+        if style:
+            about = (
+                f"{config.name}, finetuned with prompt style {style}. The weights are exactly those that were saved."
+            )
+            load = commands(MODEL, folder=Path())
+            write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():
         if re.fullmatch(OUR_WEIGHTS, path.name) and path.name not in current:
             path.unlink()  # of a larger model that was here before: transformers would mix them
-    print(f"{config.name}: {config.architecture} -> {out_dir}")
-    serve = shlex.join(["vllm", "serve", str(out_dir)])
-    print(f"next: AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) in transformers, or: {serve}")
+    load = [f"{program}: {line}" for program, line in commands(MODEL, folder=out_dir).items()]
+    print(f"{config.name}: {config.architecture} -> {out_dir}", *notes, *load, sep="\n")
 
 
 def cut_padding(weights: State, used: int, rows: int) -> State:
@@ -103,25 +110,27 @@ def cut_padding(weights: State, used: int, rows: int) -> State:
 def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
     """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
 
-    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json. Of a model
-    of more than text it is that of its part of text.
+    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
     """
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     if described is None:
         generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-        described = config.to_hf() | {key: generation[key] for key in ids if key in generation}
-    if "text_config" in described:
-        told = {key: described[key] for key in ids if described.get(key) is not None}
-        described = described["text_config"] | told | {"architectures": [config.architecture]}
+        described = config.to_hf() | {key: generation[key] for key in SPECIAL_IDS if key in generation}
+    dtype = str(main_dtype(weights)).removeprefix("torch.")
+    dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
+    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: dtype}
+
+
+def main_dtype(weights: State) -> torch.dtype:
+    """Return the type that most of the weights have."""
     sizes = Counter()
     for tensor in weights.values():
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
-    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: sizes.most_common(1)[0][0]}
+        sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: Path) -> None:
     """Write ``model.safetensors``, or shards of it and their index, of what ``lit_to_hf`` returns."""
+    check_space(folder, sum(tensor.nbytes for tensor in weights.values()))
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
         stream_safetensors({key: weights[key] for key in keys}, make, folder / name)

@@ -31,7 +31,6 @@ from lit_gpt.files import TEMPORARY, Progress, check_space
 from lit_gpt.tokenizer_files import NAMES
 
 WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
-CONFIGS = ("config.json", "generation_config.json")
 
 
 def setup(
@@ -84,7 +83,7 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
         ValueError: the repo has no weights, or none in the format asked for.
     """
     names = [name for name in names if "/" not in name]
-    beside = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in (*NAMES, *CONFIGS))]
+    beside = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in NAMES)]
     if tokenizer_only:
         return beside
     have = {kind: fnmatch.filter(names, pattern) for kind, pattern in WEIGHTS.items()}
@@ -96,6 +95,8 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
         if have[not kind]:
             other = f"; it has .{'bin' if kind else 'safetensors'} files: --from_safetensors {str(not kind).lower()}"
         raise UserError(f"{repo_id} has no {WEIGHTS[kind]}{other}")
+    if "config.json" not in names:
+        raise UserError(f"{repo_id} has no config.json, so no model that can be converted")
     whole = WEIGHTS[kind].replace("*", "")  # what is read, also where there are shards too
     return beside + ([whole] if whole in names else have[kind] + fnmatch.filter(names, f"{whole}.index.json"))
 
@@ -113,37 +114,38 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
-    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, RuntimeError, json.JSONDecodeError, *(library.TransportError for library in libraries))
+    transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
+    failures = (OSError, RuntimeError, errors.HFValidationError, json.JSONDecodeError, *transport)
     try:
         info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
         here = options | {"revision": info.sha}  # all files of one commit
         files = {file.rfilename: file for file in info.siblings or []}
         names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
-        if not tokenizer_only and "config.json" in files:
-            refuse_unsupported(repo_id, **here)
+        if not tokenizer_only:
+            origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
+            refuse_unsupported(repo_id, origins, **here)
         folder.mkdir(parents=True, exist_ok=True)
         large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
         parts = {part_file(file, folder): file for file in large}
         check_space(folder, sum(file.size - part.stat().st_size for part, file in parts.items()))
         for part, file in parts.items():
             fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
-        snapshot_download(repo_id, local_dir=folder, allow_patterns=names, tqdm_class=Progress, **here)
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
     except failures as error:
         raise OSError(explanation(error, repo_id, folder, **options)) from error
 
 
-def refuse_unsupported(repo_id: str, **options: Any) -> None:
+def refuse_unsupported(repo_id: str, origins: list[str], **options: Any) -> None:
     """Raise where the repo's config.json, which is fetched alone and not kept, tells of what cannot be converted."""
     from huggingface_hub import hf_hub_download
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
     with reading(f"config.json of {repo_id}"):
-        check_supported(json.loads(text), repo_id)
+        check_supported(json.loads(text), " made of ".join([repo_id, *origins]))
 
 
 def part_file(file: Any, folder: Path) -> Path:
@@ -173,7 +175,8 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
 
     network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
     unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    said, again, kept = " ".join(str(error).split()), "run the command again", "(what is there is kept)"
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    again, kept = "run the command again", "(what is there is kept)"
     if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
         advice = f"clear that up, or choose another --checkpoint_dir, and {again} {kept}"
         return f"cannot write {error.filename or folder}: {error.strerror}; {advice}"
@@ -181,24 +184,22 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
     private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
     status = getattr(getattr(error, "response", None), "status_code", "no answer")
     reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
-    by_hand = (
-        f"or copy the files of {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo_id} into {folder} by "
-        f"hand and go on with: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}"
-    )
+    hub, convert = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "scripts/convert_hf_checkpoint.py"
+    by_hand = f"or copy the files of {hub}/{repo_id} into {folder} by hand and go on with: "
+    by_hand += command(convert, checkpoint_dir=folder)
     lines = {
         errors.GatedRepoError: f"{repo_id} is gated: accept its licence on its page on the Hub; {access}",
         errors.RepositoryNotFoundError: f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}",
         errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
-        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
-        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}",
-        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT",
+        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}",
+        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}",
+        errors.HFValidationError: f"{repo_id} is no name that the Hub gives ({said})",
+        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT, {by_hand}",
         # hf_xet's, which moves large files in chunks.
-        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}",
-        Exception: f"the Hub could not be reached ({type(error).__name__}): check the network and {again} {kept}",
+        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}, {by_hand}",
+        Exception: f"the Hub could not be reached ({kind}): check the network and {again} {kept}, {by_hand}",
     }
-    line = next(line for kind, line in lines.items() if isinstance(error, kind))
-    told_by_the_hub = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    return line if isinstance(error, told_by_the_hub) else f"{line}, {by_hand}"
+    return next(line for one, line in lines.items() if isinstance(error, one))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# The GPU report: bash scripts/gpu.sh [--short] [--parts abc] [--minutes 8] [--out_dir DIR]
+# The GPU report: bash scripts/gpu.sh [--short] [--parts PART ...] [--minutes 8] [--out_dir DIR]
 #
-# Checks and measures in at most eight minutes what a GPU does here: bandwidth, exactness against fp64, kernels, training
-# steps of Llama-2-7B, PEFT beside us, training as a user would, generation, evaluation. Weights are random, nothing is
-# downloaded. Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is;
+# Checks and measures in at most eight minutes what a GPU does here: bandwidth, training as a user would, training steps
+# of Llama-2-7B, PEFT beside us, kernels, exactness against fp64. Weights are random, nothing is downloaded. Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is;
 # only where none has does it make an environment and install.
 # Results go to a new folder under logs/gpu, named for the time. --short, and a machine without a GPU: the same code on tiny sizes (what CI runs).
 set -euo pipefail

@@ -21,7 +21,14 @@ from lit_gpt.adapter import (
     adapters_off,
     mark_only_adapter_as_trainable,
 )
-from lit_gpt.adapter_files import attach_adapter, infer_ether_config, load_adapter, save_adapter
+from lit_gpt.adapter_files import (
+    AdapterFile,
+    attach_adapter,
+    infer_ether_config,
+    load_adapter,
+    save_adapter,
+    set_strength,
+)
 from lit_gpt.ether import (
     METHODS,
     EtherConfig,
@@ -32,7 +39,7 @@ from lit_gpt.ether import (
 )
 from lit_gpt.lora import LoraConfig, add_lora, lora_filter, merge_lora_weights
 from lit_gpt.model import QKVLinear
-from lit_gpt.reflections import cayley, reflect, reflect_plus, rotate, thin_factors, unit, use_form
+from lit_gpt.reflections import axis_angle, cayley, reflect, reflect_plus, rotate, thin_factors, turn, unit, use_form
 
 GOLDEN = Path(__file__).parent / "golden"
 IDX = torch.arange(2 * 12).remainder(48).view(2, 12)
@@ -328,6 +335,83 @@ def test_an_adapter_file_carries_itself(tmp_path):
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"a\.pth is corrupt, cut short"):
         load_adapter(tmp_path / "a.pth", "ether")
+
+
+DIALS = [(method, layout) for method in METHODS if method != "ether" for layout in ("diagonal", "published")]
+
+
+def at_strength(method: str, layout: str | None, strength: float, *, dtype=torch.float32) -> tuple[GPT, GPT]:
+    """Return an adapter's model, its parameters moved a little from their start, and the same at a strength."""
+    options = {} if layout is None else dict(block_layout=layout)
+    gpt = adapted_model("gqa_tied", method, dtype=dtype, started=True, **options)
+    with torch.no_grad():
+        for parameter in adapter_parameters(gpt).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    config = next(layer.adapter_config for _, layer in adapter_layers(gpt))
+    adapter = AdapterFile(Path("a.pth"), config.kind, config, adapter_state(gpt), {}, None)
+    torch.manual_seed(0)
+    other = GPT(Config(**SIZES, **MODELS["gqa_tied"])).to(dtype).eval()
+    attach_adapter(other, set_strength(adapter, strength))
+    return gpt, other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "layout"), [*DIALS, ("lora", None)])
+@torch.no_grad()
+def test_strength_0_is_the_base_and_1_the_adapter_bit_for_bit(method, layout, dtype):
+    torch.manual_seed(0)
+    base = GPT(Config(**SIZES, **MODELS["gqa_tied"])).to(dtype).eval()
+    gpt, none = at_strength(method, layout, 0.0, dtype=dtype)
+    if (method, layout) == ("oft", "published"):  # its row groups are multiplied one by one: sums in another order
+        base = adapted_model("gqa_tied", method, dtype=dtype, started=True, block_layout=layout)
+    assert not torch.equal(gpt(IDX), base(IDX))
+    assert torch.equal(none(IDX), base(IDX))
+    assert torch.equal(at_strength(method, layout, 1.0, dtype=dtype)[1](IDX), gpt(IDX))
+
+
+@pytest.mark.parametrize(("method", "layout"), [*DIALS, ("lora", None)])
+@torch.no_grad()
+def test_weights_move_on_with_the_strength_and_merge_to_the_same_logits(method, layout):
+    moved = []
+    for strength in (0.0, 0.25, 0.5, 1.0, 1.5):
+        _, gpt = at_strength(method, layout, strength)
+        unmerged, before = gpt(IDX), {name: layer.weight.clone() for name, layer in adapter_layers(gpt)}
+        merge_ether_weights(gpt)
+        assert relative(gpt(IDX), unmerged) < 1e-5
+        moved.append([(layer.weight - before[name]).norm().item() for name, layer in adapter_layers(gpt)])
+    for of_layer in zip(*moved, strict=True):
+        assert of_layer[0] == 0 and list(of_layer) == sorted(set(of_layer))
+
+
+def test_v_turns_in_its_plane_with_u_by_the_share_of_their_angle():
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    full = torch.atan2(torch.sin(axis_angle(u, v)), -(unit(u) * unit(v)).sum(-1))  # of v to -u, up to pi
+    for strength in (-0.5, 0.3, 0.5, 1.2):
+        turned = unit(turn(u, v, strength))
+        assert torch.allclose((turned * -unit(u)).sum(-1), torch.cos(strength * full))
+        planes = torch.stack([unit(u), unit(v), turned], dim=-2)
+        assert torch.linalg.matrix_rank(planes, tol=1e-9).eq(2).all()
+    assert torch.allclose(unit(turn(u, v, 1.0)), unit(v))
+    assert torch.equal(turn(u, v, 0.0), -u)
+    for along in (u, -u, 3 * u):  # R is the identity: at every strength
+        x = torch.randn(5, 3, 8, dtype=torch.float64)
+        assert torch.equal(reflect_plus(x, u[0], turn(u, along, 0.5)[0]), x)
+    for damage, kept in ((0.0, torch.zeros(8)), (torch.nan, torch.full((8,), torch.nan))):  # is found when it is put on
+        v[0, 0] = damage
+        assert torch.equal(turn(u, v, 0.5)[0, 0].isnan(), kept.isnan()) and not turn(u, v, 0.5)[0, 0].nansum()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_strength_is_refused_where_it_means_nothing(strength):
+    config = EtherConfig("ether", nb=2)
+    adapter = AdapterFile(Path("a.pth"), "ether", config, adapter_state(adapted_model("gqa_tied", "ether")), {}, None)
+    with pytest.raises(ValueError, match="an ETHER reflection has no way to the identity; ETHER"):
+        set_strength(adapter, strength)
+    assert set_strength(adapter, 1.0) is adapter
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a number; 0 is the base model"):
+            set_strength(adapter, number)
 
 
 CASES = sorted(path.parent for path in GOLDEN.glob("*/*/hparams.json"))

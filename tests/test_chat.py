@@ -16,12 +16,14 @@ import torch
 from helpers import tiny_model, write_folder
 
 from chat.base import Conversation, answer, encode, setup
+from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
-from lit_gpt.checkpoint import fingerprint, load_model, save_prompt_style
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
+from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.prompts import alpaca
 from lit_gpt.tokenizer import Tokenizer
 
@@ -236,6 +238,7 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
             "holds a list, a dict of tensors was expected",
         ),
         (("--checkpoint_dir", endless_dir, "--ether_path", path), "belongs to another base model"),
+        (("--checkpoint_dir", trained_dir, "--strength", "0.5"), "--strength 0.5 needs an adapter file"),
         (("--checkpoint_dir", trained_dir, "--lora_path", path), "a LoRA one was expected"),
         (("--checkpoint_dir", trained_dir, "--ether_path", trained_dir / "lit_model.pth"), "not an adapter file"),
         (("--checkpoint_dir", trained_dir, "--ether_path", tmp_path / "none.pth"), "none.pth is not a file"),
@@ -243,6 +246,19 @@ def test_an_unmerged_adapter_brings_its_prompt_style(trained_dir, endless_dir, t
         code, out, err = pipe("Hi", *wrong)
         assert code == 1 and out == "" and message in err and "Traceback" not in err, err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_strength_0_answers_as_the_base_does(endless_dir, tmp_path, pipe):
+    model, config = load_model(endless_dir), LoraConfig(head=True)
+    base = {"name": "endless", "fingerprint": fingerprint(load_state(endless_dir / "lit_model.pth"))}
+    add_lora(model, config)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter)
+    save_adapter(tmp_path / "a.pth", model, kind="lora", config=config, base=base, prompt_style=None)
+    args = ("--checkpoint_dir", endless_dir, "--temperature", "0", "--max_new_tokens", "9")
+    adapted = (*args, "--lora_path", tmp_path / "a.pth")
+    without, none, whole = (pipe("Hi", *a)[1] for a in (args, (*adapted, "--strength", "0"), adapted))
+    assert without == none != whole
 
 
 def test_samples_through_a_pipe_are_those_of_the_seed(endless_dir, pipe):

@@ -13,18 +13,8 @@ from helpers import ROOT, load_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.costs import (
-    FLOOR,
-    LORA,
-    Variant,
-    attach,
-    choose_variants,
-    count,
-    count_model,
-    measure,
-    random_models,
-    step_loss,
-)
+from eval.costs import FLOOR, LORA, attach, choose_variants, count, count_model, measure, random_models, step_loss
+from lit_gpt.adapter import AdapterConfig
 from lit_gpt.checkpoint import meta_model
 from lit_gpt.cli import main
 from lit_gpt.config import Config
@@ -37,19 +27,19 @@ LLAMA = Config.from_name("Llama-2-7b-hf")
 TINY = Config(
     name="tiny", n_layer=2, n_head=4, n_embd=32, n_query_groups=2, intermediate_size=48, vocab_size=64, block_size=64
 )
-TWO_SIDED = Variant("ETHER+ two-sided n=4", EtherConfig(Htype="etherplusHH", nb=4))
+TWO_SIDED = EtherConfig(Htype="etherplusHH", nb=4)
 FLOOR_TFLOPS = 6.843
 """The issue's floor: the trained scalar stands below the first attention, behind the first q, k and v."""
 
 
-def llama_variants() -> list[Variant]:
+def llama_variants() -> dict[str, AdapterConfig | None]:
     return choose_variants(LLAMA, targets=("query", "value"), blocks=(1, 4, 32), oft_blocks=(256,))[0]
 
 
 @pytest.fixture(scope="module")
 def llama() -> dict[str, dict[str, int]]:
     """The costs of a Llama-2-7B step of 256 tokens, by label."""
-    return {variant.label: count(LLAMA, variant, seq_length=256) for variant in llama_variants()}
+    return {label: count(LLAMA, adapter, seq_length=256) for label, adapter in llama_variants().items()}
 
 
 def test_the_floor_is_the_known_one(llama):
@@ -98,18 +88,18 @@ def test_what_is_saved_grows_with_the_sides_and_not_with_n(llama):
 def test_two_layers_save_no_more_than_the_issue_allows():
     """PEERS (f): two Llama-2-7B-wide layers in fp32, where litgpt's LoRA saved 193 MB."""
     two = replace(LLAMA, n_layer=2)
-    saved = {variant.label: count(two, variant, seq_length=256)["saved_bytes"] for variant in llama_variants()}
+    saved = {label: count(two, it, seq_length=256)["saved_bytes"] for label, it in llama_variants().items()}
     assert max(saved.values()) <= 193e6, saved
 
 
 def test_depth_is_continued_exactly():
     """Most layers are never built: the whole model, once, must say the same."""
-    variant = Variant("ETHER+ two-sided n=32", EtherConfig(Htype="etherplusHH", nb=32))
-    assert count(LLAMA, variant, seq_length=256) == count_model(LLAMA, variant, 256, torch.float32)
+    adapter = EtherConfig(Htype="etherplusHH", nb=32)
+    assert count(LLAMA, adapter, seq_length=256) == count_model(LLAMA, adapter, 256, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", [None, LoraConfig(), EtherConfig(nb=2), TWO_SIDED.adapter, EtherConfig("oft", 4)])
+@pytest.mark.parametrize("adapter", [None, LoraConfig(), EtherConfig(nb=2), TWO_SIDED, EtherConfig("oft", 4)])
 def test_saved_bytes_are_those_of_real_tensors(adapter, dtype):
     model = attach(GPT(TINY).to(dtype), adapter)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -122,7 +112,7 @@ def test_saved_bytes_are_those_of_real_tensors(adapter, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step_loss(model, torch.arange(40)[None])
     real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
-    assert count(TINY, Variant("", adapter), seq_length=40, dtype=dtype)["saved_bytes"] == real
+    assert count(TINY, adapter, seq_length=40, dtype=dtype)["saved_bytes"] == real
 
 
 ARITHMETIC = {"add": 1, "sub": 1, "rsub": 1, "mul": 1, "div": 1, "neg": 1, "sum": 1, "linalg_vector_norm": 2}
@@ -154,7 +144,7 @@ def elements(layer: torch.nn.Module, positions: int) -> int:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "adapter",
-    [LoraConfig(), EtherConfig(nb=2), EtherConfig("etherplus", 4), TWO_SIDED.adapter, EtherConfig("oft", 8)],
+    [LoraConfig(), EtherConfig(nb=2), EtherConfig("etherplus", 4), TWO_SIDED, EtherConfig("oft", 8)],
 )
 def test_elementwise_formula_is_what_the_operators_do(adapter, bias):
     config = replace(TINY, n_layer=1, n_embd=256, head_size=64, qkv_bias=bias)
@@ -184,14 +174,14 @@ def test_an_even_mixture_costs_what_a_routed_one_does():
 
 def test_n_that_does_not_divide_is_left_out_and_said():
     variants, left_out = choose_variants(TINY, targets=("query", "value"), blocks=(2, 32), oft_blocks=(7,))
-    assert [v.label for v in variants[2:]] == ["ETHER n=2", "ETHER+ one-sided n=2", "ETHER+ two-sided n=2"]
+    assert list(variants)[2:] == ["ETHER n=2", "ETHER+ one-sided n=2", "ETHER+ two-sided n=2"]
     assert len(left_out) == 4 and all("is left out: " in line and "legal" in line for line in left_out)
 
 
 def test_variants_share_the_weights_and_train_their_adapter_alone():
     base = GPT(TINY)
     before = {name: p.clone() for name, p in base.named_parameters()}
-    for adapter in (None, LoraConfig(), TWO_SIDED.adapter):
+    for adapter in (None, LoraConfig(), TWO_SIDED):
         model = attach(share_weights(base), adapter)
         step_loss(model, torch.arange(16)[None]).backward()
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -203,12 +193,12 @@ def test_variants_share_the_weights_and_train_their_adapter_alone():
 
 
 def test_quantized_random_models_share_their_weights_and_scales():
-    variants = [Variant(LORA, LoraConfig()), TWO_SIDED]
+    variants = {LORA: LoraConfig(), "two-sided": TWO_SIDED}
     models = random_models(TINY, variants, dtype=torch.float32, device=torch.device("cpu"), scheme="bnb.nf4")
-    one, other = (model.transformer.h[1].mlp.fc_1.quantized[0] for model in models)
+    one, other = (model.transformer.h[1].mlp.fc_1.quantized[0] for model in models.values())
     assert one.weight is other.weight and one.weight.quant_state is other.quant_state
-    assert len({layer.weight.data.sum().item() for layer in models[0].transformer.h[0].attn.attn.quantized}) == 3
-    assert [len(row["seconds"]) for row in measure(models, seq_length=12, rounds=2)] == [2, 2]
+    assert len({layer.weight.data.sum().item() for layer in models[LORA].transformer.h[0].attn.attn.quantized}) == 3
+    assert [len(row["seconds"]) for row in measure(models, torch.arange(12)[None], rounds=2).values()] == [2, 2]
 
 
 def test_step_loss_is_the_models_own():
@@ -253,7 +243,7 @@ def test_published_figures_stand_beside_the_models_they_belong_to(tmp_path, caps
 
 def test_the_length_of_the_phi_figures_is_the_papers():
     """Nothing in the paper says it; LoRA's figure is met at one length only."""
-    phi, lora = Config.from_name("phi-1_5"), Variant(LORA, LoraConfig(r=8))
+    phi, lora = Config.from_name("phi-1_5"), LoraConfig(r=8)
     counted = {T: round(count(phi, lora, seq_length=T)["product_flops"] / 1e12, 2) for T in (1044, 1045, 1046)}
     assert [T for T, tflops in counted.items() if tflops == 6.04] == [1045]
 

@@ -643,7 +643,9 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
         kind=kind, path=path, checkpoint_dir=base, out_dir=tmp_path / "merged", precision="32-true", overwrite=False
     )
     found = []
-    for name, more in (("base", [f"--{kind}_path", str(path)]), ("merged", []), ("base", [])):
+    adapted = [f"--{kind}_path", str(path)]
+    off = [*adapted, "--strength", "0"] if method == "etherplusHH" else []
+    for name, more in (("base", adapted), ("merged", []), ("base", off)):
         file = tmp_path / "results" / f"{len(found)}.json"
         main(setup, command(tmp_path / name, data_dir, "--save_filepath", str(file), *more))
         found.append(json.loads(file.read_text()))
@@ -651,6 +653,10 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
     for task, metrics in found[0]["results"].items():
         assert found[1]["results"][task] == pytest.approx(metrics, abs=1e-5)
     assert found[0]["results"] != found[2]["results"], "the adapter did nothing"
+    if off:
+        assert found[2]["config"]["strength"] == 0
+        main(setup, command(base, data_dir, "--save_filepath", str(tmp_path / "base.json")))
+        assert json.loads((tmp_path / "base.json").read_text())["results"] == found[2]["results"]
 
 
 def test_a_chat_template_is_needed_to_apply_one(spm_dir, data_dir, tmp_path, capsys):

@@ -1,25 +1,29 @@
 """Adapters as PEFT LoRA folders: PEFT computes what our unmerged model computes, and what is no LoRA is refused."""
 
 import re
+import shlex
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+import yaml
 from helpers import export_adapter, make_adapter, path_option, relative
 from safetensors.torch import load_file
 
 from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, open_adapter
-from lit_gpt.checkpoint import load_model
+from lit_gpt.checkpoint import load_model, save_prompt_style
 from lit_gpt.cli import main
-from lit_gpt.export import Export, report
-from lit_gpt.files import read_json
+from lit_gpt.export import Export
+from lit_gpt.files import read_json, write_json
 from lit_gpt.hf import lit_to_hf
+from lit_gpt.merge import merge_adapter
 from lit_gpt.reflections import low_rank, reflection_factors
-from scripts import export_lora
+from lit_gpt.serving import lora_commands, lora_limits
+from scripts import convert_lit_checkpoint, export_lora
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 IDX = torch.arange(2 * 20).remainder(160).view(2, 20)
@@ -111,6 +115,14 @@ def test_peft_computes_what_our_unmerged_model_computes_and_merges_alike(name, t
         assert relative(merged[key], weights[key]) < 1e-5, key
 
 
+def test_half_the_strength_is_exported_as_it_is_computed(tmp_path, bpe_dir):
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **BOTH)
+    ours = load_adapted_model(tmp_path / "base", adapter=open_adapter(**path_option(adapter), strength=0.5))
+    theirs = in_peft(adapter, export_adapter(adapter, strength=0.5))
+    with torch.no_grad():
+        assert relative(theirs(IDX).logits, ours(IDX)) < 1e-5
+
+
 def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
     adapter = make_adapter(tmp_path, "llama", bpe_dir, dtype="bfloat16", **BOTH)
     out = export_adapter(adapter)
@@ -128,34 +140,111 @@ def test_a_base_in_bf16_is_multiplied_in_fp32(tmp_path, bpe_dir):
 def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, capsys):
     adapter = make_adapter(tmp_path, "llama3_rope", bpe_dir, **BLOCKS, targets=("query", "value"))
     out = export_adapter(adapter)
-    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    base = str(tmp_path / "base")
     config = read_json(out / "adapter_config.json")
-    assert config["base_model_name_or_path"] == "the-base" and config["target_modules"] == ["q_proj", "v_proj"]
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert config["base_model_name_or_path"] == base and config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"]) == (8, 8)
     tensors = load_file(out / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 2 and {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     prefix = "base_model.model.model.layers.1.self_attn.v_proj"
     assert tensors[f"{prefix}.lora_A.weight"].shape == (8, 24) and tensors[f"{prefix}.lora_B.weight"].shape == (32, 8)
     lines = capsys.readouterr().out.splitlines()
     size = sum(tensor.nbytes for tensor in tensors.values())
-    assert f"rank 8 (q_proj 8, v_proj 8), {size / 1e6:.1f} MB in fp32" in lines
-    assert "as a LoRA of the-base, prompt style alpaca" in lines[-4]
-    serve = f"next: vllm serve {tmp_path / 'base'} --enable-lora --max-lora-rank 8 --lora-modules out={out}"
-    assert lines[-1] == serve
+    about = f"etherplusHH with n = 2 on query, value, prompt style alpaca, as a LoRA of {base}"
+    assert lines[-8:] == [
+        f"{out}: {adapter}, {about}",
+        f"rank 8 (q_proj 8, v_proj 8), {size / 1e6:.1f} MB in fp32",
+        lines[-6],
+        "prompt style alpaca does not travel with these files: a server renders messages with the base's chat "
+        "template; send it a text that is rendered already, as lit_gpt/prompts.py does",
+        "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1",
+        f"PEFT: AutoPeftModelForCausalLM.from_pretrained('{out}')",
+        f"vLLM: vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules out={out}",
+        f"llama.cpp: python convert_lora_to_gguf.py {out} --base {base}",
+    ]
+    assert re.fullmatch(r"exact in fp32; on a server in bf16 its rounded .* by \d\.\de-0\d", lines[-6])
 
 
-def test_one_linear_for_q_k_and_v_gets_one_stack_and_the_ranks_are_listed(tmp_path, bpe_dir, capsys):
-    out = export_adapter(make_adapter(tmp_path, "neox_parallel", bpe_dir, **PLUS, targets=("query", "value", "mlp")))
+def test_one_rank_for_every_module_since_llama_cpp_knows_one_a_file(tmp_path, bpe_dir, capsys):
+    """Ranks of 24 and 8 in a GPT-NeoX were converted silently, with one scale for both: logits were off by 1.85."""
+    adapter = make_adapter(tmp_path, "neox_parallel", bpe_dir, **BOTH, targets=TARGETS)
+    out = export_adapter(adapter)
     config, tensors = read_json(out / "adapter_config.json"), load_file(out / "adapter_model.safetensors")
-    smaller = {"dense_h_to_4h": 4, "dense_4h_to_h": 4}
-    assert (config["r"], config["lora_alpha"]) == (8, 8)
-    assert config["rank_pattern"] == config["alpha_pattern"] == smaller
+    assert (config["r"], config["lora_alpha"]) == (12, 12) and not [key for key in config if "pattern" in key]
+    shapes = {name: factor.shape["lora_B" in name] for name, factor in tensors.items()}
+    assert {*shapes.values()} == {12}
+    own = {"lm_head": 4, "query_key_value": 12, "dense": 4, "dense_h_to_4h": 4, "dense_4h_to_h": 4}
+    listed = ", ".join(f"{name} {rank}" for name, rank in own.items())
+    assert f"rank 12 ({listed}, filled up with zeros)" in capsys.readouterr().out
+    for name, factor in tensors.items():
+        zeros = (factor == 0).all(dim=0 if "lora_B" in name else 1)
+        assert zeros.sum() == 12 - own[name.split(".")[-3]], name
+
+
+@pytest.mark.parametrize("folder, known", [("checkpoints/tiny/llama", True), ("models/tiny/llama", False)])
+def test_the_base_is_named_so_that_peft_finds_it(folder, known, tmp_path, bpe_dir, monkeypatch):
+    """AutoPeftModel and llama.cpp's converter looked a bare folder name up on the Hub, and failed."""
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **PLUS)
+    base = tmp_path / folder
+    base.parent.mkdir(parents=True)
+    (tmp_path / "base").rename(base)
+    monkeypatch.chdir(tmp_path)
+    export_lora.setup(checkpoint_dir=Path(folder), ether_path=adapter, out_dir=Path("my lora"))
+    named = read_json(tmp_path / "my lora" / "adapter_config.json")["base_model_name_or_path"]
+    assert named == ("tiny/llama" if known else str(base))
+    card = (tmp_path / "my lora" / "README.md").read_text()
+    assert ('base_model: "tiny/llama"' in card.split("---")[1]) == known
+    assert f"convert_lora_to_gguf.py . --base{'-model-id' if known else ''} {named}`" in card
+    if not known:
+        model = peft.AutoPeftModelForCausalLM.from_pretrained("my lora")
+        ours = load_adapted_model(base, adapter=load_adapter(adapter, "ether"))
+        with torch.no_grad():
+            assert relative(model(IDX).logits, ours(IDX)) < 1e-5
+
+
+def test_commands_are_quoted_for_a_shell(tmp_path, bpe_dir, capsys):
+    folder = tmp_path / "it's mine"
+    folder.mkdir()
+    export_adapter(make_adapter(folder, "llama", bpe_dir, **PLUS))
+    peft_line, vllm, llama = capsys.readouterr().out.splitlines()[-3:]
+    base, out = str(folder / "base"), str(folder / "out")
+    assert eval(peft_line.removeprefix("PEFT: AutoPeftModelForCausalLM.from_pretrained")) == out
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"out={out}"]
+    assert shlex.split(vllm.removeprefix("vLLM: ")) == words
+    assert shlex.split(llama.removeprefix("llama.cpp: ")) == ["python", "convert_lora_to_gguf.py", out, "--base", base]
+
+
+@pytest.mark.parametrize("change", ["no Hugging Face weights", "multimodal"])
+def test_the_base_is_what_convert_lit_checkpoint_writes_where_servers_cannot_read_this_one(
+    change, tmp_path, bpe_dir, capsys
+):
+    adapter = make_adapter(tmp_path, "gemma3", bpe_dir, **ETHER, targets=("query", "value"))
+    base, converted = tmp_path / "base", tmp_path / "base-hf"
+    if change == "multimodal":
+        text = read_json(base / "config.json")
+        whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+        write_json(base / "config.json", whole)
+    else:
+        (base / "model.safetensors").unlink()
+    out = export_adapter(adapter)
+    lines = capsys.readouterr().out.splitlines()
+    assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == str(converted)
+    command = f"python scripts/convert_lit_checkpoint.py --checkpoint_dir {base} --out_dir {converted}"
+    assert f"next: {command}" in lines and f"vLLM: vllm serve {converted} " in lines[-2]
+    convert_lit_checkpoint.setup(checkpoint_dir=base, out_dir=converted)
+    ours = load_adapted_model(base, adapter=load_adapter(adapter, "ether"))
+    with torch.no_grad():
+        assert relative(peft.AutoPeftModelForCausalLM.from_pretrained(out)(IDX).logits, ours(IDX)) < 1e-5
+
+
+def test_one_linear_for_q_k_and_v_gets_one_stack(tmp_path, bpe_dir):
+    out = export_adapter(make_adapter(tmp_path, "neox_parallel", bpe_dir, **PLUS, targets=("query", "value", "mlp")))
+    tensors = load_file(out / "adapter_model.safetensors")
     b = tensors["base_model.model.gpt_neox.layers.0.attention.query_key_value.lora_B.weight"].view(4, 3, 8, 8)
     assert (b[:, 1] == 0).all(), "k is not adapted: head by head its rows are zero"
     assert (b[:, 0, :, 4:] == 0).all() and (b[:, 2, :, :4] == 0).all(), "q and v have ranks of their own"
-    printed = capsys.readouterr().out
-    assert "one alpha" in printed and "vLLM takes no LoRA on a GPTNeoXForCausalLM" in printed
 
 
 def test_what_starts_as_the_identity_is_exported_as_nothing(tmp_path, bpe_dir, capsys):
@@ -164,20 +253,100 @@ def test_what_starts_as_the_identity_is_exported_as_nothing(tmp_path, bpe_dir, c
     assert "change the weight update by 0.0e+00" in capsys.readouterr().out
 
 
-def test_a_tied_head_is_hosted_exactly_and_peft_s_merge_is_warned_of(tmp_path, bpe_dir, capsys):
-    export_adapter(make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, **BOTH, targets=("head",)))
-    assert "PEFT's merge_and_unload would change it too" in capsys.readouterr().out
+LIMITS = {
+    "tied head": ("llama_tied_gqa", ("query", "head"), [], ["llama.cpp takes no LoRA of a tied head"]),
+    "phi's head": ("phi", ("head",), ["llama.cpp"], ["vLLM takes no LoRA of the head of a PhiForCausalLM"]),
+    "neox's head": ("neox_parallel", ("head",), ["llama.cpp"], ["vLLM takes no LoRA of the head of a GPTNeoXFor"]),
+    "neox": (
+        "neox_parallel",
+        ("query",),
+        ["vLLM", "llama.cpp"],
+        ["vLLM takes a LoRA on a GPTNeoXForCausalLM from ver"],
+    ),
+    "falcon": ("falcon_7b", ("query",), ["llama.cpp"], ["vLLM takes no LoRA on a FalconForCausalLM"]),
+    "qwen 2's tied head": (
+        "qwen2_tied",
+        ("head",),
+        [],
+        ["vLLM takes no LoRA of the", "llama.cpp takes no LoRA of a t"],
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "rank, says",
-    [(1, "-rank 8 "), (16, "-rank 16 "), (17, "-rank 32 "), (257, "-rank 320 "), (513, "vLLM takes no rank above 512")],
-)
-def test_the_smallest_setting_of_vllm_is_named_and_a_base_without_hugging_face_files_converted(rank, says, capsys):
-    report(Export(ranks={"q_proj": rank}), Config(), checkpoint_dir=Path("base"), out_dir=Path("out"))
-    printed = capsys.readouterr().out
-    assert says in printed
-    assert ("convert_lit_checkpoint.py --checkpoint_dir base --out_dir base-hf" in printed) == (rank <= 512)
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_a_server_does_not_take_is_merged_for_it(name, tmp_path, bpe_dir, capsys):
+    case, targets, programs, told = LIMITS[name]
+    adapter = make_adapter(tmp_path, case, bpe_dir, **PLUS, targets=targets)
+    out = export_adapter(adapter)
+    printed, card = capsys.readouterr().out, (out / "README.md").read_text()
+    merge = f"merge: python scripts/merge_ether.py --checkpoint_dir {tmp_path / 'base'} --ether_path {adapter}\n"
+    for sentence in told:
+        assert sentence in printed and f"- {sentence}" in card
+    assert (merge in printed) == ("takes no" in printed) == ("merge for it" in printed)
+    assert ("PEFT's merge_and_unload would change it too" in printed) == ("tied" in name)
+    if name != "tied head":
+        assert re.findall(r"^(vLLM|llama.cpp): ", printed, re.M) == programs
+        assert re.findall(r"^- (vLLM|llama.cpp): ", card, re.M) == programs
+
+
+@pytest.mark.parametrize("rank, limit", [(1, 8), (16, 16), (17, 32), (257, 320), (513, None)])
+def test_the_smallest_setting_of_vllm_is_named(rank, limit):
+    assert lora_limits(Config(), rank, head=False) == ({} if limit else {"vLLM": "no rank above 512"})
+    assert f"-rank {limit} " in lora_commands("base", Path("out"), name="out", rank=rank)["vLLM"]
+
+
+# ---- what a folder's page says
+
+
+def test_the_card_says_what_was_printed_and_how_to_load_the_folder(tmp_path, bpe_dir, capsys):
+    out = export_adapter(make_adapter(tmp_path, "llama", bpe_dir, **LORA, targets=("query", "mlp")))
+    head, _, body = (out / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    tags = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["ether"]}
+    assert yaml.safe_load(head) == tags, "the Hub refuses a base_model that is a folder"
+    about, *notes = capsys.readouterr().out.splitlines()[-8:-3]
+    assert (
+        about.partition(", ")[2]
+        == f"LoRA of rank 3 on query, mlp, prompt style alpaca, as a LoRA of {tmp_path / 'base'}"
+    )
+    assert f"# out\n\n{about.partition(', ')[2]}. It computes the same function.\n" in body
+    assert "\n".join(f"- {note}" for note in notes) in body and len(notes) == 4
+    assert "- PEFT: `AutoPeftModelForCausalLM.from_pretrained('.')`\n- vLLM: `vllm serve" in body
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chat", None])
+def test_a_converted_model_has_a_card_where_it_was_finetuned(style, tmp_path, bpe_dir, capsys):
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **PLUS)
+    folder = tmp_path / "base"
+    if style:
+        folder = tmp_path / "merged"
+        merge_adapter("ether", adapter, checkpoint_dir=tmp_path / "base", out_dir=folder, precision="32-true")
+        save_prompt_style(folder, style)
+    capsys.readouterr()
+    convert_lit_checkpoint.setup(checkpoint_dir=folder, out_dir=tmp_path / "my hf")
+    _, *notes, transformers_line, vllm, llama = capsys.readouterr().out.splitlines()
+    assert transformers_line == f"transformers: AutoModelForCausalLM.from_pretrained('{tmp_path / 'my hf'}')"
+    assert shlex.split(vllm) == ["vLLM:", "vllm", "serve", str(tmp_path / "my hf")]
+    assert shlex.split(llama) == ["llama.cpp:", "python", "convert_hf_to_gguf.py", str(tmp_path / "my hf")]
+    assert [note.partition(" ")[0] for note in notes] == ["prompt"] * (style == "alpaca") + ["vLLM"]
+    card = tmp_path / "my hf" / "README.md"
+    assert card.exists() == bool(style)
+    if style:
+        text = card.read_text()
+        assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+        assert all(f"- {note}\n" in text for note in notes) and "vLLM: `vllm serve .`" in text
+
+
+def test_a_readme_of_the_user_s_is_never_replaced(tmp_path, bpe_dir, capsys):
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **PLUS)
+    merge_adapter("ether", adapter, checkpoint_dir=tmp_path / "base", out_dir=tmp_path / "merged")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    export_adapter(adapter)
+    for _ in range(2):
+        export_adapter(adapter, overwrite=True)
+        convert_lit_checkpoint.setup(checkpoint_dir=tmp_path / "merged", out_dir=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    assert f"{tmp_path / 'out' / 'README.md'} stays as it is" in capsys.readouterr().out
 
 
 # ---- the mathematics

@@ -10,13 +10,14 @@ import re
 import shutil
 import weakref
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
 import numpy
 import pytest
 import torch
-from helpers import CHATML, ROOT
+from helpers import CHATML, ROOT, sample_text, write_spm_tokenizer
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
@@ -62,11 +63,12 @@ def permuted(rows: torch.Tensor, n_head: int) -> torch.Tensor:
 
 def write_gguf(
     path: Path, model, *, kind=gguf.GGMLQuantizationType.F32, tokenizer_dir=None, pre="smollm", arch=None, split=0,
-    **more,
+    rows=0, merges=(), writer=None, **more,
 ):  # fmt: skip
     """Write a transformers model as llama.cpp's converter does; returns the weights as a reader dequantizes them."""
     config = model.config
-    writer = gguf.GGUFWriter(path, arch or config.model_type, split_max_tensors=split)
+    if writer is None:
+        writer = gguf.GGUFWriter(path, arch or config.model_type, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -86,7 +88,7 @@ def write_gguf(
     for name, value in more.items():
         getattr(writer, f"add_{name}")(value)
     if tokenizer_dir is not None:
-        add_tokenizer(writer, tokenizer_dir, pre=pre)
+        add_tokenizer(writer, tokenizer_dir, pre=pre, rows=rows, merges=merges)
     stored = {}
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -96,7 +98,7 @@ def write_gguf(
         part = key.split("_proj")[0][-1] if "self_attn" in key and "_proj" in key else ""
         data = (permuted(tensor, heads[part]) if part in heads else tensor).numpy()
         if kind != gguf.GGMLQuantizationType.F32 and data.ndim > 1:
-            data = gguf.quantize(data, kind)
+            data = blocks(data.shape, kind) if kind.name in SCALES else gguf.quantize(data, kind)
             writer.add_tensor(gguf_name(key), data, raw_dtype=kind)
             back = gguf.dequantize(data, kind)
             restored = torch.from_numpy(back)
@@ -119,7 +121,20 @@ def write_gguf(
     return stored
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str) -> None:
+# Bytes of a block that hold fp16 scales: gguf reads these kinds, and writes them not.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> numpy.ndarray:
+    """Blocks of a k-quant at random, with scales of a weight's size."""
+    size, bytes_each = gguf.GGML_QUANT_SIZES[kind]
+    found = numpy.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // size, bytes_each), dtype=numpy.uint8)
+    for start in SCALES[kind.name]:
+        found[..., start : start + 2] = numpy.array([1e-3], dtype=numpy.float16).view(numpy.uint8)
+    return found.reshape(shape[0], -1)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str, rows: int, merges: Iterable[str]) -> None:
     """The metadata llama.cpp's converter writes for a byte-level BPE tokenizer of 400 tokens."""
     content = read_json(folder / "tokenizer.json")
     vocabulary = content["model"]["vocab"]
@@ -127,9 +142,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, pre: str) -> None:
     tokens = sorted(vocabulary, key=vocabulary.get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    unused = [f"[PAD{index}]" for index in range(len(tokens), rows)]
+    writer.add_token_list(tokens + unused)
+    writer.add_token_types([3 if token in special else 1 for token in tokens] + [5] * len(unused))
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]] + [*merges])
     for name, token in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("pad", "<|im_end|>")):
         getattr(writer, f"add_{name}_token_id")(vocabulary[token])
     writer.add_chat_template(CHATML)
@@ -170,9 +186,9 @@ def test_an_fp32_gguf_gives_the_logits_of_the_original(case, tmp_path, bpe_dir):
     assert ours.config.norm_eps == 1e-6 and ours.config.rope_base == model.config.rope_parameters["rope_theta"]
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0", *SCALES])
 def test_quantized_weights_are_what_gguf_dequantizes(kind, tmp_path, bpe_dir):
-    model = tiny()
+    model = tiny("qwen3" if kind == "Q4_K" else "llama_tied_gqa", hidden_size=256, intermediate_size=256, head_dim=64)
     stored = write_gguf(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind], tokenizer_dir=bpe_dir)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     model.load_state_dict(stored, strict=False)
@@ -249,7 +265,7 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, split=8)
     first, second, _ = sorted(tmp_path.iterdir())
     second.rename(tmp_path / "second.gguf")
-    with pytest.raises(FileNotFoundError, match=r"is one of 3 parts, m-00002-of-00003.gguf missing beside it"):
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003.gguf not found; .* of a model in parts all"):
         convert(first, tmp_path / "out")
     for name in (first, tmp_path / "second.gguf"):
         with pytest.raises(ValueError, match=r"part [12] of 3 of a model"):
@@ -257,25 +273,20 @@ def test_parts_of_a_model_that_are_missing_or_renamed_are_named(tmp_path, bpe_di
     assert not (tmp_path / "out").exists()
 
 
-def test_configs_that_are_there_already_are_kept_unless_overwrite_is_said(tmp_path, bpe_dir):
+def test_what_the_folder_has_of_the_original_is_kept_and_a_config_json_replaced_on_request_alone(tmp_path, bpe_dir):
+    """One of another model would have gone into what is exported."""
     write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir)
-    own = read_json(convert(tmp_path / "m.gguf", tmp_path / "out") / "config.json") | {"own": "word"}
-    for name in ("lit_model.pth", "lit_config.json", "generation_config.json"):
-        (tmp_path / "out" / name).unlink()
-    write_json(tmp_path / "out" / "config.json", own)
-    convert(tmp_path / "m.gguf", tmp_path / "out")
-    assert read_json(tmp_path / "out" / "config.json") == own
-    assert (tmp_path / "out" / "generation_config.json").is_file()
-    write_json(tmp_path / "out" / "config.json", own | {"num_hidden_layers": 7})
-    (tmp_path / "out" / "lit_model.pth").unlink()
-    (tmp_path / "out" / "lit_config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"config.json is of another model \(n_layer is 7, in the GGUF file .*overwrite"
-    ):
+    shutil.copytree(bpe_dir, tmp_path / "out")
+    own = {"eos_token_id": [2, 0], "own": "word"}
+    for name in ("generation_config.json", "config.json"):
+        write_json(tmp_path / "out" / name, own)
+    with pytest.raises(FileExistsError, match=r"already holds config.json; .*--overwrite true"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out" / "lit_model.pth").exists()
     convert(tmp_path / "m.gguf", tmp_path / "out", overwrite=True)
-    assert "own" not in (made := read_json(tmp_path / "out" / "config.json")) and made["num_hidden_layers"] != 7
+    assert read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 2
+    assert read_json(tmp_path / "out" / "generation_config.json") == own
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bpe_dir / "tokenizer.json").read_bytes()
 
 
 def test_dtype_and_a_tokenizer_that_is_there_already(tmp_path, bpe_dir):
@@ -302,15 +313,55 @@ def test_the_tokenizer_splits_digits_as_smollm_does(text, tmp_path, bpe_dir):
     assert rebuilt.decode(ids, skip_special_tokens=False) == TEXTS[text]
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+def test_rows_that_stand_for_no_token_are_left_out_of_the_vocabulary(tmp_path, bpe_dir):
+    """Qwen's embedding has more rows than its tokenizer has ids; llama.cpp names them [PAD400] and so on."""
+    model = tiny("qwen2", vocab_size=416)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir, pre="qwen2", add_bos_token=False, rows=416)
+    folder = convert(tmp_path / "m.gguf", tmp_path / "out")
+    rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert rebuilt.get_vocab_size() == 400 and load_config(folder).padded_vocab_size == 416
+    assert rebuilt.encode("e\u0301").ids == rebuilt.encode("\u00e9").ids  # Qwen composes characters
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(prefix, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    from lit_gpt.tokenizer import Tokenizer
+
+    write_spm_tokenizer(tmp_path / "spm", add_dummy_prefix=prefix)
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "spm" / "tokenizer.model"))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    pieces = range(processor.get_piece_size())
+    kinds = [6 if processor.is_byte(i) else 3 if processor.is_control(i) else 1 for i in pieces]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(i) for i in pieces])
+    writer.add_token_scores([processor.get_score(i) for i in pieces])
+    writer.add_token_types([2, *kinds[1:]])
+    for name, index in (("unk", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_space_prefix(prefix)
+    write_gguf(tmp_path / "m.gguf", tiny(), writer=writer)
+    ours = Tokenizer(convert(tmp_path / "m.gguf", tmp_path / "out"))
+    for text in (*TEXTS.values(), *sample_text(30, seed=2), "", " a", "   a  ", "\n", "a\n\n b"):
+        text = text.replace("<|endoftext|>", "")
+        assert ours.encode(text) == [1, *processor.encode(text)], text
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("<s>a</s>", bos=False) == [1, *processor.encode("a"), 2]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
 def test_other_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path, bpe_dir):
     """transformers keeps a table of its own; only SmolLM's rule is missing from it."""
     from transformers import AutoTokenizer
 
-    write_gguf(tmp_path / "m.gguf", tiny(), tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
+    model = tiny("qwen2" if pre == "qwen2" else "llama")
+    write_gguf(tmp_path / "m.gguf", model, tokenizer_dir=bpe_dir, pre=pre, eot_token_id=0)
     folder = convert(tmp_path / "m.gguf", tmp_path / "out")
     rebuilt = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").backend_tokenizer
+    if pre == "qwen2":
+        theirs.normalizer = rebuilt.normalizer  # Qwen composes characters; transformers forgets it here
     for text in TEXTS.values():
         assert rebuilt.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
         cut = rebuilt.pre_tokenizer.pre_tokenize_str(text)
@@ -336,7 +387,7 @@ def cut(share: float):
 
 
 REFUSALS = {
-    "no file": (lambda path, bpe_dir: None, "m.gguf is not a file"),
+    "no file": (lambda path, bpe_dir: None, "m.gguf not found; a .gguf file was expected"),
     "empty": (lambda path, bpe_dir: path.write_bytes(b""), "m.gguf is not a GGUF file, or cut short"),
     "text": (lambda path, bpe_dir: path.write_text("<html>not found</html>" * 50), "m.gguf is not a GGUF file"),
     "cut in the metadata": (cut(0.05), "m.gguf is not a GGUF file, or cut short"),
@@ -348,10 +399,14 @@ REFUSALS = {
     ),
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
     "rope scaling": (
-        changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_yarn_log_mul": 0.5}),
+        changed_tokenizer(
+            {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0},
+            rope_scaling_yarn_log_mul=0.5,
+        ),
         "yarn_log_multiplier of its yarn rope scaling is not supported",
     ),
     "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
+    "a merge of no token": (changed_tokenizer({"merges": ["\u0120 nowhere"]}), "m.gguf: it merges tokens .* lacks"),
     "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold what it should"),
     "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold what it should"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),

@@ -1,6 +1,6 @@
-"""The GPU report loses nothing: parts that fail, hang, die or lack something each give a line, and the others go on.
+"""The GPU report loses nothing: what fails, hangs, dies or lacks something gives a line, and the others go on.
 
-The parts themselves run in CI, by `scripts/gpu.sh --short`.
+The cases themselves run in CI, by `scripts/gpu.sh --short`.
 """
 
 import json
@@ -11,36 +11,33 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 
-from eval import gpu_report
-from eval.gpu_parts import BARS, Card, Row, compare, describe, in_turn, largest_error, seconds_of
-from eval.gpu_report import FAULTS, PARTS, UNFINISHED, Part, draw, notes_on, receive, report_on, setup, show
-from eval.gpu_runs import at_fitting_size, step_tables
+from eval import gpu_cases, gpu_report
+from eval.gpu_cases import BARS, Card, compare, largest_error, seconds_of
+from eval.gpu_report import setup, show
 from lit_gpt import GPT, Config
 
-CPU = Card(torch.device("cpu"), torch.bfloat16, short=True)
-GPU_CARD = Card(torch.device("cuda"), torch.bfloat16, short=False)
+CPU = Card(torch.device("cpu"), "32-true", short=True)
+GPU_CARD = Card(torch.device("cuda"), "bf16-true", short=False)
 
 
-def two_rows(card):
-    """A part that works."""
-    yield Row("", "first", {"ms": 1234.5})
-    yield Row("", "first", {"of copy": "85%"})
-    yield "a note"
-    yield Row("", "second", {"ms": 0.012345})
+def two_rows(card, name):
+    """A case that works."""
+    yield "", "first", {"ms": 1234.5}
+    yield "", "first", {"of copy": "85%"}
+    yield "", "second", {"ms": 0.012345}
 
 
 def one_row_and(then):
-    """A part that measures one row, and then does what it should not."""
+    """A case that measures one row, and then does what it should not."""
 
-    def measure(card):
-        yield Row("", "kept", {"ms": 1.0})
+    def measure(card, name):
+        yield "", "kept", {"ms": 1.0}
         then()
 
     return measure
@@ -62,76 +59,78 @@ def hangs() -> None:
     subprocess.run(["sleep", "60"])
 
 
-def test_a_part_that_goes_wrong_gives_a_line_keeps_its_rows_and_the_others_go_on(tmp_path, capfd):
+def report(monkeypatch, out_dir, parts, *flags: str) -> tuple[int, list[dict]]:
+    """Run a report of these parts, each of weight 1; return its exit code and its lines."""
+    monkeypatch.setattr(gpu_report, "PARTS", {name: (1.0, cases) for name, cases in parts.items()})
+    code = 0
+    try:
+        setup(["--out_dir", str(out_dir), *flags])
+    except SystemExit as end:
+        code = end.code
+    return code, list(map(json.loads, (out_dir / "report.jsonl").read_text().splitlines()))
+
+
+def test_what_goes_wrong_gives_a_line_keeps_its_rows_and_the_others_go_on(tmp_path, capfd, monkeypatch):
     bad = {"b": fails, "c": needs_a_module, "d": dies, "e": hangs}
-    parts = {name: Part(name, one_row_and(then), 1.0) for name, then in bad.items()}
-    parts |= {"f": Part("f", two_rows, 1.0, ("no_such_package", "torch")), "g": Part("g", two_rows, 1.0)}
+    parts = {name: {"one": one_row_and(then), "two": two_rows} for name, then in bad.items()} | {"g": {"one": two_rows}}
     start = time.monotonic()
-    report = report_on(parts, tmp_path, minutes=0.25, short=True)
-    assert time.monotonic() - start < 15
-    notes = {name: part["notes"] for name, part in report["parts"].items()}
-    assert notes["b"] == ["failed: ValueError: no such thing"]
-    assert notes["c"] == ["left out: needs bitsandbytes, which is not installed"]
-    assert len(notes["d"]) == len(notes["e"]) == len(notes["f"]) == 1
-    assert "exit code -9" in notes["d"][0] and "stopped after" in notes["e"][0]
-    assert notes["f"][0].startswith("left out: needs no_such_package; pip install")
-    for name in bad:
-        assert [row["label"] for row in report["parts"][name]["rows"]] == ["kept"], name
-    assert len(report["parts"]["g"]["rows"]) == 3 and notes["g"] == ["a note"]
-    assert [line[0] for line in notes_on(FAULTS, report)] == ["b", "d"]  # what is left out is no fault
-    assert [line[0] for line in notes_on(UNFINISHED, report)] == ["e"]
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    shown = capfd.readouterr().out
-    assert all(note in shown for part in notes.values() for note in part)
+    code, lines = report(monkeypatch, tmp_path, parts, "--minutes", "0.25")
+    assert time.monotonic() - start < 15 and code == 1
+    said = {line["part"]: line.get("note") or line["fault"] for line in lines if {"note", "fault"} & {*line}}
+    assert said["b"] == "ValueError: no such thing"
+    assert said["c"] == "left out: needs bitsandbytes, which is not installed"
+    assert said["d"] == "exit code -9, without one; two"
+    assert said["e"].startswith("stopped after") and said["e"].endswith(", without one; two")
+    assert [line["part"] for line in lines if "fault" in line] == ["b", "d"]  # what is missing or late is no fault
+    labels = {part: [line["label"] for line in lines if line["part"] == part and "label" in line] for part in parts}
+    assert labels["d"] == labels["e"] == ["kept"] and labels["b"] == labels["c"] == ["kept", "first", "first", "second"]
+    shown, told = capfd.readouterr()
+    assert all(text in shown for text in said.values())
+    assert "Wrong here:\n   b, one: ValueError: no such thing\n   d, end: exit code -9" in told
 
 
-def test_the_json_is_there_after_each_part_and_what_is_stopped_leaves_no_process(tmp_path):
-    """The second part looks at the file; the first one's sleeping child must be gone."""
+def test_rows_are_on_the_disk_at_once_and_what_is_stopped_leaves_no_process(tmp_path, monkeypatch):
+    """A part that overran its time once lost what it had found."""
 
-    def reads(card):
-        yield (tmp_path / "report.json").read_text()
+    def reads(card, name):
+        yield "", (tmp_path / "report.jsonl").read_text(), {}
 
     marker = "61.25"
-    parts = {"a": Part("a", one_row_and(lambda: subprocess.run(["sleep", marker])), 1.0), "b": Part("b", reads, 4.0)}
-    report = report_on(parts, tmp_path, minutes=0.1, short=True)
-    assert json.loads(report["parts"]["b"]["notes"][0])["parts"]["a"]["rows"][0]["label"] == "kept"
+    slow = {"read": reads, "hang": one_row_and(lambda: subprocess.run(["sleep", marker])), "late": two_rows}
+    code, lines = report(monkeypatch, tmp_path, {"a": {"first": two_rows, **slow}}, "--minutes", "0.05")
+    (seen,) = [line["label"] for line in lines if line["case"] == "read" and "label" in line]
+    assert seen.count("label") == 3 and code == 0
+    assert lines[-1]["note"] == "stopped after 3 s, without hang; late" and lines[-2]["label"] == "kept"
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # a process that has ended since
             assert marker.encode() not in path.read_bytes()
 
 
-def test_what_merely_took_too_long_is_no_fault_and_is_named(tmp_path, monkeypatch, capsys):
-    """Parts that were out of time stood under "Wrong here", with exit code 1 and without a word on what was missing."""
-    tasks = {"packed": lambda: two_rows(None), "kill and resume": lambda: one_row_and(hangs)(None), "padded": fails}
-    slow = Part("slow", lambda card: in_turn(card, tasks, seconds=0), 1.0)
-    late = Part("late", lambda card: in_turn(replace(card, deadline=0.0), tasks, seconds=20), 1.0)
-    monkeypatch.setattr(gpu_report, "PARTS", {"a": slow, "b": late})
-    setup(["--minutes", "0.1", "--out_dir", str(tmp_path)])
-    told = capsys.readouterr().err
-    assert "Not finished (give more --minutes):" in told and "Wrong" not in told
-    assert "a. stopped after 3 s; what" in told
-    assert "b. left out for want of time: kill and resume, padded" in told
-
-
 def test_an_earlier_report_is_never_written_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "PARTS", {"a": Part("a", two_rows, 1.0)})
+    monkeypatch.setattr(gpu_report, "PARTS", {"a": (1.0, {"one": two_rows})})
     monkeypatch.chdir(tmp_path)
     setup([])
     (made,) = Path("logs/gpu").iterdir()
-    assert (made / "report.json").is_file() and f"results go to {made}" in capsys.readouterr().out
+    assert (made / "report.jsonl").is_file() and f"results go to {made}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         setup(["--out_dir", str(made)])
     assert end.value.code == 2 and f"{made} holds a report" in capsys.readouterr().err
 
 
-def test_no_time_is_said():
-    notes = list(receive(PARTS["a"], seconds=0.0, short=True, log=Path(os.devnull)))
-    assert notes == ["left out: no time; give more --minutes"]
+def test_a_part_without_time_is_said(tmp_path, monkeypatch):
+    code, lines = report(monkeypatch, tmp_path, {"a": {"one": two_rows}}, "--minutes", "0")
+    assert code == 0 and lines[-1]["note"] == "stopped after 0 s, without one"
+
+
+def test_time_that_a_part_leaves_goes_to_the_later_ones(tmp_path, monkeypatch, capsys):
+    report(monkeypatch, tmp_path, {"a": {}, "b": {}}, "--minutes", "1")
+    shown = capsys.readouterr().out
+    assert "a (at most 30 s)" in shown and ("b (at most 60 s)" in shown or "b (at most 59 s)" in shown)
 
 
 def test_rows_of_one_label_become_one_line():
-    rows = [{"table": "", "label": row.label, "values": row.values} for row in two_rows(CPU) if isinstance(row, Row)]
-    assert show(rows).splitlines() == [
+    rows = [{"table": title, "label": label, "values": values} for title, label, values in two_rows(CPU, "")]
+    assert show(rows).split("\n\n")[-1].splitlines() == [
         "|        |     ms | of copy |",
         "| ------ | -----: | ------: |",
         "| first  |  1,234 |     85% |",
@@ -139,55 +138,33 @@ def test_rows_of_one_label_become_one_line():
     ]
 
 
-def test_picture_says_of_what_it_is(tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, text, **_: titles.append(text))
-    rows = [{"table": f"T = {T}", "label": "LoRA", "values": {"x LoRA r=8": 1.0}} for T in (256, 2048)]
-    draw(tmp_path / "report.png", {"machine": "m", "parts": {"d": {"rows": rows}}})
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert titles[0] == "forward, µs: nothing to show" and "x LoRA r=8\nT = 2048" in titles
-
-
-def test_an_old_card_takes_fp16_and_says_so(monkeypatch):
+def test_an_old_card_takes_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10e9, 16e9))
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    card = Card.detect(short=False, seconds=9)
-    assert (card.dtype, card.precision, card.short) == (torch.float16, "16-true", False)
-    lines = list(describe(card))
-    assert any("capability 7.5: bf16 is emulated" in line for line in lines)
-    assert any("another process holds 6.0 GB" in line for line in lines)
-    assert any("no C compiler" in line for line in lines)
+    card = Card.detect(short=False, folder=Path())
+    assert (card.options["dtype"], card.precision, card.short) == (torch.float16, "16-true", False)
 
 
 def test_a_model_that_does_not_fit_loses_layers_and_says_so(monkeypatch):
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
     config = Config(name="narrow", n_layer=32, n_head=2, n_embd=16, intermediate_size=32, vocab_size=16)
     n_bytes = 2 * sum(parameter.numel() for parameter in GPT(config).parameters())
-
-    def measure(config):
-        if config.n_layer > 6:
-            raise torch.OutOfMemoryError
-        yield Row("", config.name, {"layers": config.n_layer})
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12.5 / 32 * n_bytes / 0.85, 0))
-    *notes, row = at_fitting_size(GPU_CARD, config, measure)
-    assert [int(note.split()[0]) for note in notes] == [12, 6] and row.values == {"layers": 6}
-    *_, last = at_fitting_size(GPU_CARD, config, lambda config: measure(replace(config, n_layer=7)))
-    assert last == "not even one layer of narrow fits the memory that is free"
+    monkeypatch.setattr(Config, "from_name", lambda name: config)
+    for share, n_layer, name in ((12.5 / 32, 12, "12 layers of narrow"), (2.0, 32, "narrow")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda share=share: (1.8 * share * n_bytes, 0))
+        assert (GPU_CARD.sizes().n_layer, GPU_CARD.sizes().name) == (n_layer, name)
 
 
 def test_exactness_is_measured_and_an_error_above_the_bar_is_told(monkeypatch):
-    cases = [("ether", torch.float32, "eager"), ("oft, published layout", torch.bfloat16, "eager")]
-    found = [row for case in cases for row in compare(CPU, *case)]
-    assert [row.label for row in found] == [label for label, *_ in cases]
-    errors = [float(text) for row in found for value in row.values.values() for text in value.split(" / ")]
-    assert 0 < max(errors[:2]) < BARS[torch.float32] < min(errors[2:])  # of each its dtype's roundings
-    monkeypatch.setitem(BARS, torch.float32, 1e-9)
-    assert "ether, fp32, eager: WRONG by" in list(compare(CPU, *cases[0]))[-1]
+    cases = ["ether, 32-true, eager", "LoRA, 32-true, packed", "oft published, bf16-true, eager"]
+    found = [row for case in cases for row in compare(CPU, case)]
+    assert [label for _, label, _ in found] == ["ether", "LoRA", "oft published"]
+    errors = [float(text) for *_, values in found for value in values.values() for text in value.split(" / ")]
+    assert 0 < max(errors[:4]) < BARS["32-true"] < min(errors[4:])  # of each its dtype's roundings
+    monkeypatch.setitem(BARS, "32-true", 1e-9)
+    wrong = compare(CPU, cases[0])
+    assert next(wrong)[1] == "ether"  # the row comes all the same
+    with pytest.raises(RuntimeError, match="WRONG by"):
+        next(wrong)
 
 
 def test_an_error_that_is_not_a_number_is_the_largest():
@@ -196,8 +173,8 @@ def test_an_error_that_is_not_a_number_is_the_largest():
     assert largest_error([one, 4 * one], [one, 5 * one]) == 0.25
 
 
-def test_time_of_a_call_is_the_fastest_turns_share():
-    assert 0.01 <= seconds_of(CPU, [lambda: time.sleep(0.01)] * 3, repeats=2) < 0.1
+def test_time_of_a_call_is_its_share_of_a_turn():
+    assert 0.01 <= seconds_of(CPU, [lambda: time.sleep(0.01)] * 3) < 0.1
 
 
 def test_results_of_a_turn_are_kept_until_its_end():
@@ -212,29 +189,21 @@ def test_results_of_a_turn_are_kept_until_its_end():
         def __del__(self):
             alive.discard(id(self))
 
-    seconds_of(CPU, [Result] * 3, repeats=1)
+    seconds_of(CPU, [Result] * 3)
     assert max(most) == 3 and not alive
 
 
-def test_methods_that_cannot_be_compiled_in_time_are_named_and_nothing_is_lost():
-    tiny = Config(name="tiny", n_layer=1, n_head=2, n_embd=16, intermediate_size=32, vocab_size=16)
-    *rows, note = step_tables(replace(CPU, deadline=time.monotonic() + 20), tiny, lengths=(8,))
-    assert note == "compiled: left out for want of time: frozen model, LoRA r=8, ETHER+ two-sided n=4"
-    assert len(rows) == 6 and all(row.table.endswith("T = 8, eager") for row in rows)
-
-
-def test_parts_that_cannot_run_hold_back_no_time(tmp_path, capsys):
-    parts = {"a": Part("a", two_rows, 1.0), "b": Part("b", two_rows, 99.0, ("no_such_package",))}
-    report_on(parts, tmp_path, minutes=1, short=True)
-    assert "a. a (at most 60 s)" in capsys.readouterr().out
+def test_every_part_names_its_cases():
+    for weight, cases in gpu_cases.PARTS.values():
+        assert weight > 0 and cases and all(map(callable, cases.values()))
 
 
 def test_a_report_that_is_terminated_takes_its_part_with_it(tmp_path):
     code = "import os, pathlib, subprocess\nfrom eval import gpu_report as report\n"
     code += f"begun = pathlib.Path({str(tmp_path / 'begun')!r})\n"
-    code += "def hangs(card):\n    begun.write_text(str(os.getpid()))\n    yield str(subprocess.run(['sleep', '60']))\n"
-    code += "report.PARTS = {'a': report.Part('a', hangs, 1.0)}\n"
-    code += f"report.setup(['--parts', 'a', '--out_dir', {str(tmp_path)!r}])"
+    code += "def hangs(card, name):\n    begun.write_text(str(os.getpid()))\n    subprocess.run(['sleep', '60'])\n"
+    code += "report.PARTS = {'a': (1.0, {'one': hangs})}\n"
+    code += f"report.setup(['--parts', 'a', '--out_dir', {str(tmp_path / 'out')!r}])"
     running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "begun").exists() or not (pid := (tmp_path / "begun").read_text()):
         assert running.poll() is None
@@ -246,7 +215,7 @@ def test_a_report_that_is_terminated_takes_its_part_with_it(tmp_path):
 
 
 def test_report_needs_no_more_than_torch_and_lightning():
-    """Its parts may; the first line of each says what is missing."""
+    """Its cases may; a line says what is missing."""
     optional = "jsonargparse sentencepiece lm_eval peft bitsandbytes datasets triton".split()
     code = f"import sys\nsys.modules |= dict.fromkeys({optional})\nimport torch\n"
     # A process that has asked the driver for GPUs leaves its children without them.
@@ -258,5 +227,5 @@ def test_report_needs_no_more_than_torch_and_lightning():
 
 def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
-        setup(["--parts", "axz"])
-    assert end.value.code == 2 and "x, z unknown, expected some of abcdefgh" in capsys.readouterr().err
+        setup(["--parts", "steps", "x"])
+    assert end.value.code == 2 and "invalid choice: 'x'" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch import nn
 
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
-from lit_gpt.adapter_files import KINDS, attach_adapter, load_adapted_model, load_adapter, save_adapter
+from lit_gpt.adapter_files import KINDS, attach_adapter, load_adapted_model, load_adapter, save_adapter, set_strength
 from lit_gpt.checkpoint import fingerprint, load_config, load_model, load_state, save_state, stream_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
@@ -271,6 +271,20 @@ def test_a_fault_ends_in_one_line_and_leaves_nothing(bpe_dir, tmp_path, capsys, 
     assert not left(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["etherplusHH-published", "oft-diagonal", "lora"])
+def test_a_strength_merges_a_share_of_the_adapter_and_0_nothing(bpe_dir, tmp_path, case):
+    base, path = write_base(tmp_path / "base", bpe_dir), tmp_path / "adapter.pth"
+    kind = write_adapter(path, base, CASES[case])
+    idx = torch.arange(40).view(2, 20)
+    half = set_strength(load_adapter(path, kind), 0.5)
+    with torch.no_grad():
+        expected, whole = (load_adapted_model(base, adapter=a)(idx) for a in (half, load_adapter(path, kind)))
+        merged = load_model(merge(base, path, kind, "--strength", "0.5", "--precision", "32-true"))(idx)
+        assert (merged - expected).abs().max() / expected.abs().max() < 1e-5 < (merged - whole).abs().max()
+    none = load_state(merge(base, path, kind, "--strength", "0", "--precision", "32-true") / "lit_model.pth")
+    assert all(torch.equal(tensor, none[name]) for name, tensor in load_state(base / "lit_model.pth").items())
+
+
 def test_flags_that_cannot_work_are_refused(bpe_dir, tmp_path, capsys):
     base, path = write_base(tmp_path / "base", bpe_dir), tmp_path / "adapter.pth"
     kind = write_adapter(path, base, LoraConfig(r=2))
@@ -280,6 +294,8 @@ def test_flags_that_cannot_work_are_refused(bpe_dir, tmp_path, capsys):
         (["--precision", "8"], "choices: 32-true, bf16-true, 16-true"),
     ):
         assert message in refusal(capsys, *flags(base, path, kind, *more))
+    kind = write_adapter(path, base, CASES["ether-diagonal"])
+    assert "has no way to the identity" in refusal(capsys, *flags(base, path, kind, "--strength", "0.5"))
     assert not left(tmp_path)
 
 

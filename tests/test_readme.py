@@ -40,17 +40,11 @@ def flags_of(script: str) -> frozenset[str]:
 
 
 def tree() -> set[str]:
-    """The paths of the README's tree; a folder's own line is followed by its indented files."""
-    block = re.search(r"^## Files\n.*?^```text\n(.*?)^```", README, re.M | re.S).group(1)
-    paths, folder = set(), ""
-    for line in block.splitlines():
-        name = line.split()[0]
-        if line.startswith("  "):
-            paths.add(folder + name)
-        elif name.endswith("/"):
-            folder = name
-        else:
-            paths.add(name)
+    """The paths of the table of files; one without a folder is in the folder of the one before it."""
+    table, paths = README.partition("\n## Files\n")[2].partition("\n\n`tests/`")[0], set()
+    for path in re.findall(r"`([^`]+)`", table):
+        folder = path.partition("/")[0] if "/" in path[:-1] else folder
+        paths.add(path if "/" in path[:-1] else f"{folder}/{path}")
     return paths
 
 

@@ -1,0 +1,151 @@
+"""Say how what export_lora and convert_lit_checkpoint write is loaded: commands, limits of servers, a model card.
+
+Tried in vLLM 0.32 and in llama.cpp of October 2026 by tests/servers.sh; what vLLM takes of each class its source says.
+A sentence is written once: the scripts print it, and the card holds it. Computes nothing, and knows no adapter.
+"""
+
+import os
+import shlex
+from collections.abc import Container
+from pathlib import Path
+
+import torch
+
+from lit_gpt.config import Config
+from lit_gpt.files import atomic_write, read_json
+from lit_gpt.hf_config import MULTIMODAL
+from lit_gpt.prompts import CHAT
+from lit_gpt.tokenizer import Tokenizer
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's ``--max-lora-rank``."""
+VLLM_HEADS = ("Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe")
+"""Models whose head takes a LoRA in vLLM: their ``embedding_modules`` have it."""
+WITHOUT_LORA_IN_VLLM = ("Falcon", "StableLm")
+"""Models that are no ``SupportsLoRA`` there."""
+HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+MODEL = {
+    "transformers": "AutoModelForCausalLM.from_pretrained({folder})",
+    "vLLM": "vllm serve {folder}",
+    "llama.cpp": "python convert_hf_to_gguf.py {folder}",
+}
+"""What loads a model's folder, by program."""
+LORA = {
+    "PEFT": "AutoPeftModelForCausalLM.from_pretrained({folder})",
+    "vLLM": "vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={folder}",
+    "llama.cpp": "python convert_lora_to_gguf.py {folder} {flag} {base}",
+}
+"""What loads a LoRA folder."""
+CARD = """\
+---
+{head}
+pipeline_tag: text-generation
+tags: [ether]
+---
+
+# {title}
+
+{about}
+
+{notes}
+
+To load it, in this folder:
+
+{commands}
+"""
+FP32 = "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1"
+STYLE = (
+    "prompt style {style} does not travel with these files: a server renders messages with the base's chat template; "
+    "send it a text that is rendered already, as lit_gpt/prompts.py does"
+)
+
+
+def hf_folder(checkpoint_dir: Path) -> Path:
+    """Return the folder with a base as servers read it: this one, or the one that convert_lit_checkpoint has to write.
+
+    An adapter of a multimodal model belongs to its text model: in the whole model, modules have other names.
+    """
+    path, has_weights = checkpoint_dir / "config.json", any(any(checkpoint_dir.glob(each)) for each in HF_WEIGHTS)
+    listed = str(read_json(path).get("architectures")) if path.is_file() and has_weights else None
+    if listed and not any(name in listed for name in MULTIMODAL):
+        return checkpoint_dir
+    return Path(f"{os.path.abspath(checkpoint_dir)}-hf")
+
+
+def commands(table: dict[str, str], **values: object) -> dict[str, str]:
+    """Return the commands of ``MODEL`` or ``LORA`` with these values, quoted for Python or for a shell."""
+    python, shell = ({name: quote(str(value)) for name, value in values.items()} for quote in (repr, shlex.quote))
+    return {program: line.format(**python if "(" in line else shell) for program, line in table.items()}
+
+
+def lora_limits(config: Config, rank: int, *, head: bool) -> dict[str, str]:
+    """Return what a server does not take of a LoRA on such a base, by the server's name.
+
+    Args:
+        config: the base's.
+        rank: of the LoRA.
+        head: the LoRA changes the head.
+    """
+    name, limits = config.architecture.removesuffix("ForCausalLM"), {}
+    if rank > VLLM_RANKS[-1]:
+        limits["vLLM"] = f"no rank above {VLLM_RANKS[-1]}"
+    if head and name not in VLLM_HEADS:
+        limits["vLLM"] = f"no LoRA of the head of a {config.architecture}"
+    if name in WITHOUT_LORA_IN_VLLM:
+        limits["vLLM"] = f"no LoRA on a {config.architecture}"
+    if head and config.tie_embeddings:
+        limits["llama.cpp"] = "no LoRA of a tied head"
+    return limits
+
+
+def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Container[str] = ()) -> dict[str, str]:
+    """Return the commands that load a LoRA folder, by program.
+
+    Args:
+        base: the folder of the base, or its name on the Hub.
+        folder: of the LoRA.
+        name: of the LoRA in vLLM's requests.
+        rank: of the LoRA.
+        without: programs that are left out.
+    """
+    table = {program: line for program, line in LORA.items() if program not in without}
+    limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
+    flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
+    return commands(table, base=base, folder=folder, name=name, limit=limit, flag=flag)
+
+
+def serving_notes(folder: Path, style: str | None, dtype: torch.dtype) -> list[str]:
+    """Return what whoever serves a finetuned model has to know of prompts, of the end of answers, and of the type.
+
+    Args:
+        folder: with the tokenizer and generation_config.json that are served.
+        style: the prompt style; None where it is not known.
+        dtype: of the weights.
+    """
+    tokenizer = Tokenizer(folder) if style else None
+    end = tokenizer.answer_end(style) if tokenizer else None
+    notes = [STYLE.format(style=style)] if style not in (None, CHAT) else []
+    if end is not None and end not in tokenizer.eos_ids:
+        notes.append(f"answers end with token {end}, as no file of the base tells: ask with stop_token_ids = [{end}]")
+    return notes + [FP32] * (dtype == torch.float32)
+
+
+def write_card(staging: Path, out_dir: Path, *, head: str, about: str, notes: list[str], load: dict[str, str]) -> None:
+    """Write README.md, a folder's page on the Hub, unless there is one already.
+
+    Args:
+        staging: the folder to write into.
+        out_dir: where its files go, and whose README.md stays as it is.
+        head: the first lines of the front matter.
+        about: a sentence.
+        notes: sentences for a list.
+        load: commands, by program.
+    """
+    if os.path.lexists(out_dir / "README.md"):
+        print(f"{out_dir / 'README.md'} stays as it is")
+        return
+    lists = notes, [f"{program}: `{line}`" for program, line in load.items()]
+    notes, commands = ("\n".join(f"- {line}" for line in lines) for lines in lists)
+    with atomic_write(staging / "README.md") as temporary:
+        text = CARD.format(head=head, title=out_dir.resolve().name, about=about, notes=notes, commands=commands)
+        temporary.write_text(text, encoding="utf-8")
