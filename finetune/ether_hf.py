@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -27,6 +28,11 @@ from lit_gpt.files import prepare_out_dir
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.settings import TrainArgs
 from lit_gpt.train import learning_rate as rate
+
+FIXED = dict(
+    logging_steps=1, report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0
+)
+"""What the Trainer is told in any run; the rows are in our order already."""
 
 
 def setup(
@@ -68,40 +74,37 @@ def setup(
     """
     import transformers
 
-    from lit_gpt.peft_ether import EtherPeftConfig
-
     out_dir = prepare_out_dir(out_dir, resume, names=["adapter_config.json"])
-    config = EtherPeftConfig(method=Htype, n=ether_nb, target_modules=target_modules, task_type="CAUSAL_LM")
     samples = load_split(train_data_dir / TRAIN_FILE)
     n_samples = min(epochs * len(samples), (max_steps or math.inf) * global_batch_size)
     n_steps = math.ceil(n_samples / global_batch_size)
     args = transformers.TrainingArguments(
-        str(out_dir), max_steps=n_steps, seed=seed, logging_steps=1, report_to=[], remove_unused_columns=False,
-        per_device_train_batch_size=micro_batch_size, gradient_checkpointing=activation_checkpointing,
-        train_sampling_strategy="sequential", max_grad_norm=0.0,
+        str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size,
+        gradient_checkpointing=activation_checkpointing, **FIXED,
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:
-        raise UserError(
-            f"--global_batch_size {global_batch_size} is no multiple of --micro_batch_size on all processes"
-        )
-    model = adapted_model(checkpoint_dir, config, samples, seed=seed, dtype=dtype)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        raise UserError(f"--global_batch_size {global_batch_size} is no multiple of all processes' micro batches")
+    transformers.set_seed(seed)
+    model = adapted_model(checkpoint_dir, dtype, samples, method=Htype, n=ether_nb, target_modules=target_modules)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, **schedule))
+    steps = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
     rows = [samples[i] for i in sample_order(len(samples), n_samples, seed=seed)]
+    scheduler = LambdaLR(optimizer, lambda step: rate(step, **steps))
     trainer = transformers.Trainer(model, args, batch, rows, optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=resume and any(out_dir.glob("checkpoint-*")))
     trainer.save_model()
 
 
-def adapted_model(checkpoint_dir: str, config: Any, samples: list[Sample], *, seed: int, dtype: str) -> Any:
+def adapted_model(checkpoint_dir: str, dtype: str, samples: list[Sample], **settings: Any) -> Any:
     """Return the base with a new adapter on; raise UserError where the data or the targets are not the model's."""
     import peft
     import transformers
 
-    transformers.set_seed(seed)
+    from lit_gpt.peft_ether import EtherPeftConfig
+
+    config = EtherPeftConfig(**settings, task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=dtype)
     largest, known = max(int(s["input_ids"].max()) for s in samples), model.get_input_embeddings().num_embeddings
     if largest >= known:
