@@ -43,6 +43,7 @@ def evaluate(
     *,
     tasks: Sequence[str] | dict[str, Any],
     data_dir: Path | str | None = None,
+    include_path: Path | str | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int = 8,
@@ -63,7 +64,8 @@ def evaluate(
         ``n-shot``, ``n-samples`` and so on, with ``requests`` and ``seconds`` added; plain types alone.
     """
     if not isinstance(tasks, dict):
-        tasks = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
+        folders = {"data_dir": data_dir, "include_path": include_path}
+        tasks = load_tasks(tasks, **folders, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
     harness = HarnessModel(model, tokenizer, batch_size=batch_size)
     with evaluation_mode(model), isolated_harness():
@@ -101,6 +103,7 @@ def setup(
     limit: float | None = None,
     batch_size: int = 8,
     data_dir: Path | None = None,
+    include_path: Path | None = None,
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
 ) -> None:
@@ -119,6 +122,7 @@ def setup(
         limit: evaluate only the first so many documents of each task, or below 1 this share of them. For trying out.
         batch_size: rows computed at once.
         data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
+        include_path: a folder with the .yaml files of tasks of one's own.
         apply_chat_template: ask in the model's chat format, examples as turns.
         confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
     """
@@ -135,7 +139,8 @@ def setup(
     tokenizer = Tokenizer(checkpoint_dir)
     if apply_chat_template and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    tasks = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
+    folders = {"data_dir": data_dir, "include_path": include_path}
+    tasks = load_tasks(eval_tasks, **folders, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
     device = choose_device()
     model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
     options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
@@ -144,7 +149,7 @@ def setup(
     print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)
     if save_filepath is not None:
-        settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, "data_dir": data_dir}
+        settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, **folders}
         settings |= {"precision": precision, "quantize": quantize, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot}
         save_results(save_filepath, results, {**settings, **options, "device": str(device)})
 

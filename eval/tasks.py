@@ -33,7 +33,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 from lit_gpt.cli import one_line
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError
 
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 """Folders of the harness that hold the tasks of the paper."""
@@ -43,13 +43,19 @@ OLD_MMLU = "hendrycksTest-"
 
 
 def load_tasks(
-    names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None, run_code: bool = False
+    names: Sequence[str],
+    *,
+    data_dir: Path | str | None = None,
+    include_path: Path | str | None = None,
+    num_fewshot: int | None = None,
+    run_code: bool = False,
 ) -> dict:
     """Load tasks and their data.
 
     Args:
         names: tasks, groups, tags, or patterns with ``*``, by their names of today or of old.
         data_dir: read data sets from this folder instead of the Hub.
+        include_path: a folder with tasks of one's own, which come before the harness's of the same name.
         num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
             examples keeps none, as in the harness.
         run_code: load tasks that run what the model writes, too.
@@ -64,10 +70,12 @@ def load_tasks(
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
+    if include_path is not None:
+        check_own_tasks(Path(include_path))
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of tasks that run code asks for
     with isolated_harness(data_dir):
-        manager, resolved = resolve_names(names)
+        manager, resolved = resolve_names(names, include_path)
         manager._factory = Factory()
         manager._factory.run_code = run_code
         loaded = manager.load(resolved)
@@ -98,21 +106,33 @@ class Factory(TaskFactory):
             raise kind(f"task {entry.name} can't be loaded: {one_line(error)}") from error
 
 
+def check_own_tasks(folder: Path) -> None:
+    """Raise UserError where a folder has no tasks, or some that can't be read, which the harness leaves out silently."""
+    problems, files = Problems(), sorted(folder.rglob("*.yaml"))
+    problems.expect(bool(files), f"--include_path {folder}: expected a folder with the .yaml files of tasks")
+    for file in files:
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # YAML's own, and whatever its includes raise
+            problems.append(f"{file} is not a task: {one_line(error)}")
+    problems.check()
+
+
 @lru_cache
-def task_manager(*, every_task: bool) -> TaskManager:
-    """Return the harness's index of its tasks, or of the common ones alone."""
-    if every_task:
-        return TaskManager()
+def task_manager(*, every_task: bool, include_path: Path | str | None = None) -> TaskManager:
+    """Return the harness's index of its tasks, or of the common ones alone, and of those in a folder of one's own."""
     root = Path(lm_eval.tasks.__file__).parent
-    return TaskManager(include_defaults=False, include_path=[root / folder for folder in COMMON_FOLDERS])
+    folders = [] if every_task else [root / folder for folder in COMMON_FOLDERS]
+    return TaskManager(include_defaults=every_task, include_path=[*folders, *([include_path] if include_path else [])])
 
 
-def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
+def resolve_names(names: Sequence[str], include_path: Path | str | None = None) -> tuple[TaskManager, list[str]]:
     """Turn names of old and patterns into names that the returned manager can load; each once, in order."""
     wanted = [modern for name in names for modern in modern_names(name)]
-    manager = task_manager(every_task=False)
+    index = task_manager if include_path is None else task_manager.__wrapped__  # a folder of one's own may change
+    manager = index(every_task=False, include_path=include_path)
     if not all(name in manager.task_index for name in wanted):
-        manager = task_manager(every_task=True)
+        manager = index(every_task=True, include_path=include_path)
     resolved, problems = [], []
     for name in wanted:
         # A pattern means tasks; groups and tags, which hold the same tasks again, only where no task matches.

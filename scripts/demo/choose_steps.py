@@ -4,7 +4,7 @@ Some CPUs multiply bf16 matrices several times faster than fp32, others only emu
 decides. Then a forward and backward pass of the real work (model, adapter, rows of the data) says how many steps fit.
 The answer is one line, "PRECISION STEPS", in a file, so that an interrupted quickstart goes on with the same plan.
 
-    python scripts/demo/choose_steps.py --data_dir checkpoints/ORG/NAME/dolly-t256 --out_file logs/quickstart/plan.txt
+    python scripts/demo/choose_steps.py --data_dir checkpoints/ORG/NAME/requests --out_file logs/quickstart/plan.txt
 """
 
 import sys
@@ -24,8 +24,8 @@ from lit_gpt.devices import choose_device
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.files import atomic_write
 
-TRAINING_SECONDS = 240  # of ten minutes; the rest is for the answers, the evaluations, the validations and the merge
-ROWS_PER_STEP, MICRO_BATCH = 8, 4
+TRAINING_SECONDS = 240  # of ten minutes; the rest is for the evaluations, the answers, the validations and the merge
+ROWS_PER_STEP, MICRO_BATCH = 16, 8
 SHORT_STEPS = 4
 
 
@@ -68,7 +68,7 @@ def setup(*, data_dir: str, out_file: str, short: bool = False) -> None:
     """Choose precision and number of steps for the quickstart.
 
     Args:
-        data_dir: the folder that prepare_dolly.py wrote.
+        data_dir: the folder that prepare_json.py wrote.
         out_file: where the one line "PRECISION STEPS" goes.
         short: a few steps only.
     """

@@ -3,6 +3,7 @@
 python scripts/demo/closing_table.py --run_dir logs/quickstart
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -11,22 +12,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 from lit_gpt.cli import main
 from lit_gpt.files import read_json
 
+KINDS = 8
+SCORES = ("acc,none", "acc_stderr,none")
 
-def accuracy(path: Path) -> str:
-    """Return ARC's accuracy and its standard error in per cent, from a results file of eval/lm_eval_harness.py."""
-    scores = read_json(path)["results"]["arc_challenge"]
-    return f"{100 * scores['acc,none']:.1f} ± {100 * scores['acc_stderr,none']:.1f} %"
+
+def percent(value: float, error: float) -> str:
+    """Return a share and its standard error in per cent."""
+    return f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
 def rows(run_dir: Path) -> list[tuple[str, ...]]:
     """Return the table's rows: what, and one value or those before and after training."""
     summary = read_json(run_dir / "run" / "summary.json")
-    questions = read_json(run_dir / "arc_before.json")["n-samples"]["arc_challenge"]["effective"]
+    found = [read_json(run_dir / f"accuracy_{when}.json") for when in ("before", "after")]
+    held_out = found[0]["n-samples"]["request_kinds"]["effective"]
+    shares, errors = zip(
+        *([result["results"]["request_kinds"][name] for name in SCORES] for result in found), strict=True
+    )
+    rise, error = shares[1] - shares[0], math.hypot(*errors)
     losses = (summary[f"val_response_loss_{when}"] for when in ("before", "after"))
     return [
         ("", "before", "after"),
+        (f"right of {held_out} held-out requests", *map(percent, shares, errors)),
+        ("by chance", f"{100 / KINDS:.1f} %"),
+        ("rise", f"{100 * rise:.1f} ± {100 * error:.1f} points: {rise / error:.1f} standard errors"),
         ("validation loss", *("none" if loss is None else f"{loss:.4f}" for loss in losses)),  # null: it was not finite
-        (f"ARC accuracy ({questions} questions)", *(accuracy(run_dir / f"arc_{t}.json") for t in ("before", "after"))),
         ("method", str(summary["method"])),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         ("adapter file", f"{summary['adapter_bytes']:,} bytes"),
@@ -44,7 +54,7 @@ def setup(*, run_dir: str) -> None:
         run_dir: the quickstart's folder.
     """
     for what, *values in rows(Path(run_dir)):
-        print(f"  {what:<28} {' '.join(f'{value:<22}' for value in values)}".rstrip())
+        print(f"  {what:<34} {' '.join(f'{value:<22}' for value in values)}".rstrip())
 
 
 if __name__ == "__main__":
