@@ -107,7 +107,7 @@ class Factory(TaskFactory):
 
 
 def check_own_tasks(folder: Path) -> None:
-    """Raise UserError where a folder has no tasks, or some that can't be read, which the harness leaves out silently."""
+    """Raise UserError where a folder has no tasks, or files that can't be read: the harness skips those silently."""
     problems, files = Problems(), sorted(folder.rglob("*.yaml"))
     problems.expect(bool(files), f"--include_path {folder}: expected a folder with the .yaml files of tasks")
     for file in files:

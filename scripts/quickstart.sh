@@ -72,7 +72,7 @@ get_model() {
 }
 
 prepare_data() {
-    say "2. The data: 1,200 requests, and which of eight kinds each is"
+    say "2. The data: 1,440 requests, and which of eight kinds each is"
     if [ -f "$DATA/data_config.json" ]; then
         echo "   reusing $DATA"
         return

@@ -34,15 +34,15 @@ def setup(*, checkpoint_dir: str, out_file: Path, before: Path | None = None, pr
         precision: 32-true, bf16-true or 16-true.
     """
     rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    first = {right["content"]: request for request, right in reversed(rows)}  # the first of a kind stays
+    first = {kind["content"]: prompt for *prompt, kind in reversed(rows)}  # the first of a kind stays
     tokenizer, model = Tokenizer(checkpoint_dir), load_model(checkpoint_dir, precision, device=choose_device())
     columns = {"before": read_json(before), "after": {}} if before else {"before": {}}
     answers = [*columns.values()][-1]
     print_row("request", "its kind", *columns)
-    for kind, request in sorted(first.items()):
-        prompt = tokenizer.encode(tokenizer.render_chat([request], add_generation_prompt=True), bos=False)
-        answers[kind] = tokenizer.decode(list(generate(model, prompt, max_new_tokens=24, stop_ids=tokenizer.stop_ids)))
-        print_row(request["content"].split("\n\n", 1)[1], kind, *(answered[kind] for answered in columns.values()))
+    for kind, prompt in sorted(first.items()):
+        ids = tokenizer.encode(tokenizer.render_chat(prompt, add_generation_prompt=True), bos=False)
+        answers[kind] = tokenizer.decode(list(generate(model, ids, max_new_tokens=24, stop_ids=tokenizer.stop_ids)))
+        print_row(prompt[-1]["content"], kind, *(answered[kind] for answered in columns.values()))
     write_json(out_file, answers)
 
 
