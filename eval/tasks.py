@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.tasks
 import numpy as np
 import torch
@@ -40,6 +42,13 @@ COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 OLD_NAMES = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}
 OLD_NAMES |= {name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "hendrycksTest-*")}
 OLD_MMLU = "hendrycksTest-"
+VERSIONS = {"lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__}
+REPLACED = (
+    (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
+    (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
+    (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
+)
+"""Parts of the harness that are others meanwhile: module, name, value."""
 
 
 def load_tasks(
@@ -47,7 +56,6 @@ def load_tasks(
     *,
     data_dir: Path | str | None = None,
     include_path: Path | str | None = None,
-    num_fewshot: int | None = None,
     run_code: bool = False,
 ) -> dict:
     """Load tasks and their data.
@@ -56,8 +64,6 @@ def load_tasks(
         names: tasks, groups, tags, or patterns with ``*``, by their names of today or of old.
         data_dir: read data sets from this folder instead of the Hub.
         include_path: a folder with tasks of one's own, which come before the harness's of the same name.
-        num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
-            examples keeps none, as in the harness.
         run_code: load tasks that run what the model writes, too.
 
     Returns:
@@ -78,13 +84,7 @@ def load_tasks(
         manager, resolved = resolve_names(names, include_path)
         manager._factory = Factory()
         manager._factory.run_code = run_code
-        loaded = manager.load(resolved)
-    for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and num_fewshot is not None):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
+        return manager.load(resolved)
 
 
 class Factory(TaskFactory):
@@ -237,7 +237,9 @@ def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
         undo.callback(logging.disable, logging.root.manager.disable)
-        undo.callback(setattr, lm_eval.api.task, "tqdm", tqdm)
+        for module, name, value in REPLACED:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         undo.callback(setattr, datasets, "load_dataset", datasets.load_dataset)
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
@@ -245,7 +247,6 @@ def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         logging.disable(logging.WARNING)
-        lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for each task
         datasets.load_dataset = partial(load_data_set, datasets.load_dataset, data_dir)
         datasets.disable_progress_bars()
         yield

@@ -100,7 +100,7 @@ finetune() {
         return
     fi
     show finetune/ether.py --io.train_data_dir "$DATA" --io.out_dir "$RUN/run" --precision "$PRECISION" \
-        --Htype etherplusHH --ether_nb 4 --train.learning_rate 2e-3 --train.global_batch_size 16 \
+        --Htype etherplusHH --ether_nb 4 --train.learning_rate 1e-2 --train.global_batch_size 16 \
         --train.micro_batch_size 8 --train.max_steps "$STEPS" --eval.interval 10 --overwrite true
 }
 
