@@ -57,7 +57,6 @@ def evaluate(
     seed: int | None = None,
     confirm_run_unsafe_code: bool = False,
     use_cache: Path | str | None = None,
-    model_args: dict[str, Any] | None = None,
     tracker: EvaluationTracker | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model in memory.
@@ -79,7 +78,6 @@ def evaluate(
         seed: of what is drawn, few-shot examples and answers; by default the harness's own seeds.
         confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
         use_cache: beginning of the name of a file for answered requests, from which a later call goes on.
-        model_args: said of the model in the results.
         tracker: the harness's, which can write them.
 
     Returns:
@@ -96,7 +94,6 @@ def evaluate(
     with evaluation_mode(model), isolated_harness():
         results = evaluator.simple_evaluate(
             model=harness,
-            model_args=model_args or {},
             tasks=[None],
             task_manager=SimpleNamespace(load=lambda names: tasks, task_index=()),
             num_fewshot=num_fewshot,
@@ -188,11 +185,10 @@ def setup(
     model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
     cache = save_filepath and unfinished(save_filepath, {**model_args, "pretrained": None, "device": device.type})
     tracker = EvaluationTracker()
-    results = evaluate(
-        model, tokenizer, tasks=tasks, use_cache=cache, model_args=model_args, tracker=tracker, **options
-    )
+    results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
     if not results:
         return
+    results["config"]["model_args"] = model_args
     adapted = f"with {adapter.path}" if adapter else "no adapter"
     print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)

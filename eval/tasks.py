@@ -35,7 +35,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 from lit_gpt.cli import one_line
-from lit_gpt.errors import Problems, UserError
+from lit_gpt.errors import UserError
 
 COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 """Folders of the harness that hold the tasks of the paper."""
@@ -108,14 +108,14 @@ class Factory(TaskFactory):
 
 def check_own_tasks(folder: Path) -> None:
     """Raise UserError where a folder has no tasks, or files that can't be read: the harness skips those silently."""
-    problems, files = Problems(), sorted(folder.rglob("*.yaml"))
-    problems.expect(bool(files), f"--include_path {folder}: expected a folder with the .yaml files of tasks")
+    files = sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise UserError(f"--include_path {folder}: expected a folder with the .yaml files of tasks")
     for file in files:
         try:
             load_yaml(file, resolve_func=False)
         except Exception as error:  # YAML's own, and whatever its includes raise
-            problems.append(f"{file} is not a task: {one_line(error)}")
-    problems.check()
+            raise UserError(f"{file} is not a task: {one_line(error)}") from error
 
 
 @lru_cache

@@ -81,16 +81,14 @@ prepare_data() {
         --checkpoint_dir "$MODEL" --max_seq_length 256 --overwrite true
 }
 
-measure() { # measure FOLDER before|after [ask's arguments]
-    local accuracy="$RUN/accuracy_$2.json"
-    if [ -f "$accuracy" ]; then
-        echo "   reusing $accuracy"
-    else
-        show eval/lm_eval_harness.py --checkpoint_dir "$1" --precision "$PRECISION" --eval_tasks "['request_kinds']" \
-            --include_path scripts/demo/requests --data_dir scripts/demo --apply_chat_template true \
-            --save_filepath "$accuracy" ${LIMIT[@]+"${LIMIT[@]}"}
+measure() { # measure FOLDER before|after
+    if [ -f "$RUN/$2/results.json" ]; then
+        echo "   reusing $RUN/$2"
+        return
     fi
-    show scripts/demo/ask.py --checkpoint_dir "$1" --precision "$PRECISION" --out_file "$RUN/answers_$2.json" "${@:3}"
+    show eval/lm_eval_harness.py --checkpoint_dir "$1" --precision "$PRECISION" \
+        --eval_tasks "['request_kinds', 'request_answers']" --include_path scripts/demo/requests --data_dir scripts/demo \
+        --apply_chat_template true --log_samples true --save_filepath "$RUN/$2/results.json" ${LIMIT[@]+"${LIMIT[@]}"}
 }
 
 finetune() {
@@ -129,7 +127,7 @@ finetune
 merge
 
 say "6. After: the same requests"
-measure "$RUN/merged" after --before "$RUN/answers_before.json"
+measure "$RUN/merged" after
 
 say "7. What came of it"
 "$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"

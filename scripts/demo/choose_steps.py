@@ -8,7 +8,7 @@ The answer is one line, "PRECISION STEPS", in a file, so that an interrupted qui
 """
 
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +30,8 @@ SHORT_STEPS = 4
 
 
 def fastest(action: Callable[[], torch.Tensor], *, repeat: int) -> float:
-    """Return the shortest of `repeat` runs of `action`, in seconds, after one to warm up."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        action().sum().item()  # a GPU has finished when the number is here
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """Return the shortest of `repeat` runs of `action`, in seconds; a GPU has finished when a number is here."""
+    return min(timeit.repeat(lambda: action().sum().item(), number=1, repeat=repeat))
 
 
 def choose_precision(device: torch.device) -> str:
@@ -61,7 +56,7 @@ def seconds_per_row(checkpoint_dir: str, samples: list, *, precision: str, devic
         loss.backward()
         return loss.detach()
 
-    return fastest(step, repeat=2) / len(samples)
+    return fastest(step, repeat=3) / len(samples)
 
 
 def setup(*, data_dir: str, out_file: str, short: bool = False) -> None:
