@@ -39,8 +39,8 @@ from lit_gpt.tokenizer import Tokenizer
 HEAD_ROWS = 512
 """Positions whose logits are in memory at once; a vocabulary of 128k takes 256 MB in fp32."""
 
-AUTO_ROWS = {"cpu": 8, "cuda": 64}
-"""Rows that ``--batch_size auto`` begins with: a CPU gains nothing by more."""
+AUTO_ROWS = {"cuda": 64}
+"""Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 """What ``generate_until`` knows, under the harness's normal names."""
 
@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
         self._device = next(model.parameters()).device
         self.prefix_text = tokenizer.decode([self.prefix_token_id], skip_special=False)
         self.may_halve = batch_size == "auto"
-        self.batch_size = AUTO_ROWS[self._device.type] if self.may_halve else batch_size
+        self.batch_size = AUTO_ROWS.get(self._device.type, 8) if self.may_halve else batch_size
         self.generator = torch.Generator(self._device).manual_seed(seed)
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
