@@ -9,9 +9,11 @@ finds tasks and data; ``evaluate`` does the same for a model in memory.
 """
 
 import json
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -196,12 +198,19 @@ def setup(
         save_results(save_filepath, results, tracker, log_samples)
 
 
-def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path:
-    """Return the beginning of the name of the file for answers, which belongs to this model alone."""
+def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
+    """Return the beginning of the name of the file for answers, this model's alone; None where there can't be one."""
     key = sha256(json.dumps(model, default=str).encode()).hexdigest()[:16]
     cache = save_filepath.with_name(f"{save_filepath.name}.{key}")
-    if any(cache.parent.glob(f"{cache.name}_rank*.db")):
+    if any(path.stat().st_size for path in cache.parent.glob(f"{cache.name}_rank*.db")):
         print("going on from the answers of a call that was interrupted")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(sqlite3.connect(f"{cache}_rank0.db")) as file:
+            file.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:  # a file system without locks
+        print(f"note: answers are not kept for an interruption, SQLite can't write there: {error}", file=sys.stderr)
+        return None
     return cache
 
 

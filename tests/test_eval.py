@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -687,6 +688,19 @@ def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_p
         assert numbers(part["results"][name]) == pytest.approx(numbers(values), abs=1e-4, rel=1e-4), name
     assert "going on from the answers of a call that was interrupted" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "part.json"}
+
+
+def test_a_file_system_without_locks_does_without_the_answers_file(
+    checkpoint, own_tasks, tmp_path, monkeypatch, capsys
+):
+    def refuse(path):
+        raise sqlite3.OperationalError("locking protocol")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    path = ["--save_filepath", str(tmp_path / "results.json"), "--include_path", str(own_tasks)]
+    main(setup, ["--checkpoint_dir", str(checkpoint), "--eval_tasks", "['own_choice']", *path])
+    assert capsys.readouterr().err.count("answers are not kept for an interruption") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_samples_are_written_in_the_harness_layout(checkpoint, own_tasks, tmp_path):
