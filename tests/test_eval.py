@@ -690,9 +690,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "part.json"}
 
 
-def test_a_file_system_without_locks_does_without_the_answers_file(
-    checkpoint, own_tasks, tmp_path, monkeypatch, capsys
-):
+def test_a_file_system_without_locks_keeps_no_answers(checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
     def refuse(path):
         raise sqlite3.OperationalError("locking protocol")
 
