@@ -133,10 +133,11 @@ say "7. What came of it"
 "$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"
 ACTIVATE=
 if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
+QUESTION=$("$PYTHON" -c 'import json; print(json.loads(open("scripts/demo/requests/examples.jsonl").readline())["messages"][0]["content"])')
 cat <<END
 
-Next:
-$ACTIVATE  python chat/base.py --checkpoint_dir $RUN/merged
+The merged model sorts; it learned nothing else, and no longer chats. Next:
+$ACTIVATE  python chat/base.py --checkpoint_dir $RUN/merged --system "$QUESTION"
   python finetune/ether.py --help                          # every option
   bash scripts/test.sh                                     # the tests
 Start anew with: rm -r $RUN
