@@ -3,9 +3,14 @@
     python eval/lm_eval_harness.py --checkpoint_dir path/to/model --precision bf16-true \
         --eval_tasks "['arc_challenge', 'truthfulqa_mc', 'hendrycksTest-*']" --save_filepath results.json
 
-Task definitions and metrics are the harness's own, and the numbers are those of its Hugging Face backend; there is no
-second copy of the weights, and transformers is not needed. ``harness_model.py`` is the model's side of it, ``tasks.py``
-finds tasks and data; ``evaluate`` does the same for a model in memory.
+    torchrun --nproc-per-node 8 eval/lm_eval_harness.py ...    # a copy of the model, a share of the documents each
+
+Task definitions, metrics and the files of results are the harness's own, and the numbers are those of its Hugging Face
+backend; there is no second copy of the weights, and transformers is not needed. ``harness_model.py`` is the model's
+side of it, ``tasks.py`` finds tasks and data; ``evaluate`` does the same for a model in memory.
+
+With --save_filepath, answered requests are kept in an SQLite file beside it, by the harness's own cache, until the
+results are there: the same command goes on after an interruption. The file's name has a hash of weights and adapter.
 """
 
 import json
@@ -148,8 +153,6 @@ def setup(
     **options,
 ) -> None:
     """Evaluate a model on tasks of the lm-evaluation-harness; with torchrun on several GPUs.
-
-    With --save_filepath, the same command goes on from the answers of one that was interrupted.
 
     Args:
         checkpoint_dir: the model: a folder with lit_model.pth, lit_config.json and a tokenizer.

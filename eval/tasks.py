@@ -237,16 +237,15 @@ def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
         undo.callback(logging.disable, logging.root.manager.disable)
-        for module, name, value in REPLACED:
+        data_sets = (datasets, "load_dataset", partial(load_data_set, datasets.load_dataset, data_dir))
+        for module, name, value in (*REPLACED, data_sets):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
-        undo.callback(setattr, datasets, "load_dataset", datasets.load_dataset)
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         logging.disable(logging.WARNING)
-        datasets.load_dataset = partial(load_data_set, datasets.load_dataset, data_dir)
         datasets.disable_progress_bars()
         yield

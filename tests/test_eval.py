@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -647,6 +648,25 @@ def test_a_task_that_is_no_yaml_is_named(own_tasks, tmp_path):
     (tmp_path / "bad.yaml").write_text("task: own_text\ndataset_path: nowhere\ntest_split: test\ndoc_to_target: a")
     with pytest.raises(FileNotFoundError, match="task own_text can't be loaded: data set nowhere is not to be had"):
         eval_tasks.load_tasks(["own_text"], include_path=tmp_path)
+
+
+def test_the_quickstarts_tasks_are_balanced_and_held_out():
+    folder = Path(__file__).resolve().parents[1] / "scripts" / "demo" / "requests"
+    rows = {
+        split: [
+            [message["content"] for message in json.loads(line)["messages"]] for line in path.open(encoding="utf-8")
+        ]
+        for split in ("train", "test", "examples")
+        for path in [folder / f"{split}.jsonl"]
+    }
+    assert not {request for _, request, _ in rows["train"]} & {request for _, request, _ in rows["test"]}
+    assert all(row in rows["test"] for row in rows["examples"])
+    names = ["request_kinds", "request_answers"]
+    tasks = eval_tasks.load_tasks(names, include_path=folder, data_dir=folder.parent)["tasks"]
+    kinds = tasks["request_kinds"].config.doc_to_choice
+    for split, each in (("train", 180), ("test", 50), ("examples", 1)):
+        assert Counter(kind for *_, kind in rows[split]) == dict.fromkeys(kinds, each)
+    assert [len(tasks[name].eval_docs) for name in names] == [400, 8]
 
 
 def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
