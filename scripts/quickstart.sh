@@ -131,6 +131,7 @@ measure "$RUN/merged" after
 
 say "7. What came of it"
 "$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"
+[ "$SHORT" = false ] || echo "  (--short: everything works; a few steps teach nothing)"
 ACTIVATE=
 if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
 QUESTION=$("$PYTHON" -c 'import json; print(json.loads(open("scripts/demo/requests/examples.jsonl").readline())["messages"][0]["content"])')
