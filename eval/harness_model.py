@@ -10,23 +10,27 @@ Knows nothing of tasks and their data (``tasks.py``). Notable choices:
 Shapes: B batch, T tokens, d n_embd, V padded vocabulary.
 """
 
+import atexit
 import json
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS, DEFAULT_OTHER_SEED
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.utils import chunks, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from lit_gpt.errors import UserError
+from lit_gpt.devices import choose_device, gather
+from lit_gpt.errors import UserError, out_of_memory
 from lit_gpt.files import Progress
 from lit_gpt.generate import common_length, generate
 from lit_gpt.model import GPT
@@ -34,6 +38,11 @@ from lit_gpt.tokenizer import Tokenizer
 
 HEAD_ROWS = 512
 """Positions whose logits are in memory at once; a vocabulary of 128k takes 256 MB in fp32."""
+
+AUTO_ROWS = {"cuda": 64}
+"""Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
+SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+"""What ``generate_until`` knows, under the harness's normal names."""
 
 CONTINUE_HERE = "CONTINUE_HERE "
 """Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""
@@ -53,22 +62,41 @@ class HarnessModel(TemplateLM):
     Args:
         model: with or without adapters, in evaluation mode.
         tokenizer: the model's.
-        batch_size: rows in a batch.
+        batch_size: rows in a batch; auto halves a large one where memory ends.
+        seed: of drawn answers.
     """
 
     tokenizer_name = ""  # the harness names its cache of requests by it, which is not used here
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, batch_size: int | str = 8, seed: int = 1234) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer = model, tokenizer
         self.max_length = model.config.block_size
         self._device = next(model.parameters()).device
         self.prefix_text = tokenizer.decode([self.prefix_token_id], skip_special=False)
-        self.generator = torch.Generator(self._device).manual_seed(DEFAULT_OTHER_SEED)
+        self.may_halve = batch_size == "auto"
+        self.batch_size = AUTO_ROWS.get(self._device.type, 8) if self.may_halve else batch_size
+        self.generator = torch.Generator(self._device).manual_seed(seed)
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # Every answer to a question is encoded with the question, and behind it
         self._encode = lru_cache(maxsize=64)(tokenizer.encode)
-        self.n_requests = 0
+        self.n_requests = self.n_truncated = 0
         self.left_out_system = False
+
+    # Several processes
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return every process's number, by rank."""
+        return torch.tensor(gather(tensor.item()))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        """Return every process's object, by rank."""
+        return gather(obj)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        gather(None)
 
     # Text to tokens, as the Hugging Face backend does it
 
@@ -126,12 +154,15 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return each (text,)'s log-probability, in windows as long as the context that share one token."""
         sizes = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
-        texts = [
-            [make_disjoint_window(window) for window in get_rolling_token_windows(self.tok_encode(text), **sizes)]
-            for (text,) in (request.args for request in requests)
-        ]
-        scores = iter(self._loglikelihood_tokens([(None, *window) for windows in texts for window in windows]))
-        return [sum((log_prob for log_prob, _ in islice(scores, len(windows))), start=0.0) for windows in texts]
+        results: list[float] = []
+        for part in chunks([request.args for request in requests], 4 * self.batch_size):
+            windows = [list(get_rolling_token_windows(self.tok_encode(text), **sizes)) for (text,) in part]
+            disjoint = [(None, *make_disjoint_window(window)) for window in chain.from_iterable(windows)]
+            scores = iter(self._loglikelihood_tokens(disjoint))
+            for args, own in zip(part, windows, strict=True):
+                results.append(sum((log_prob for log_prob, _ in islice(scores, len(own))), start=0.0))
+                self.cache_hook.add_partial("loglikelihood_rolling", args, results[-1])
+        return results
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -141,7 +172,7 @@ class HarnessModel(TemplateLM):
         self.n_requests += len(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         shared, separate = split_by_gain(self.make_rows(requests))
-        with Progress(total=len(requests), unit=" requests") as bar:
+        with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
             for row_states in chain(self.run_shared(shared), self.run_separate(separate)):
                 # The last states of a row predict a request's continuation.
                 wanted = [(states, number) for row, states in row_states for number in row.requests]
@@ -149,6 +180,8 @@ class HarnessModel(TemplateLM):
                 states = [states[len(states) - len(c) :] for (states, _), c in zip(wanted, continuations, strict=True)]
                 for (_, number), result in zip(wanted, self.score(torch.cat(states), continuations), strict=True):
                     results[number] = result
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
                 bar.update(len(wanted))
         return results
 
@@ -159,6 +192,7 @@ class HarnessModel(TemplateLM):
             if len(continuation) > longest:
                 raise UserError(f"a continuation of {len(continuation)} tokens does not fit the context of {longest}")
             # The last token is only predicted; one more than the context holds can be scored
+            self.n_truncated += len(context) + len(continuation) > longest + 1
             tokens = tuple(self.checked(context + continuation)[-(longest + 1) : -1])
             requests_of[tokens].append(number)
             tail_length[tokens] = max(tail_length[tokens], len(continuation))
@@ -193,10 +227,19 @@ class HarnessModel(TemplateLM):
 
     def run(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
         """Yield batches of (row, its tail's states (len(tail), d)) of rows with one head, in the cache or empty."""
-        for batch in chunks(rows, self.batch_size):
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self.batch_size]
             tails = self.pad([row.tail for row in batch])  # (B, T)
-            hidden = self.model.hidden(tails, input_pos=len(batch[0].head) or None)  # (B, T, d)
+            try:
+                hidden = self.model.hidden(tails, input_pos=len(batch[0].head) or None)  # (B, T, d)
+            except (RuntimeError, MemoryError) as error:
+                if not (self.may_halve and out_of_memory(error) and len(batch) > 1):
+                    raise
+                self.batch_size = len(batch) // 2
+                continue
             yield [(row, states[: len(row.tail)]) for row, states in zip(batch, hidden, strict=True)]
+            start += len(batch)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return (B, T) ids, padded on the right, where a causal model's other positions don't see it."""
@@ -222,13 +265,16 @@ class HarnessModel(TemplateLM):
         self.n_requests += len(requests)
         answers: dict[str, str] = {}
         results = []
-        with Progress(total=len(requests), unit=" requests") as bar:
+        with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
             for context, options in (request.args for request in requests):
                 settings = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)
+                check_settings(settings)
                 key = json.dumps([context, settings], default=str)
                 if key not in answers or settings.get("temperature", 0.0) > 0:
                     answers[key] = self.answer(context, settings)
                 results.append(answers[key])
+                if not settings["do_sample"]:
+                    self.cache_hook.add_partial("generate_until", (context, options), answers[key])
                 bar.update(1)
         return results
 
@@ -240,7 +286,9 @@ class HarnessModel(TemplateLM):
         room = self.max_length - length
         if room < 1:
             raise UserError(f"the task's answers of up to {length} tokens leave no room in the context for its prompt")
-        prompt = self.checked(self.tok_encode(context)[-room:])
+        ids = self.checked(self.tok_encode(context))
+        self.n_truncated += len(ids) > room
+        prompt = ids[-room:]
         sampling = {"temperature": settings.get("temperature", 0.0), "generator": self.generator}
         sampling |= {"top_k": settings.get("top_k") or None, "top_p": settings.get("top_p")}
         stop_ids = self.tokenizer.eos_ids  # where the Hugging Face backend stops: not at every end of a turn
@@ -271,3 +319,21 @@ def split_by_gain(rows: list[Row]) -> tuple[dict[tuple[int, ...], list[Row]], li
         else:
             separate += families[head]
     return shared, separate
+
+
+def check_settings(settings: Iterable[str]) -> None:
+    """Raise UserError where settings of generation are among these that nothing here follows."""
+    if unknown := sorted({*settings} - SETTINGS):
+        raise UserError(f"generation does not know {', '.join(unknown)}; it knows {', '.join(sorted(SETTINGS))}")
+
+
+def join_processes() -> torch.device:
+    """Connect this process to the others that torchrun started, if any, and return its device."""
+    device = choose_device()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    return device

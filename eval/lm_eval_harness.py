@@ -3,38 +3,49 @@
     python eval/lm_eval_harness.py --checkpoint_dir path/to/model --precision bf16-true \
         --eval_tasks "['arc_challenge', 'truthfulqa_mc', 'hendrycksTest-*']" --save_filepath results.json
 
-Task definitions and metrics are the harness's own, and the numbers are those of its Hugging Face backend; there is no
-second copy of the weights, and transformers is not needed. ``harness_model.py`` is the model's side of it, ``tasks.py``
-finds tasks and data; ``evaluate`` does the same for a model in memory.
+    torchrun --nproc-per-node 8 eval/lm_eval_harness.py ...    # a copy of the model, a share of the documents each
+
+Task definitions, metrics and the files of results are the harness's own, and the numbers are those of its Hugging Face
+backend; there is no second copy of the weights, and transformers is not needed. ``harness_model.py`` is the model's
+side of it, ``tasks.py`` finds tasks and data; ``evaluate`` does the same for a model in memory.
+
+With --save_filepath, answered requests are kept in an SQLite file beside it, by the harness's own cache, until the
+results are there: the same command goes on after an interruption. The file's name has a hash of weights and adapter.
 """
 
 import json
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-import lm_eval
-import torch
 from lm_eval import evaluator
-from lm_eval.utils import make_table
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.utils import handle_non_serializable, make_table
 
-from eval.harness_model import HarnessModel
+from eval.harness_model import HarnessModel, check_settings, join_processes
 from eval.tasks import isolated_harness, load_tasks
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
-from lit_gpt.checkpoint import check_checkpoint_dir
+from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
-from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.files import settled, write_json
+from lit_gpt.files import move, refuse_existing
 from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
 from lit_gpt.tokenizer import Tokenizer
+
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+"""The harness's own."""
 
 
 def evaluate(
@@ -43,13 +54,19 @@ def evaluate(
     *,
     tasks: Sequence[str] | dict[str, Any],
     data_dir: Path | str | None = None,
+    include_path: Path | str | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    gen_kwargs: dict[str, Any] | None = None,
+    seed: int | None = None,
     confirm_run_unsafe_code: bool = False,
+    use_cache: Path | str | None = None,
+    tracker: EvaluationTracker | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model in memory; ``setup`` documents the arguments.
+    """Evaluate a model in memory.
 
     The model is in evaluation mode meanwhile, and as it was afterwards; global random states are left alone.
 
@@ -57,22 +74,55 @@ def evaluate(
         model: with or without an adapter.
         tokenizer: the model's.
         tasks: names, or what ``load_tasks`` returned for them.
+        data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
+        include_path: a folder with the .yaml files of tasks of one's own.
+        num_fewshot: examples before each question; by default each task's own number.
+        limit: evaluate only the first so many documents of each task, or below 1 this share of them. For trying out.
+        batch_size: rows computed at once; auto takes many on a GPU, and fewer where memory ends.
+        apply_chat_template: ask in the model's chat format, examples as turns.
+        system_instruction: stands before each prompt, with the chat format as the system message.
+        gen_kwargs: settings of tasks that generate, such as "{temperature: 0.7, do_sample: true}".
+        seed: of what is drawn, few-shot examples and answers; by default the harness's own seeds.
+        confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
+        use_cache: beginning of the name of a file for answered requests, from which a later call goes on.
+        tracker: the harness's, which can write them.
 
     Returns:
-        The harness's ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``), ``groups``, ``versions``,
-        ``n-shot``, ``n-samples`` and so on, with ``requests`` and ``seconds`` added; plain types alone.
+        The harness's results, of plain types: ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``),
+        ``groups``, ``versions``, ``n-samples``, ``samples`` and so on. Added are ``requests`` and ``truncated``, counts
+        of this call's, and ``seconds``. Empty in all but the first of several processes.
     """
     if not isinstance(tasks, dict):
-        tasks = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
+        folders = {"data_dir": data_dir, "include_path": include_path}
+        tasks = load_tasks(tasks, **folders, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
-    harness = HarnessModel(model, tokenizer, batch_size=batch_size)
+    seeds = SEEDS if seed is None else dict.fromkeys(SEEDS, seed)
+    harness = HarnessModel(model, tokenizer, batch_size=batch_size, seed=seeds["torch_random_seed"])
     with evaluation_mode(model), isolated_harness():
-        options = {"apply_chat_template": apply_chat_template, "fewshot_as_multiturn": apply_chat_template}
-        options |= {"confirm_run_unsafe_code": True}  # load_tasks has asked
-        results = evaluator.evaluate(harness, tasks, limit=limit, log_samples=False, **options)
-    results.pop("configs")  # holds functions; name and version say the same
-    results |= {"requests": harness.n_requests, "seconds": round(time.perf_counter() - start, 3)}
-    return json.loads(json.dumps(results, default=lambda value: value.item()))  # NumPy's numbers to Python's
+        results = evaluator.simple_evaluate(
+            model=harness,
+            tasks=[None],
+            task_manager=SimpleNamespace(load=lambda names: tasks, task_index=()),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            device=str(harness.device),
+            system_instruction=system_instruction,
+            gen_kwargs=gen_kwargs,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            use_cache=None if use_cache is None else str(use_cache),
+            evaluation_tracker=tracker,
+            confirm_run_unsafe_code=True,  # load_tasks has asked
+            **seeds,
+        )
+    counts = harness.gather_object((harness.n_requests, harness.n_truncated))
+    if results is None:
+        return {}
+    results |= dict(zip(("requests", "truncated"), map(sum, zip(*counts, strict=True)), strict=True))
+    results["seconds"] = round(time.perf_counter() - start, 3)
+    samples = results.pop("samples")  # many, and of plain types already
+    return json.loads(json.dumps(results, default=handle_non_serializable)) | {"samples": samples}
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -85,6 +135,8 @@ def print_results(results: dict[str, Any]) -> None:
         if shown:
             print(make_table({**results, column: shown}, column))
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
+    if results["truncated"]:
+        print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
 
 
 def setup(
@@ -97,15 +149,11 @@ def setup(
     precision: str = "32-true",
     quantize: str | None = None,
     save_filepath: Path | None = None,
+    log_samples: bool = False,
     overwrite: bool = False,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    batch_size: int = 8,
-    data_dir: Path | None = None,
-    apply_chat_template: bool = False,
-    confirm_run_unsafe_code: bool = False,
+    **options,
 ) -> None:
-    """Evaluate a model on tasks of the lm-evaluation-harness.
+    """Evaluate a model on tasks of the lm-evaluation-harness; with torchrun on several GPUs.
 
     Args:
         checkpoint_dir: the model: a folder with lit_model.pth, lit_config.json and a tokenizer.
@@ -116,57 +164,79 @@ def setup(
         precision: 32-true, bf16-true or 16-true.
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, as the adapter may have been trained.
         save_filepath: write the results to this JSON file.
-        overwrite: let it replace a file that is there.
-        num_fewshot: examples before each question; by default each task's own number.
-        limit: evaluate only the first so many documents of each task, or below 1 this share of them. For trying out.
-        batch_size: rows computed at once.
-        data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
-        apply_chat_template: ask in the model's chat format, examples as turns.
-        confirm_run_unsafe_code: allow tasks that run what the model writes, on this machine and without a sandbox.
+        log_samples: write each document with its prompts and answers beside it, too, a JSONL file a task.
+        overwrite: let it replace files that are there.
     """
     problems = Problems()
+    limit, num_fewshot, batch_size = (options[name] for name in ("limit", "num_fewshot", "batch_size"))
     problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
     problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
-    problems.expect(batch_size >= 1, f"--batch_size {batch_size}: expected 1 or more")
-    problems.attempt(check_results_path, save_filepath, overwrite)
+    problems.expect(batch_size == "auto" or batch_size >= 1, f"--batch_size {batch_size}: expected auto, 1 or more")
+    problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
+    problems.attempt(check_settings, options["gen_kwargs"] or ())
+    problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
     problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
     problems.attempt(check_checkpoint_dir, checkpoint_dir)
     adapter = problems.attempt(open_adapter, ether_path, lora_path, strength)
     problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
-    if apply_chat_template and tokenizer.chat_template is None:
+    if options["apply_chat_template"] and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    tasks = load_tasks(eval_tasks, data_dir=data_dir, num_fewshot=num_fewshot, run_code=confirm_run_unsafe_code)
-    device = choose_device()
+    folders = {name: options[name] for name in ("data_dir", "include_path")}
+    tasks = load_tasks(eval_tasks, **folders, run_code=options["confirm_run_unsafe_code"])
+    device = join_processes()
     model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
-    options = {"limit": limit, "batch_size": batch_size, "apply_chat_template": apply_chat_template}
-    results = evaluate(model, tokenizer, tasks=tasks, **options)
+    model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
+    model_args |= {"strength": strength}
+    model_args |= {"adapter": adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}}
+    model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
+    cache = save_filepath and unfinished(save_filepath, {**model_args, "pretrained": None, "device": device.type})
+    tracker = EvaluationTracker()
+    results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
+    if not results:
+        return
+    results["config"]["model_args"] = model_args
     adapted = f"with {adapter.path}" if adapter else "no adapter"
     print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
     print_results(results)
     if save_filepath is not None:
-        settings = {"checkpoint_dir": checkpoint_dir, "adapter": adapter and adapter.path, "data_dir": data_dir}
-        settings |= {"precision": precision, "quantize": quantize, "eval_tasks": eval_tasks, "num_fewshot": num_fewshot}
-        save_results(save_filepath, results, {**settings, **options, "strength": strength, "device": str(device)})
+        save_results(save_filepath, results, tracker, log_samples)
 
 
-def save_results(file: Path, results: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write the results as JSON, with the settings that they come from (paths absolute), versions and date."""
-    config = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in settings.items()}
-    config |= {"lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__}
-    config |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    write_json(file, {**results, "config": config})
-    print(f"Saved to {file}")
+def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
+    """Return the beginning of the name of the file for answers, this model's alone; None where there can't be one."""
+    key = sha256(json.dumps(model, default=str).encode()).hexdigest()[:16]
+    cache = save_filepath.with_name(f"{save_filepath.name}.{key}")
+    if any(path.stat().st_size for path in cache.parent.glob(f"{cache.name}_rank*.db")):
+        print("going on from the answers of a call that was interrupted")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(sqlite3.connect(f"{cache}_rank0.db")) as file:
+            file.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:  # a file system without locks
+        print(f"note: answers are not kept for an interruption, SQLite can't write there: {error}", file=sys.stderr)
+        return None
+    return cache
 
 
-def check_results_path(save_filepath: Path | None, overwrite: bool) -> None:
-    """Raise ValueError where the results can't be saved there."""
-    path = save_filepath and settled(save_filepath)
-    if path and path.is_dir():
-        raise UserError(f"--save_filepath {path} is a folder: expected a file name")
-    if path and path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another --save_filepath or give --overwrite true")
+def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker, log_samples: bool) -> None:
+    """Let the harness write the results, and each task's samples beside them; the answers of unfinished calls go."""
+    samples = results.pop("samples")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent) as folder:
+        tracker.output_path = f"{folder}/results.json"
+        tracker.save_results_aggregated(results, samples)
+        for task in samples if log_samples else ():
+            tracker.save_results_samples(task, samples[task])
+        written = sorted(Path(folder).iterdir())
+        if len(written) != 1 + log_samples * len(samples):  # the harness goes on without what it cannot write
+            raise OSError(f"the results could not be written to {file.parent}: is there room?")
+        for path in written:
+            move(path, file if path.name.startswith("results_") else file.parent / path.name)
+    for left in file.parent.glob(f"{file.name}.*_rank*.db"):
+        left.unlink()
+    print(f"Saved to {file}" + (f", and {len(samples)} files of samples beside it" if log_samples else ""))
 
 
 if __name__ == "__main__":

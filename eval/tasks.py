@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.tasks
 import numpy as np
 import torch
@@ -40,18 +42,28 @@ COMMON_FOLDERS = ("arc", "truthfulqa", "mmlu/default")
 OLD_NAMES = {"truthfulqa_mc": ["truthfulqa_mc1", "truthfulqa_mc2"]}
 OLD_NAMES |= {name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "hendrycksTest-*")}
 OLD_MMLU = "hendrycksTest-"
+VERSIONS = {"lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__}
+REPLACED = (
+    (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
+    (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
+    (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
+)
+"""Parts of the harness that are others meanwhile: module, name, value."""
 
 
 def load_tasks(
-    names: Sequence[str], *, data_dir: Path | str | None = None, num_fewshot: int | None = None, run_code: bool = False
+    names: Sequence[str],
+    *,
+    data_dir: Path | str | None = None,
+    include_path: Path | str | None = None,
+    run_code: bool = False,
 ) -> dict:
     """Load tasks and their data.
 
     Args:
         names: tasks, groups, tags, or patterns with ``*``, by their names of today or of old.
         data_dir: read data sets from this folder instead of the Hub.
-        num_fewshot: examples before each question, instead of each task's own number. A task that is defined without
-            examples keeps none, as in the harness.
+        include_path: a folder with tasks of one's own, which come before the harness's of the same name.
         run_code: load tasks that run what the model writes, too.
 
     Returns:
@@ -64,19 +76,15 @@ def load_tasks(
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
+    if include_path is not None:
+        check_own_tasks(Path(include_path))
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of tasks that run code asks for
     with isolated_harness(data_dir):
-        manager, resolved = resolve_names(names)
+        manager, resolved = resolve_names(names, include_path)
         manager._factory = Factory()
         manager._factory.run_code = run_code
-        loaded = manager.load(resolved)
-    for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and num_fewshot is not None):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
+        return manager.load(resolved)
 
 
 class Factory(TaskFactory):
@@ -98,21 +106,33 @@ class Factory(TaskFactory):
             raise kind(f"task {entry.name} can't be loaded: {one_line(error)}") from error
 
 
+def check_own_tasks(folder: Path) -> None:
+    """Raise UserError where a folder has no tasks, or files that can't be read: the harness skips those silently."""
+    files = sorted(folder.rglob("*.yaml"))
+    if not files:
+        raise UserError(f"--include_path {folder}: expected a folder with the .yaml files of tasks")
+    for file in files:
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # YAML's own, and whatever its includes raise
+            raise UserError(f"{file} is not a task: {one_line(error)}") from error
+
+
 @lru_cache
-def task_manager(*, every_task: bool) -> TaskManager:
-    """Return the harness's index of its tasks, or of the common ones alone."""
-    if every_task:
-        return TaskManager()
+def task_manager(*, every_task: bool, include_path: Path | str | None = None) -> TaskManager:
+    """Return the harness's index of its tasks, or of the common ones alone, and of those in a folder of one's own."""
     root = Path(lm_eval.tasks.__file__).parent
-    return TaskManager(include_defaults=False, include_path=[root / folder for folder in COMMON_FOLDERS])
+    folders = [] if every_task else [root / folder for folder in COMMON_FOLDERS]
+    return TaskManager(include_defaults=every_task, include_path=[*folders, *([include_path] if include_path else [])])
 
 
-def resolve_names(names: Sequence[str]) -> tuple[TaskManager, list[str]]:
+def resolve_names(names: Sequence[str], include_path: Path | str | None = None) -> tuple[TaskManager, list[str]]:
     """Turn names of old and patterns into names that the returned manager can load; each once, in order."""
     wanted = [modern for name in names for modern in modern_names(name)]
-    manager = task_manager(every_task=False)
+    index = task_manager if include_path is None else task_manager.__wrapped__  # a folder of one's own may change
+    manager = index(every_task=False, include_path=include_path)
     if not all(name in manager.task_index for name in wanted):
-        manager = task_manager(every_task=True)
+        manager = index(every_task=True, include_path=include_path)
     resolved, problems = [], []
     for name in wanted:
         # A pattern means tasks; groups and tags, which hold the same tasks again, only where no task matches.
@@ -217,15 +237,15 @@ def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
         undo.callback(logging.disable, logging.root.manager.disable)
-        undo.callback(setattr, lm_eval.api.task, "tqdm", tqdm)
-        undo.callback(setattr, datasets, "load_dataset", datasets.load_dataset)
+        data_sets = (datasets, "load_dataset", partial(load_data_set, datasets.load_dataset, data_dir))
+        for module, name, value in (*REPLACED, data_sets):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         if not datasets.are_progress_bars_disabled():
             undo.callback(datasets.enable_progress_bars)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
         logging.disable(logging.WARNING)
-        lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for each task
-        datasets.load_dataset = partial(load_data_set, datasets.load_dataset, data_dir)
         datasets.disable_progress_bars()
         yield

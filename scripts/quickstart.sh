@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # From nothing to a finetuned, merged, evaluated model: bash scripts/quickstart.sh [--short]
 #
-# Installs into .venv (or the active virtual environment), fetches SmolLM2-135M-Instruct, finetunes it with ETHER+ on a
-# bundled sample of databricks-dolly-15k, merges, and compares before and after: one answer and a sample of ARC. About
-# ten minutes on two CPU cores after the installation, under 4 GB of memory; a GPU is used where there is one.
-# Prints every command that it runs. A second call reuses what is there, also what an interrupted call left.
+# Installs into .venv (or the active virtual environment), fetches SmolLM2-135M-Instruct and teaches it a skill: to sort
+# requests into eight kinds. Finetunes it with ETHER+ on rows from databricks-dolly-15k, merges, and measures the skill
+# on 400 held-out requests before and after. About eight minutes on two CPU cores after the installation, under 4 GB of
+# memory; a GPU is used where there is one. Prints every command that it runs. A second call reuses what is there, also
+# what an interrupted call left.
 # --short: a few steps and questions, to see that everything works (what CI runs).
 set -euo pipefail
 
-RUN=logs/quickstart DATA_NAME=dolly-t256 HELD_OUT=0.04 SHORT=false LIMIT=() WORDS=120
+RUN=logs/quickstart SHORT=false LIMIT=()
 for argument in "$@"; do
     case "$argument" in
-    --short) RUN=logs/quickstart-short DATA_NAME=dolly-t256-short HELD_OUT=0.01 SHORT=true LIMIT=(--limit 8) WORDS=30 ;;
+    --short) RUN=logs/quickstart-short SHORT=true LIMIT=(--limit 40) ;;
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
     *) printf 'error: unknown argument %s (--short and --help are known)\n' "$argument" >&2 && exit 2 ;;
     esac
@@ -20,8 +21,7 @@ done
 
 REPO_ID=HuggingFaceTB/SmolLM2-135M-Instruct
 MODEL=checkpoints/$REPO_ID
-DATA=$MODEL/$DATA_NAME
-QUESTION="Give me three tips for growing tomatoes on a balcony."
+DATA=$MODEL/requests
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 # Prints a command as one would type it, then runs it.
@@ -72,46 +72,34 @@ get_model() {
 }
 
 prepare_data() {
-    say "2. The data: 1,500 rows of databricks-dolly-15k"
+    say "2. The data: 1,440 requests, and which of eight kinds each is"
     if [ -f "$DATA/data_config.json" ]; then
         echo "   reusing $DATA"
         return
     fi
-    show scripts/prepare_dolly.py --data_file_path scripts/demo/dolly_sample.jsonl --destination_path "$DATA" \
-        --checkpoint_dir "$MODEL" --max_seq_length 256 --prompt_style chat --mask_inputs true \
-        --test_split_fraction "$HELD_OUT" --overwrite true
+    show scripts/prepare_json.py --data_file_path scripts/demo/requests/train.jsonl --destination_path "$DATA" \
+        --checkpoint_dir "$MODEL" --max_seq_length 256 --overwrite true
 }
 
-ask() { # ask FOLDER FILE
-    local command=(chat/base.py --checkpoint_dir "$1" --precision "$PRECISION" --temperature 0 --max_new_tokens "$WORDS")
-    printf '\n$ echo "%s" | python %s\n' "$QUESTION" "${command[*]}"
-    if [ -f "$2" ]; then
-        cat "$2"
-    else
-        printf '%s\n' "$QUESTION" | "$PYTHON" "${command[@]}" | tee "$2.part"
-        mv "$2.part" "$2"
-    fi
-}
-
-evaluate() { # evaluate FOLDER FILE
-    echo
-    if [ -f "$2" ]; then
-        echo "   reusing $2 (ARC-Challenge)"
+measure() { # measure FOLDER before|after
+    if [ -f "$RUN/$2/results.json" ]; then
+        echo "   reusing $RUN/$2"
         return
     fi
-    show eval/lm_eval_harness.py --checkpoint_dir "$1" --precision "$PRECISION" --eval_tasks "['arc_challenge']" \
-        --data_dir scripts/demo/eval --batch_size 8 --save_filepath "$2" ${LIMIT[@]+"${LIMIT[@]}"}
+    show eval/lm_eval_harness.py --checkpoint_dir "$1" --precision "$PRECISION" \
+        --eval_tasks "['request_kinds', 'request_answers']" --include_path scripts/demo/requests --data_dir scripts/demo \
+        --apply_chat_template true --log_samples true --save_filepath "$RUN/$2/results.json" ${LIMIT[@]+"${LIMIT[@]}"}
 }
 
 finetune() {
-    say "4. Finetune with ETHER+ ($STEPS steps of 8 rows, $PRECISION)"
+    say "4. Finetune with ETHER+ ($STEPS steps of 16 rows, $PRECISION)"
     if [ -f "$RUN/run/summary.json" ]; then
         echo "   reusing $RUN/run"
         return
     fi
     show finetune/ether.py --io.train_data_dir "$DATA" --io.out_dir "$RUN/run" --precision "$PRECISION" \
-        --Htype etherplusHH --ether_nb 4 --train.learning_rate 2e-3 --train.global_batch_size 8 \
-        --train.micro_batch_size 4 --train.max_steps "$STEPS" --eval.interval 10 --overwrite true
+        --Htype etherplusHH --ether_nb 4 --train.learning_rate 1e-2 --train.global_batch_size 16 \
+        --train.micro_batch_size 8 --train.max_steps "$STEPS" --eval.interval 10 --overwrite true
 }
 
 merge() {
@@ -130,27 +118,27 @@ get_model
 prepare_data
 mkdir -p "$RUN"
 
-say "3. Before: a question, and a sample of ARC-Challenge"
+say "3. Before: how well the model sorts requests that it never saw"
 if [ ! -f "$RUN/plan.txt" ]; then show scripts/demo/choose_steps.py --data_dir "$DATA" --out_file "$RUN/plan.txt" --short "$SHORT"; fi
 read -r PRECISION STEPS <"$RUN/plan.txt"
-ask "$MODEL" "$RUN/answer_before.txt"
-evaluate "$MODEL" "$RUN/arc_before.json"
+measure "$MODEL" before
 
 finetune
 merge
 
-say "6. After: the same question and the same sample"
-ask "$RUN/merged" "$RUN/answer_after.txt"
-evaluate "$RUN/merged" "$RUN/arc_after.json"
+say "6. After: the same requests"
+measure "$RUN/merged" after
 
 say "7. What came of it"
 "$PYTHON" scripts/demo/closing_table.py --run_dir "$RUN"
+[ "$SHORT" = false ] || echo "  (--short: everything works; a few steps teach nothing)"
 ACTIVATE=
 if [ "$PYTHON" = "$REPO/.venv/bin/python" ] && [ "${VIRTUAL_ENV:-}" != "$REPO/.venv" ]; then ACTIVATE="  . .venv/bin/activate"$'\n'; fi
+QUESTION=$("$PYTHON" -c 'import json; print(json.loads(open("scripts/demo/requests/examples.jsonl").readline())["messages"][0]["content"])')
 cat <<END
 
-Next:
-$ACTIVATE  python chat/base.py --checkpoint_dir $RUN/merged
+The merged model sorts; it learned nothing else, and no longer chats. Next:
+$ACTIVATE  python chat/base.py --checkpoint_dir $RUN/merged --system "$QUESTION"
   python finetune/ether.py --help                          # every option
   bash scripts/test.sh                                     # the tests
 Start anew with: rm -r $RUN

@@ -4,8 +4,10 @@ import json
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from eval import harness_model
+from eval import harness_model, lm_eval_harness
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
 from eval.lm_eval_harness import evaluate, print_results, setup
@@ -557,6 +559,222 @@ def test_ids_that_the_model_has_no_row_for_are_named(bpe_dir):
         harness.generate_until(requests_for("generate_until", [("the river house", {"until": [], "max_gen_toks": 2})]))
 
 
+# Tasks of one's own
+
+OWN_TASKS = {
+    "own_choice": """
+output_type: multiple_choice
+doc_to_text: "{{ question }}"
+doc_to_choice: ["runs", "house", "a"]
+doc_to_target: "{{ number }}"
+num_fewshot: 2
+fewshot_split: train
+fewshot_config: {sampler: first_n}
+metric_list: [{metric: acc}, {metric: brier_score}, {metric: acc_norm}]
+""",
+    "own_text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{ question }} {{ question }}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+    "own_word": """
+output_type: loglikelihood
+doc_to_text: "{{ question }}"
+doc_to_target: "house"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    "own_answer": """
+output_type: generate_until
+description: "Go on. "
+doc_to_text: "{{ question }}"
+doc_to_target: "{{ question }}"
+generation_kwargs: {until: [" a", "STOP"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}, {metric: bleu}]
+filter_list: [{name: first, filter: [{function: regex, regex_pattern: "(t)"}, {function: take_first}]}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def own_tasks(tmp_path_factory, ours) -> Path:
+    """A folder with a task of each type; the generating one's stop strings have a special token among them."""
+    folder, rng = tmp_path_factory.mktemp("own"), random.Random(6)
+    rows = [{"question": sentence(rng, 4 + 30 * (i == 1)), "number": i % 3} for i in range(5)]
+    write_split(folder / "data", "default", {"train": rows[3:], "test": rows})
+    for name, text in OWN_TASKS.items():
+        head = f"task: {name}\ndataset_path: {folder / 'data'}\ntest_split: test\nmetadata: {{version: 7.0}}"
+        stop = ours.tokenizer.decode([0], skip_special=False)
+        (folder / f"{name}.yaml").write_text(head + text.replace("STOP", stop))
+    return folder
+
+
+def numbers(metrics: dict) -> dict:
+    """Leave out names, and "N/A" for a standard error."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"system_instruction": "Be brief.", "num_fewshot": 1, "limit": 3},
+        {"gen_kwargs": {"max_gen_toks": 3, "until": ["e"]}, "apply_chat_template": True, "system_instruction": "Hi."},
+    ],
+)
+def test_own_tasks_of_every_type_equal_the_hugging_face_backend(ours, theirs, own_tasks, options, monkeypatch):
+    """Log-likelihoods, rolling ones and texts of every document, and the metrics and hashes that follow from them."""
+    if options.get("apply_chat_template") and ours.tokenizer.chat_template is None:
+        pytest.skip("this tokenizer has no chat template")
+    manager, names = eval_tasks.resolve_names([*OWN_TASKS], own_tasks)
+    settings = {"batch_size": 1, "fewshot_as_multiturn": "apply_chat_template" in options}
+    with eval_tasks.isolated_harness():
+        reference = evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, **settings, **options)
+    found = evaluate(ours.model, ours.tokenizer, tasks=names, include_path=own_tasks, **options)
+    for name in OWN_TASKS:
+        mine, other = (numbers(results["results"][name]) for results in (found, reference))
+        assert mine == pytest.approx(other, abs=1e-4, rel=1e-4), name
+        for mine, other in zip(found["samples"][name], reference["samples"][name], strict=True):
+            assert mine["prompt_hash"] == other["prompt_hash"]
+            assert mine["doc_hash"] + mine["target_hash"] == other["doc_hash"] + other["target_hash"]
+            for (one,), (two,) in zip(mine["resps"], other["resps"], strict=True):
+                assert one == two if isinstance(one, str) else one == pytest.approx(two, abs=1e-4, rel=1e-6)
+
+
+def test_a_task_that_is_no_yaml_is_named(own_tasks, tmp_path):
+    (tmp_path / "bad.yaml").write_text("task: [unclosed")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not a task: .*expected"):
+        eval_tasks.load_tasks(["own_text"], include_path=tmp_path)
+    (tmp_path / "bad.yaml").write_text("task: own_text\ndataset_path: nowhere\ntest_split: test\ndoc_to_target: a")
+    with pytest.raises(FileNotFoundError, match="task own_text can't be loaded: data set nowhere is not to be had"):
+        eval_tasks.load_tasks(["own_text"], include_path=tmp_path)
+
+
+def test_the_quickstarts_tasks_are_balanced_and_held_out():
+    folder = Path(__file__).resolve().parents[1] / "scripts" / "demo" / "requests"
+    rows = {
+        split: [
+            [message["content"] for message in json.loads(line)["messages"]] for line in path.open(encoding="utf-8")
+        ]
+        for split in ("train", "test", "examples")
+        for path in [folder / f"{split}.jsonl"]
+    }
+    assert not {request for _, request, _ in rows["train"]} & {request for _, request, _ in rows["test"]}
+    assert all(row in rows["test"] for row in rows["examples"])
+    names = ["request_kinds", "request_answers"]
+    tasks = eval_tasks.load_tasks(names, include_path=folder, data_dir=folder.parent)["tasks"]
+    kinds = tasks["request_kinds"].config.doc_to_choice
+    for split, each in (("train", 180), ("test", 50), ("examples", 1)):
+        assert Counter(kind for *_, kind in rows[split]) == dict.fromkeys(kinds, each)
+    assert [len(tasks[name].eval_docs) for name in names] == [400, 8]
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
+    """Answered requests of every type are kept, for the same model alone, until the results are written."""
+    computed, stop_after = [], [10**6]
+
+    class Counting(HarnessModel):
+        def run(self, rows):
+            for batch in super().run(rows):
+                yield self.count(batch)
+
+        def answer(self, context, settings):
+            return self.count(super().answer(context, settings))
+
+        def count(self, result):
+            if len(computed) == stop_after[0]:
+                raise KeyboardInterrupt
+            computed.append(result)
+            return result
+
+    monkeypatch.setattr(lm_eval_harness, "HarnessModel", Counting)
+
+    def run(name: str, *more: str) -> dict:
+        computed.clear()
+        path = ["--save_filepath", str(tmp_path / name), "--include_path", str(own_tasks), "--batch_size", "1", *more]
+        main(setup, ["--checkpoint_dir", str(checkpoint), "--eval_tasks", json.dumps([*OWN_TASKS]), *path])
+        return json.loads((tmp_path / name).read_text())
+
+    whole = run("whole.json")
+    needed = len(computed)
+    for stop_after[0] in (3, needed // 2):
+        with pytest.raises(SystemExit):
+            run("part.json")
+    stop_after[0] = 10**6
+    capsys.readouterr()
+    part = run("part.json")
+    assert len(computed) <= needed - 3 - needed // 2 + 2  # what was under way
+    for name, values in whole["results"].items():
+        assert numbers(part["results"][name]) == pytest.approx(numbers(values), abs=1e-4, rel=1e-4), name
+    assert "going on from the answers of a call that was interrupted" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "part.json"}
+
+
+def test_a_file_system_without_locks_keeps_no_answers(checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise sqlite3.OperationalError("locking protocol")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    path = ["--save_filepath", str(tmp_path / "results.json"), "--include_path", str(own_tasks)]
+    main(setup, ["--checkpoint_dir", str(checkpoint), "--eval_tasks", "['own_choice']", *path])
+    assert capsys.readouterr().err.count("answers are not kept for an interruption") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_samples_are_written_in_the_harness_layout(checkpoint, own_tasks, tmp_path):
+    path = tmp_path / "results.json"
+    more = ["--save_filepath", str(path), "--log_samples", "true", "--include_path", str(own_tasks)]
+    main(setup, ["--checkpoint_dir", str(checkpoint), "--eval_tasks", "['own_choice', 'own_text']", *more])
+    files = sorted(file for file in tmp_path.iterdir() if file != path)
+    assert [re.sub("_[^_]*$", "", file.name) for file in files] == ["samples_own_choice", "samples_own_text"]
+    rows = datasets.load_dataset("json", data_files=str(files[0]), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 5 and rows[0]["arguments"]["gen_args_2"]["arg_1"] == " a"
+
+
+def test_requests_that_lose_their_beginning_are_counted(checkpoint, data_dir, capsys):
+    main(setup, command(checkpoint, data_dir, "--num_fewshot", "5", "--limit", "3"))
+    n = int(re.search(r"(\d+) of them lost their beginning: they are longer than", capsys.readouterr().out)[1])
+    assert n == 3 * (4 + 4 + 6)  # all: five examples, and those that TruthfulQA has in its text, are too long
+
+
+def test_memory_that_ends_halves_the_automatic_batch(ours, monkeypatch):
+    requests = requests_for("loglikelihood", [(word, " house") for word in "the river runs a of".split()])
+    whole = ours.loglikelihood(requests)
+    hidden = ours.model.hidden
+
+    def small(idx, **options):
+        if len(idx) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(idx, **options)
+
+    monkeypatch.setattr(ours.model, "hidden", small)
+    auto = HarnessModel(ours.model, ours.tokenizer, batch_size="auto")
+    assert [value for value, _ in auto.loglikelihood(requests)] == pytest.approx(
+        [value for value, _ in whole], abs=1e-4
+    )
+    assert auto.batch_size == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.loglikelihood(requests)
+
+
+def test_several_processes_give_what_one_gives(checkpoint, own_tasks, tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    found = []
+    for n in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--standalone"]
+        path = tmp_path / f"{n}.json"
+        more = ["--save_filepath", path, "--include_path", own_tasks, "--eval_tasks", json.dumps([*OWN_TASKS])]
+        command += [root / "eval/lm_eval_harness.py", "--checkpoint_dir", checkpoint, *more]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Saved to") == 1
+        found.append(json.loads(path.read_text()))
+    one, two = ({task: numbers(values) for task, values in results["results"].items()} for results in found)
+    for task, values in one.items():  # a bootstrapped standard error depends on the documents' order
+        exact = [metric for metric in values if "_stderr" not in metric]
+        assert [two[task][metric] for metric in exact] == pytest.approx([values[m] for m in exact], rel=1e-4), task
+
+
 # The script
 
 
@@ -579,14 +797,15 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
     assert saved["versions"] == {"arc_challenge": 1.0, "truthfulqa_mc1": 2.0, "truthfulqa_mc2": 3.0}
     assert saved["n-samples"]["arc_challenge"] == {"original": 12, "effective": 4}
     assert saved["n-shot"]["arc_challenge"] == 0
-    assert saved["config"]["checkpoint_dir"] == str(checkpoint.resolve())
-    assert saved["config"]["lm_eval_version"] == "0.4.13"
-    assert saved["config"]["adapter"] is None
+    assert saved["config"]["model_args"]["pretrained"] == str(checkpoint.resolve())
+    assert saved["config"]["model_args"]["adapter"] is None
+    assert saved["lm_eval_version"] == "0.4.13"
     assert saved["config"]["limit"] == 4
+    assert len(saved["task_hashes"]["arc_challenge"]) == 64
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(SystemExit):
         main(setup, command(checkpoint, data_dir, "--save_filepath", str(path)))
-    assert "results.json exists; choose another --save_filepath or give --overwrite true" in capfd.readouterr().err
+    assert "already holds results.json; choose another place or give --overwrite true" in capfd.readouterr().err
     more = ["--limit", "1", "--overwrite", "true"]
     main(setup, command(checkpoint, data_dir, "--save_filepath", str(path), *more))
     assert json.loads(path.read_text())["n-samples"]["arc_challenge"]["effective"] == 1
@@ -599,6 +818,7 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
     found = {"results": {"few": scores(29), "many": scores(30), "both": scores(59)}}
     found |= {"groups": {"both": scores(59), "none": scores(29)}}
     found |= {"versions": {}, "group_subtasks": {"both": ["few", "many"], "none": ["few"]}, "requests": 1, "seconds": 1}
+    found |= {"truncated": 1}
     print_results(found)
     lines = [line for line in capsys.readouterr().out.splitlines() if "0.4321" in line]
     named = {line.split("|")[1].strip(" -"): "±" in line and "0.1234" in line for line in lines}
@@ -608,10 +828,13 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--limit", "0", "--batch_size", "0"], "--limit 0.0: expected .*; --batch_size 0: expected 1 or more"),
+        (["--limit", "0", "--batch_size", "0"], "--limit 0.0: expected .*; --batch_size 0: expected auto, 1 or more"),
         (["--num_fewshot", "-1"], "--num_fewshot -1: expected 0 or more"),
         (["--precision", "fp8"], "--precision fp8 is unknown here; choices: 32-true, bf16-true, 16-true"),
-        (["--save_filepath", "."], r"--save_filepath \. is a folder"),
+        (["--save_filepath", "."], r" is a folder, and a file of that name is to be written"),
+        (["--log_samples", "true"], "--log_samples true: give --save_filepath, too"),
+        (["--gen_kwargs", "{num_beams: 4}"], "generation does not know num_beams; it knows do_sample, .*until"),
+        (["--include_path", "nowhere"], "--include_path nowhere: expected a folder with the .yaml files of tasks"),
         (["--checkpoint_dir", "nowhere"], "nowhere is not a folder"),
         (["--eval_tasks", "[]"], "no tasks to evaluate"),
         (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),
@@ -649,7 +872,7 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
         file = tmp_path / "results" / f"{len(found)}.json"
         main(setup, command(tmp_path / name, data_dir, "--save_filepath", str(file), *more))
         found.append(json.loads(file.read_text()))
-    assert found[0]["config"]["adapter"] == str(path)
+    assert found[0]["config"]["model_args"]["adapter"].items() >= {"path": str(path), "kind": kind}.items()
     for task, metrics in found[0]["results"].items():
         assert found[1]["results"][task] == pytest.approx(metrics, abs=1e-5)
     assert found[0]["results"] != found[2]["results"], "the adapter did nothing"
