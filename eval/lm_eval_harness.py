@@ -46,6 +46,8 @@ from lit_gpt.tokenizer import Tokenizer
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """The harness's own."""
+TAKEN = ("use_cache", "tracker")
+"""Options of ``evaluate`` that its script fills in itself."""
 
 
 def evaluate(
@@ -168,6 +170,8 @@ def setup(
         overwrite: let it replace files that are there.
     """
     problems = Problems()
+    # A caller in Python may leave out what the command line fills in.
+    options = {name: default for name, default in evaluate.__kwdefaults__.items() if name not in TAKEN} | options
     limit, num_fewshot, batch_size = (options[name] for name in ("limit", "num_fewshot", "batch_size"))
     problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
     problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")

@@ -253,13 +253,15 @@ def write_report(out_dir: Path, lines: list[Line], failures: list[dict[str, Any]
         numbers[MEAN] = mean_of(*([numbers[column][key] for column in averaged] for key in ("value", "error")))
     columns = [*accuracies, MEAN, *(column for column in columns if column not in accuracies)]
     columns = [column for column in columns if any(column in line.numbers for line in lines)]
-    shown = [
-        [line.name + f" x {line.strength:g}" * (line.strength != 1), f"{line.trained:,}" if line.trained else ""]
-        + [line.numbers.get(column, {"shown": ""})["shown"] for column in columns]
+    shown = {
+        line.name + f" x {line.strength:g}" * (line.strength != 1): {
+            "trained": f"{line.trained:,}" if line.trained else ""
+        }
+        | {column: line.numbers.get(column, {"shown": ""})["shown"] for column in columns}
         for line in lines
-    ]
+    }
     missing = [f"- not measured: {f['model']} x {f['strength']:g} on {f['measure']}: {f['error']}" for f in failures]
-    text = "\n".join([table(["", "trained", *columns], shown), "", NOTES, "", *missing])
+    text = "\n".join([table(shown), "", NOTES, "", *missing])
     plain = [{"model": x.name, "path": str(x.path), "strength": x.strength, "trained": x.trained, "numbers": x.numbers}
              for x in lines]  # fmt: skip
     write_json(out_dir / "report.json", {"models": plain, "failures": failures})

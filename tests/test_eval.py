@@ -877,7 +877,7 @@ def test_an_unmerged_adapter_is_evaluated_as_the_merged_model_is(bpe_dir, data_d
         assert found[1]["results"][task] == pytest.approx(metrics, abs=1e-5)
     assert found[0]["results"] != found[2]["results"], "the adapter did nothing"
     if off:
-        assert found[2]["config"]["strength"] == 0
+        assert found[2]["config"]["model_args"]["strength"] == 0
         main(setup, command(base, data_dir, "--save_filepath", str(tmp_path / "base.json")))
         assert json.loads((tmp_path / "base.json").read_text())["results"] == found[2]["results"]
 
