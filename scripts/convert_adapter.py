@@ -34,14 +34,9 @@ from lit_gpt.export import IN_MEMORY, place
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
 
-SETTINGS = {
-    "method": "Htype",
-    "n": "nb",
-    "dropout": "dropout",
-    "block_dropout": "block_dropout",
-    "flip_side": "flip_side",
-}
+SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", "block_dropout", "flip_side")}
 """PEFT's names of an adapter's settings, with ours."""
+Form = Literal["peft", "lit", "lora"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """What only we write into a PEFT folder: how prompts were written."""
@@ -49,14 +44,7 @@ ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
 
-def setup(
-    *,
-    to: Literal["peft", "lit", "lora"],
-    adapter_path: Path,
-    checkpoint_dir: Path,
-    out_dir: Path,
-    overwrite: bool = False,
-) -> None:
+def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:
     """Write an ETHER adapter in another form.
 
     Args:
@@ -86,9 +74,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     reasons = [layer.full_rank for _, layer in adapter_layers(model) if layer.full_rank]
     reasons += [f"{ours} has no Linear of its own in a {config.architecture}" for ours in theirs if not theirs[ours]]
     if reasons:
-        raise UserError(
-            f"{path} has no counterpart in PEFT: {reasons[0]}; scripts/export_lora.py or merge_ether.py may do"
-        )
+        raise UserError(f"{path} is nothing in PEFT: {reasons[0]}; scripts/export_lora.py or merge_ether.py may do")
     tensors = {theirs[ours]: tensor.flatten(0, -2).contiguous() for ours, tensor in adapter.state.items()}
     settings = {name: getattr(adapter.config, ours) for name, ours in SETTINGS.items()}
     targets = {name.split(".")[-2] for name in tensors}
@@ -148,9 +134,9 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
         raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
-        if described["peft_type"] != "ETHER" or described.get("modules_to_save"):
-            more = " and modules trained in full" if described.get("modules_to_save") else ""
-            raise UserError(f"{folder} holds {described['peft_type']}{more}; an ETHER adapter alone was expected")
+        kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
+        if kind != "ETHER":
+            raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
         config = EtherPeftConfig.from_pretrained(folder)
     try:
         with safe_open(folder / TENSORS, "pt") as file:
