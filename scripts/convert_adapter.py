@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -30,17 +31,12 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.export import IN_MEMORY, place
-from lit_gpt.files import prepare_out_dir, staged_dir
+from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
 
-SETTINGS = {
-    "method": "Htype",
-    "n": "nb",
-    "dropout": "dropout",
-    "block_dropout": "block_dropout",
-    "flip_side": "flip_side",
-}
+SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", "block_dropout", "flip_side")}
 """PEFT's names of an adapter's settings, with ours."""
+Form = Literal["peft", "lit", "lora"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """What only we write into a PEFT folder: how prompts were written."""
@@ -48,14 +44,7 @@ ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
 
-def setup(
-    *,
-    to: Literal["peft", "lit", "lora"],
-    adapter_path: Path,
-    checkpoint_dir: Path,
-    out_dir: Path,
-    overwrite: bool = False,
-) -> None:
+def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:
     """Write an ETHER adapter in another form.
 
     Args:
@@ -85,9 +74,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     reasons = [layer.full_rank for _, layer in adapter_layers(model) if layer.full_rank]
     reasons += [f"{ours} has no Linear of its own in a {config.architecture}" for ours in theirs if not theirs[ours]]
     if reasons:
-        raise UserError(
-            f"{path} has no counterpart in PEFT: {reasons[0]}; scripts/export_lora.py or merge_ether.py may do"
-        )
+        raise UserError(f"{path} is nothing in PEFT: {reasons[0]}; scripts/export_lora.py or merge_ether.py may do")
     tensors = {theirs[ours]: tensor.flatten(0, -2).contiguous() for ours, tensor in adapter.state.items()}
     settings = {name: getattr(adapter.config, ours) for name, ours in SETTINGS.items()}
     targets = {name.split(".")[-2] for name in tensors}
@@ -99,10 +86,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
 
 def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     """Write a PEFT ETHER folder as an adapter file of ours."""
-    peft_config, config = read_peft(folder), load_config(check_checkpoint_dir(checkpoint_dir))
-    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt") as file:
-        given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        style = (file.metadata() or {}).get(STYLE) or None
+    config, (peft_config, given, style) = load_config(check_checkpoint_dir(checkpoint_dir)), read_peft(folder)
     settings = {ours: getattr(peft_config, name) for name, ours in SETTINGS.items()}
     pairs = [*counterparts(config, EtherConfig(**{**settings, **dict.fromkeys(TARGETS, True), "nb": 1}))]
     found = {target for target, _, theirs in pairs if theirs in given}
@@ -125,7 +109,7 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
 
     from lit_gpt.peft_ether import EtherLinear
 
-    config = read_peft(folder)
+    config, _, _ = read_peft(folder)
     kind = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
     model = getattr(transformers, kind).from_pretrained(str(base), dtype="auto")
     model = peft.PeftModel.from_pretrained(model, folder).get_base_model()
@@ -142,18 +126,24 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     save_file(tensors, out_dir / TENSORS, metadata={"format": "pt"})
 
 
-def read_peft(folder: Path) -> Any:
-    """Return the config of a PEFT ETHER folder; raise UserError where it is none."""
+def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
+    """Return config, tensors and prompt style of a PEFT ETHER folder; raise UserError where it is none."""
     from lit_gpt.peft_ether import EtherPeftConfig
 
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
     with reading(folder / CONFIG):
+        described = read_json(folder / CONFIG)
+        kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
+        if kind != "ETHER":
+            raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
         config = EtherPeftConfig.from_pretrained(folder)
-    if not isinstance(config, EtherPeftConfig) or config.modules_to_save:
-        more = " and modules trained in full" if config.modules_to_save else ""
-        raise UserError(f"{folder} holds {config.peft_type.value}{more}; an ETHER adapter alone was expected")
-    return config
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return config, tensors, (file.metadata() or {}).get(STYLE) or None
+    except SafetensorError as error:
+        raise UserError(f"{folder / TENSORS} is damaged ({error}); get it, or make it, again") from error
 
 
 def counterparts(config: Config, ether: EtherConfig) -> Iterator[tuple[str, str, str | None]]:

@@ -569,6 +569,12 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, c
     build("llama")[0].save_pretrained(tmp_path / "model")
     peft.get_peft_model(build("llama")[0], peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(lora)
     assert f"{lora} holds LORA; an ETHER adapter alone was expected" in failure("lit", lora, base)
+    model = peft.get_peft_model(build("llama")[0], EtherPeftConfig(target_modules=["q_proj"]))
+    for name, damage in {"adapter_config.json": "{}", "adapter_model.safetensors": "no tensors"}.items():
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / name).write_text(damage)
+        for to in ("lora", "lit"):
+            assert f"{tmp_path / name / name} " in failure(to, tmp_path / name, base)
     some = tmp_path / "some"
     fields = dict(n=2, target_modules=["q_proj"], layers_to_transform=[1])
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
