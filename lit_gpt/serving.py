@@ -55,8 +55,8 @@ To load it, in this folder:
 {commands}
 """
 FP32 = (
-    "vLLM casts fp32 weights to bf16 unless told --dtype float32: log-probabilities of SmolLM2-135M moved by up to 0.4, "
-    "with and without an adapter"
+    "vLLM casts fp32 weights to bf16 unless told --dtype float32: log-probabilities of SmolLM2-135M moved by up to "
+    "0.4, with and without an adapter"
 )
 STYLE = (
     "prompt style {style} does not travel with these files: a server renders messages with the base's chat template; "
