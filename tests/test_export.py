@@ -159,7 +159,8 @@ def test_the_folder_holds_two_files_that_say_what_they_are(tmp_path, bpe_dir, ca
         lines[-6],
         "prompt style alpaca does not travel with these files: a server renders messages with the base's chat "
         "template; send it a text that is rendered already, as lit_gpt/prompts.py does",
-        "vLLM casts fp32 weights to bf16 unless told --dtype float32; that moves log-probabilities by up to 0.1",
+        "vLLM casts fp32 weights to bf16 unless told --dtype float32: log-probabilities of SmolLM2-135M moved by up to "
+        "0.4, with and without an adapter",
         f"PEFT: AutoPeftModelForCausalLM.from_pretrained('{out}')",
         f"vLLM: vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules out={out}",
         f"llama.cpp: python convert_lora_to_gguf.py {out} --base {base}",
