@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 import torch
+from torch import Tensor
 
 from eval import costs
 from eval.costs import FLOOR, LORA, Rows
@@ -27,6 +28,7 @@ from lit_gpt.config import Config
 from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import prepare_out_dir, write_json
+from lit_gpt.model import GPT
 from lit_gpt.plots import picture
 
 # Table 1 of the paper (2405.20271): TFLOPs of a step of the published code, q and v adapted, and the length in tokens.
@@ -157,16 +159,23 @@ def setup(
     if time:
         warn_of_slow_products(precision, device)
         models = costs.random_models(config, variants, dtype=dtype, device=device, compiled=compile)
-        times = costs.measure(models, torch.randint(config.vocab_size, (1, seq_length), device=device), rounds=rounds)
-        for label, row in rows.items():
-            row |= times[label]
-        how = f"{'compiled' if compile else 'eager'}, medians (ranges) of {rounds} rounds in turns"
-        print(f"\nForward and backward on {settings['timed_on']}, {how}:\n")
-        print(costs.table({label: costs.time_columns(row) for label, row in times.items()}))
+        idx = torch.randint(config.vocab_size, (1, seq_length), device=device)
+        times = time_steps(models, idx, rounds, how="compiled" if compile else "eager")
+        rows = {label: row | times[label] for label, row in rows.items()}
     results = {**settings, "published_length": length, "left_out": left_out, "rows": list(rows.values())}
     write_json(folder / RESULTS, results)
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
+
+
+def time_steps(models: dict[str, GPT], idx: Tensor, rounds: int, *, how: str) -> Rows:
+    """Time steps of each model on ids (1, T), print the table, and return its rows."""
+    times = costs.measure(models, idx, rounds=rounds)
+    print(
+        f"\nForward and backward on {costs.describe(idx.device)}, {how}, medians (ranges) of {rounds} rounds in turns:\n"
+    )
+    print(costs.table({label: costs.time_columns(row) for label, row in times.items()}))
+    return times
 
 
 if __name__ == "__main__":
