@@ -171,9 +171,8 @@ def setup(
 def time_steps(models: dict[str, GPT], idx: Tensor, rounds: int, *, how: str) -> Rows:
     """Time steps of each model on ids (1, T), print the table, and return its rows."""
     times = costs.measure(models, idx, rounds=rounds)
-    print(
-        f"\nForward and backward on {costs.describe(idx.device)}, {how}, medians (ranges) of {rounds} rounds in turns:\n"
-    )
+    where = costs.describe(idx.device)
+    print(f"\nForward and backward on {where}, {how}, medians (ranges) of {rounds} rounds in turns:\n")
     print(costs.table({label: costs.time_columns(row) for label, row in times.items()}))
     return times
 
