@@ -757,6 +757,7 @@ def test_memory_that_ends_halves_the_automatic_batch(ours, monkeypatch):
         ours.loglikelihood(requests)
 
 
+@pytest.mark.parametrize("checkpoint", ["bpe"], indirect=True)
 def test_several_processes_give_what_one_gives(checkpoint, own_tasks, tmp_path):
     root = Path(__file__).resolve().parents[1]
     found = []
