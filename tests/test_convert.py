@@ -1,5 +1,6 @@
 """Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
 
+import copy
 import itertools
 import os
 import re
@@ -478,6 +479,59 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
     full = {**default.to_dict(), "architectures": [architecture]}
     short = {key: value for key, value in full.items() if key not in left_out}
     assert Config.from_hf(short) == Config.from_hf(full)
+
+
+WINDOWS = dict(num_hidden_layers=32, use_sliding_window=True, sliding_window=64)
+YARN_BY_HAND = dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32768))
+PUBLISHED = {
+    "GemmaForCausalLM": [dict(hidden_act="gelu", hidden_activation=None, tie_word_embeddings=True)],
+    "Qwen2ForCausalLM": [WINDOWS, dict(WINDOWS, max_window_layers=20), dict(YARN_BY_HAND)],
+    "Qwen3ForCausalLM": [WINDOWS, dict(YARN_BY_HAND, max_position_embeddings=40960)],
+    "Qwen3MoeForCausalLM": [dict(WINDOWS, max_window_layers=20)],
+    "SmolLM3ForCausalLM": [dict(WINDOWS, max_window_layers=28), dict(WINDOWS, no_rope_layers=[1, 0] * 16)],
+    "Phi3ForCausalLM": [
+        dict(
+            original_max_position_embeddings=4096,
+            max_position_embeddings=131072,
+            partial_rotary_factor=0.75,
+            rope_scaling=dict(type=word, short_factor=[1.0] * 36, long_factor=[2.0] * 36),
+        )
+        for word in ("su", "yarn", "longrope")
+    ],
+    "LlamaForCausalLM": [dict(sliding_window_pattern=4, no_rope_layer_interval=4)],
+    "Gemma3ForCausalLM": [dict(sliding_window_pattern=3), dict(rope_local_base_freq=2e4, rope_theta=3e5)],
+}
+"""What config.json of a class has said somewhere, beside what all say."""
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_old_words_mean_what_they_mean_to_transformers(architecture):
+    import transformers
+
+    model_type = FAMILIES[architecture].model_type
+    for told in PUBLISHED[architecture]:
+        plain = transformers.AutoConfig.for_model(model_type).to_dict()
+        rows = {key: plain[key] for key in hf_sizes(plain)}
+        asked = copy.deepcopy({**rows, **told})
+        if "su" in str(told):  # transformers 5 reads this word no more
+            asked["rope_scaling"]["type"] = "longrope"
+        full = transformers.AutoConfig.for_model(model_type, **asked).to_dict()
+        ours = Config.from_hf({"architectures": [architecture], **rows, **told})
+        assert ours == Config.from_hf({**full, "architectures": [architecture]})
+        assert Config.from_hf(ours.to_hf()) == ours
+
+
+def hf_sizes(described: dict) -> list[str]:
+    """Return the keys of the sizes that every config.json tells."""
+    told = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+    return [key for key in told.split() if key in described]
+
+
+def test_a_context_before_scaling_is_not_taken_for_the_longest():
+    """As lmsys/vicuna-7b-v1.5-16k was published."""
+    config = Config.from_name("Llama-2-7b-hf").to_hf()
+    told = dict(max_sequence_length=16384, rope_scaling=dict(factor=4.0, type="linear"))
+    assert Config.from_hf({**config, **told}).block_size == 16384
 
 
 # ---- refusals: one line, nothing written
