@@ -25,6 +25,8 @@ ROPE_SCALING = {
     "longrope": ("factor", "short_factor", "long_factor", ORIGINAL_LENGTH),
 }
 """Types of ``rope_scaling``, each with the values that it needs."""
+ROPE_TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+"""Values that they may have besides; null and 0 are none."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """Names of a GELU, with PyTorch's name of its approximation."""
 MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
@@ -182,7 +184,7 @@ def _rotary(described: dict[str, Any], family: Family, found: dict[str, Any], na
         factor = rope.get("factor") or found["block_size"] / original
         rope |= {ORIGINAL_LENGTH: original, "factor": factor}
         if kind in ("dynamic", "yarn"):  # their max_position_embeddings may be of the time before scaling
-            rotary["block_size"] = max(found["block_size"], int(factor * original))
+            rotary["block_size"] = max(found["block_size"], int(float(factor) * original))
     rotary["rope_scaling"] = rope if kind != "default" else None
     # Vicuna's 16k models name the context before scaling first.
     rotary.setdefault("block_size", max(found["block_size"], described.get("max_sequence_length") or 0))

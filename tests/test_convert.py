@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import TEMPORARY, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes
@@ -535,6 +536,46 @@ def test_a_context_before_scaling_is_not_taken_for_the_longest():
 
 
 # ---- refusals: one line, nothing written
+
+
+LONGROPE = dict(rope_type="longrope", factor=2.0, short_factor=[1.0] * 4)
+NO_MODEL = [
+    *(("sliding_window", value, "sliding_window") for value in (0, -3, "5", 5.0, True, [4])),
+    *(
+        ("layer_types", value, "layers|layer_types|does not hold")
+        for value in ([], ["full_attention"], "full_attention", 5)
+    ),
+    *(("attn_logit_softcapping", value, "attention_softcap") for value in (-1, "x", [1], float("nan"))),
+    *(("rms_norm_eps", value, "norm_eps") for value in (-1, True, float("inf"))),
+    *(("rope_theta", value, "rope_base") for value in (0, -1.0, "many")),
+    *(("partial_rotary_factor", value, "rotated|rotary_percentage") for value in (-1, 0.0, 0.4, 1.5, float("nan"))),
+    *(("rope_scaling", dict(rope_type="linear", factor=value), "factor") for value in (0, -2.0, "8", [2.0], None)),
+    ("rope_scaling", dict(rope_type="yarn", factor="4", original_max_position_embeddings=32), "factor"),
+    ("rope_scaling", dict(rope_type="yarn", factor=4.0, beta_fast="x"), "beta_fast"),
+    *(
+        ("rope_scaling", dict(LONGROPE, long_factor=value), "long_factor")
+        for value in ([1.0], 2, [1, 0, 1, 1], ["a"] * 4)
+    ),
+    ("rope_scaling", "yarn", "does not hold"),
+    ("vocab_size", True, "vocab_size"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), NO_MODEL)
+def test_a_config_json_of_no_model_is_refused_in_a_line(key, value, message):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    told = {**sizes, "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 8, key: value}
+    architecture = "Gemma2ForCausalLM" if key in ("layer_types", "attn_logit_softcapping") else "MistralForCausalLM"
+    with pytest.raises(UserError, match=message) as refusal:
+        Config.from_hf({"architectures": [architecture], **told}, "tiny")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("told", [dict(num_local_experts=None), dict(num_local_experts=0), dict(num_experts_per_tok=9)])
+def test_a_mixture_that_lacks_experts_is_refused(told):
+    config = Config.from_name("Mixtral-8x7B-v0.1").to_hf()
+    with pytest.raises(UserError, match=r"experts|n_expert"):
+        Config.from_hf({**config, **told})
 
 
 def edit_config(folder: Path, **fields) -> None:
