@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +171,10 @@ class HarnessModel(TemplateLM):
         """Return for each (_, context ids, continuation ids) its log-probability, and True where it is greedy."""
         self.n_requests += len(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        shared, separate = split_by_gain(self.make_rows(requests))
+        rows = self.make_rows(requests)
+        # Where the angles of all positions depend on how long the text is, nothing can be shared.
+        shared, separate = split_by_gain([row for row in rows if not self.stretch(row)])
+        separate += filter(self.stretch, rows)
         with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
             for row_states in chain(self.run_shared(shared), self.run_separate(separate)):
                 # The last states of a row predict a request's continuation.
@@ -229,7 +232,8 @@ class HarnessModel(TemplateLM):
         """Yield batches of (row, its tail's states (len(tail), d)) of rows with one head, in the cache or empty."""
         start = 0
         while start < len(rows):
-            batch = rows[start : start + self.batch_size]
+            kind = self.stretch(rows[start])
+            batch = list(takewhile(lambda row, kind=kind: self.stretch(row) == kind, rows[start:][: self.batch_size]))
             tails = self.pad([row.tail for row in batch])  # (B, T)
             try:
                 hidden = self.model.hidden(tails, input_pos=len(batch[0].head) or None)  # (B, T, d)
@@ -240,6 +244,10 @@ class HarnessModel(TemplateLM):
                 continue
             yield [(row, states[: len(row.tail)]) for row, states in zip(batch, hidden, strict=True)]
             start += len(batch)
+
+    def stretch(self, row: Row) -> int:
+        """Return the same number for all rows whose positions are rotated alike; 0 as short ones are."""
+        return self.model.config.rope_stretch(len(row.head) + len(row.tail))
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return (B, T) ids, padded on the right, where a causal model's other positions don't see it."""

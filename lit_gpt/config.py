@@ -5,15 +5,18 @@ nobody listed works when its class is in ``families``: ``Config.from_hf`` reads 
 of known models says what their ``config.json`` says, for whoever needs a model's sizes without its files.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_origin
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
-from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, ROPE_TUNING, SIZES, Usual, read_config, write_config
 
+NOT_ZERO = (*SIZES, "sliding_window", "rope_base", "logits_scale")
+"""Numbers that a model cannot have 0 of."""
 UNQUANTIZED = "get the unquantized model that they were made of; finetuning quantizes it with --quantize bnb.nf4"
 
 
@@ -111,33 +114,57 @@ class Config:
     """Embedding and head are one tensor."""
 
     def __post_init__(self) -> None:
-        name = self.name or "model"
-        for each in fields(self):  # a config file may hold anything
-            value, plain, least = getattr(self, each.name), type(each.default), int(each.name in SIZES)
-            right = isinstance(value, (int, float) if plain is float else plain) or each.default is None
-            if not right or (plain is int and not least <= value < 2**31):
-                kind = f"an integer of at least {least}" if plain is int else f"a {plain.__name__}"
-                raise UserError(f"{name}: {each.name} is {value!r}, expected {kind}")
-            if plain is float:
-                setattr(self, each.name, float(value))
+        self._check_values()
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
         self.embedding_scale = self.embedding_scale or self.n_embd**0.5
-        scaling = {"rope_type": "default", **(self.rope_scaling or {})}
+        if self.mlp_class == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
+            raise UserError(f"{self.name}: a token cannot go to {self.n_expert_per_token} of {self.n_expert} experts")
+        self._check_rope()
+        for flags in ("sliding_layers", "rope_layers"):
+            if (given := getattr(self, flags)) is not None:
+                if len(given) < self.n_layer:
+                    raise UserError(f"{self.name}: {flags} tells of {len(given)} layers; the model has {self.n_layer}")
+                given = [bool(flag) for flag in given[: self.n_layer]]
+                setattr(self, flags, None if all(given) else given)
+
+    def _check_values(self) -> None:
+        """Raise where a field has a value that no model has; a config file may hold anything."""
+        for each in fields(self):
+            value, plain = getattr(self, each.name), PLAIN_TYPES[each.name]
+            if value is None and each.default is None:
+                continue
+            right = isinstance(value, (int, float) if plain is float else plain)
+            right = right and isinstance(value, bool) == (plain is bool)
+            if right and plain in (int, float):
+                right = 0 <= value < (2**31 if plain is int else math.inf) and (value or each.name not in NOT_ZERO)
+            if not right:
+                least = {int: f" of at least {int(each.name in NOT_ZERO)}", float: ", finite and not negative"}
+                kind = f"{plain.__name__}{least.get(plain, '')}"
+                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected: {kind}")
+            if plain is float:
+                setattr(self, each.name, float(value))
+
+    def _check_rope(self) -> None:
+        """Raise where no position can be rotated in this way."""
+        name, n, scaling = self.name or "model", self.rope_n_elem, {"rope_type": "default", **(self.rope_scaling or {})}
+        if n % 2 or not 2 <= n <= self.head_size:
+            raise UserError(f"{name}: {n} of a head's {self.head_size} elements are to be rotated, expected: pairs")
         kind, choices = scaling["rope_type"], ", ".join(ROPE_SCALING)
         if kind not in ROPE_SCALING:
             raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
         if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
             raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
-        for flags in ("sliding_layers", "rope_layers"):
-            if (given := getattr(self, flags)) is not None:
-                if len(given) < self.n_layer:
-                    raise UserError(f"{name}: {flags} tells of {len(given)} layers; the model has {self.n_layer}")
-                given = [bool(flag) for flag in given[: self.n_layer]]
-                setattr(self, flags, None if all(given) else given)
+        for key in (*ROPE_SCALING[kind], *(key for key in ROPE_TUNING if scaling.get(key))):
+            value, each_wave = scaling[key], key in ("short_factor", "long_factor")
+            numbers = value if each_wave and isinstance(value, list) else [value]
+            positive = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers)
+            if not positive or len(numbers) != (n // 2 if each_wave else 1):
+                expected = f"a list of {n // 2} positive numbers" if each_wave else "a positive number"
+                raise UserError(f"{name}: {key} of rope scaling '{kind}' is {value!r:.80}, expected {expected}")
 
     @property
     def layer_kinds(self) -> list[LayerKind]:
@@ -250,6 +277,16 @@ def _original_architecture(stored: dict[str, Any]) -> str:
         if all(stored.get(name, plain[name]) == usual[name] or name in family.defaults for name in plain):
             return architecture
     return ""
+
+
+def _plain_type(hint: Any) -> type:
+    """Return ``list`` for ``list[bool] | None``, and the like."""
+    first = (get_args(hint) or (hint,))[0]
+    return get_origin(first) or first
+
+
+PLAIN_TYPES = {name: _plain_type(hint) for name, hint in get_type_hints(Config).items()}
+"""Of the fields of ``Config``."""
 
 
 def _told_fields() -> Usual:

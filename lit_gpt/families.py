@@ -26,6 +26,7 @@ class Family:
         own_keys: fields that it calls otherwise than ``Config`` says.
         two_norms: modules of a parallel block whose MLP has a norm of its own, where they have other names.
         windowed: ``sliding_window`` counts without ``use_sliding_window``.
+        max_window_layers: so many first layers have no window, where the file tells neither that nor each layer's kind.
         prepare: brings an own form of ``config.json`` into the usual one.
         written: keys of ``config.json`` that choose the form we write.
     """
@@ -37,11 +38,12 @@ class Family:
     own_keys: dict[str, str] = field(default_factory=dict)
     two_norms: dict[str, str] = field(default_factory=dict)
     windowed: bool = True
+    max_window_layers: int = 0
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
     written: dict[str, Any] = field(default_factory=dict)
 
 
-_ANY = dict(n_query_groups=None, rope_base=10000.0, rope_scaling=None, tie_embeddings=False)
+_ANY = dict(n_query_groups=None, rope_base=10000.0, rope_scaling=None, tie_embeddings=False, rotary_percentage=1.0)
 _RMS_NORM = dict(_ANY, norm_eps=1e-6, gelu_approximate="silu", head_size=None)
 _LAYER_NORM = dict(_ANY, norm_eps=1e-5, gelu_approximate="gelu")
 _GELU_MLP = dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", mlp_bias=True)
@@ -154,6 +156,12 @@ def _new_falcon(described: dict[str, Any]) -> dict[str, Any]:
     return {**described, "num_kv_heads": groups, "num_ln_in_parallel_attn": norms, "ffn_hidden_size": width}
 
 
+def _gemma_gelu(described: dict[str, Any]) -> dict[str, Any]:
+    """Name the GELU of tanh that Gemma 1 was trained with, also where its first files say ``gelu``."""
+    older = {"hidden_act": _GEMMA["gelu_approximate"]} if described.get("hidden_act") == "gelu" else {}
+    return {**described, **older}
+
+
 _GEMMA = dict(_RMS_NORM, head_size=256, gelu_approximate="gelu_pytorch_tanh", tie_embeddings=True, qkv_bias=False)
 _GEMMA |= dict(proj_bias=False)
 _GEMMA_CONSTANTS = dict(norm_class="OffsetRMSNorm", mlp_class="GemmaMLP", embedding_scale=0.0)
@@ -172,9 +180,15 @@ FAMILIES = {
         _RMS_NORM | _WINDOWS | dict(n_query_groups=32),
         constants=dict(qkv_bias=True),
         windowed=False,
+        max_window_layers=28,
     ),
     "Qwen3ForCausalLM": Family(
-        "qwen3", {**_LLAMA, **_QK_NORMS}, _QWEN3_DEFAULTS | _WINDOWS, constants=dict(qk_norm=True), windowed=False
+        "qwen3",
+        {**_LLAMA, **_QK_NORMS},
+        _QWEN3_DEFAULTS | _WINDOWS,
+        constants=dict(qk_norm=True),
+        windowed=False,
+        max_window_layers=28,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -188,7 +202,9 @@ FAMILIES = {
         prepare=lambda described: {"num_local_experts": described.get("num_experts", 128), **described},
         windowed=False,
     ),
-    "GemmaForCausalLM": Family("gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS),
+    "GemmaForCausalLM": Family(
+        "gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS, prepare=_gemma_gelu
+    ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         _GEMMA2,

@@ -25,6 +25,8 @@ ROPE_SCALING = {
     "longrope": ("factor", "short_factor", "long_factor", ORIGINAL_LENGTH),
 }
 """Types of ``rope_scaling``, each with the values that it needs."""
+ROPE_TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+"""Values that they may have besides; null and 0 are none."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """Names of a GELU, with PyTorch's name of its approximation."""
 MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
@@ -153,36 +155,40 @@ def _layer_lists(
     layers = range(found["n_layer"])
     for ours, key in (("sliding_layers", "sliding_window_pattern"), ("rope_layers", "no_rope_layer_interval")):
         every = described.get(key) or family.defaults.get(ours)
-        if isinstance(every, int) and described.get(keys[ours]) is None:
+        if isinstance(every, int) and ours in keys and described.get(keys[ours]) is None:
             lists[ours] = [(i + 1) % every != 0 for i in layers]
     if not described.get("use_sliding_window", family.windowed):  # Qwen; its sliding_window says nothing without
         return {**lists, "sliding_window": None, "sliding_layers": None}
-    if "max_window_layers" in described and described.get("layer_types") is None:
-        lists["sliding_layers"] = [i >= described["max_window_layers"] for i in layers]
+    if described.get("layer_types") is None and "rope_layers" in keys:  # SmolLM 3: the others see everything
+        lists["sliding_layers"] = [not rotates for rotates in lists.get("rope_layers") or found["rope_layers"]]
+    elif described.get("layer_types") is None and family.max_window_layers:
+        first = described.get("max_window_layers", family.max_window_layers)
+        lists["sliding_layers"] = [i >= first for i in layers]
     return lists
 
 
 def _rotary(described: dict[str, Any], family: Family, found: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of the rotary embedding, and the context where scaling makes it longer."""
-    told = {"rotary_percentage": described.get("partial_rotary_factor") or 1.0, **found}
     rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
     local = rope.pop(SLIDING, None)
     rope = dict(rope.pop(FULL, None) or rope or local or {})
     rotary = {"local_rope_base": found.get("local_rope_base")}
     for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
-        rotary[ours] = rope.pop(key, told[ours])
+        rotary[ours] = rope.pop(key, found[ours])
     older = rope.pop("type", "default")
     kind = rope.setdefault("rope_type", older)
-    if kind == "su":  # the first Phi-3's word
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # words of the first Phi-3
         kind = rope["rope_type"] = "longrope"
     if ORIGINAL_LENGTH in ROPE_SCALING.get(kind, ()):
         original = described.get(ORIGINAL_LENGTH) or rope.get(ORIGINAL_LENGTH) or found["block_size"]
         factor = rope.get("factor") or found["block_size"] / original
         rope |= {ORIGINAL_LENGTH: original, "factor": factor}
         if kind in ("dynamic", "yarn"):  # their max_position_embeddings may be of the time before scaling
-            rotary["block_size"] = max(found["block_size"], int(factor * original))
+            rotary["block_size"] = max(found["block_size"], int(float(factor) * original))
     rotary["rope_scaling"] = rope if kind != "default" else None
-    apart = local and local != described["rope_parameters"].get(FULL)
+    # Vicuna's 16k models name the context before scaling first.
+    rotary.setdefault("block_size", max(found["block_size"], described.get("max_sequence_length") or 0))
+    apart = local and local != (described.get("rope_parameters") or described["rope_scaling"]).get(FULL)
     if apart or "local_rope_base" in family.defaults:
         if (local or {}).get("rope_type", "default") != "default":
             raise UserError(f"{name}: scaled rotary embeddings in layers with a window are not supported")

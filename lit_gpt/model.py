@@ -103,16 +103,22 @@ class GPT(nn.Module):
     ) -> tuple[Rope | None, Tensor | None, int | None, Packing | None]:
         """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
         start, longest = input_pos or 0, max(lengths) if lengths else x.size(1)
-        positions = torch.arange(start, start + longest, device=x.device)
         packing = None
         if lengths:
             packing = Packing(lengths, self.config, window=kind.window, device=x.device, dtype=x.dtype)
-            positions = torch.cat([positions[:length] for length in packing.lengths])  # (T,)
         mask = None if packing and packing.fused else attention_mask(kind.window, start, longest, x.device)
         rope = None
         if kind.rope != "none":
-            flags = dict(length=start + longest, local=kind.rope == "local")
-            rope = rope_angles(self.config, positions, x.dtype, **flags)
+            positions, stretch = torch.arange(start, start + longest, device=x.device), self.config.rope_stretch
+            flags = dict(dtype=x.dtype, local=kind.rope == "local")
+            rope = rope_angles(self.config, positions, length=start + longest, **flags)
+            if packing:  # two types of scaling rotate the positions of a long sample otherwise
+                each = [
+                    rope if stretch(n) == stretch(longest) else rope_angles(self.config, positions, length=n, **flags)
+                    for n in packing.lengths
+                ]
+                samples = list(zip(each, packing.lengths, strict=True))
+                rope = tuple(torch.cat([angles[part][:n] for angles, n in samples]) for part in (0, 1))  # (T, n) each
         return rope, mask, input_pos, packing
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:

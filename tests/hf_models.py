@@ -4,6 +4,7 @@ Sizes differ from one another wherever they may, so that a mix-up of two shows; 
 tokens to be apart, and norms and biases are not at their trivial start.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_linear_rope": ("Gemma3TextConfig", dict(GEMMA, layer_types=[FULL, SLIDING], rope_parameters=GEMMA3_ROPE)),
     "phi3": ("Phi3Config", dict(num_key_value_heads=2, sliding_window=7, pad_token_id=None)),
     "phi3_longrope": ("Phi3Config", PHI3_LONGROPE),
-    "phi4_mini": ("Phi3Config", PHI3_LONGROPE | dict(partial_rotary_factor=0.5, tie_word_embeddings=True)),
+    "phi4_mini": (
+        "Phi3Config",
+        PHI3_LONGROPE | dict(hidden_size=64, partial_rotary_factor=0.5, tie_word_embeddings=True),
+    ),
     "falcon_7b": ("FalconConfig", dict(FALCON, multi_query=True, parallel_attn=True)),
     "falcon_40b": ("FalconConfig", dict(FALCON, new_decoder_architecture=True, num_kv_heads=2)),
     "falcon_11b": (
@@ -125,8 +129,9 @@ def build(case: str, seed: int = 1) -> Any:
 
     transformers.logging.set_verbosity_error()
     kind, fields = CASES[case]
+    config = deepcopy({**SIZES, **fields})  # transformers writes into the dict of a rotary embedding
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **fields}))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -1,5 +1,6 @@
 """Hugging Face to ours and back: every format of file, bit for bit, and a clear refusal of whatever is not one."""
 
+import copy
 import itertools
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import TEMPORARY, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes
@@ -480,7 +482,100 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind):
     assert Config.from_hf(short) == Config.from_hf(full)
 
 
+WINDOWS = dict(num_hidden_layers=32, use_sliding_window=True, sliding_window=64)
+YARN_BY_HAND = dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32768))
+PUBLISHED = {
+    "GemmaForCausalLM": [dict(hidden_act="gelu", hidden_activation=None, tie_word_embeddings=True)],
+    "Qwen2ForCausalLM": [WINDOWS, dict(WINDOWS, max_window_layers=20), dict(YARN_BY_HAND)],
+    "Qwen3ForCausalLM": [WINDOWS, dict(YARN_BY_HAND, max_position_embeddings=40960)],
+    "Qwen3MoeForCausalLM": [dict(WINDOWS, max_window_layers=20)],
+    "SmolLM3ForCausalLM": [dict(WINDOWS, max_window_layers=28), dict(WINDOWS, no_rope_layers=[1, 0] * 16)],
+    "Phi3ForCausalLM": [
+        dict(
+            original_max_position_embeddings=4096,
+            max_position_embeddings=131072,
+            partial_rotary_factor=0.75,
+            rope_scaling=dict(type=word, short_factor=[1.0] * 36, long_factor=[2.0] * 36),
+        )
+        for word in ("su", "yarn", "longrope")
+    ],
+    "LlamaForCausalLM": [dict(sliding_window_pattern=4, no_rope_layer_interval=4)],
+    "Gemma3ForCausalLM": [dict(sliding_window_pattern=3), dict(rope_local_base_freq=2e4, rope_theta=3e5)],
+}
+"""What config.json of a class has said somewhere, beside what all say."""
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_old_words_mean_what_they_mean_to_transformers(architecture):
+    import transformers
+
+    model_type = FAMILIES[architecture].model_type
+    for told in PUBLISHED[architecture]:
+        plain = transformers.AutoConfig.for_model(model_type).to_dict()
+        rows = {key: plain[key] for key in hf_sizes(plain)}
+        asked = copy.deepcopy({**rows, **told})
+        if "su" in str(told):  # transformers 5 reads this word no more
+            asked["rope_scaling"]["type"] = "longrope"
+        full = transformers.AutoConfig.for_model(model_type, **asked).to_dict()
+        ours = Config.from_hf({"architectures": [architecture], **rows, **told})
+        assert ours == Config.from_hf({**full, "architectures": [architecture]})
+        assert Config.from_hf(ours.to_hf()) == ours
+
+
+def hf_sizes(described: dict) -> list[str]:
+    """Return the keys of the sizes that every config.json tells."""
+    told = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+    return [key for key in told.split() if key in described]
+
+
+def test_a_context_before_scaling_is_not_taken_for_the_longest():
+    """As lmsys/vicuna-7b-v1.5-16k was published."""
+    config = Config.from_name("Llama-2-7b-hf").to_hf()
+    told = dict(max_sequence_length=16384, rope_scaling=dict(factor=4.0, type="linear"))
+    assert Config.from_hf({**config, **told}).block_size == 16384
+
+
 # ---- refusals: one line, nothing written
+
+
+LONGROPE = dict(rope_type="longrope", factor=2.0, short_factor=[1.0] * 4)
+NO_MODEL = [
+    *(("sliding_window", value, "sliding_window") for value in (0, -3, "5", 5.0, True, [4])),
+    *(
+        ("layer_types", value, "layers|layer_types|does not hold")
+        for value in ([], ["full_attention"], "full_attention", 5)
+    ),
+    *(("attn_logit_softcapping", value, "attention_softcap") for value in (-1, "x", [1], float("nan"))),
+    *(("rms_norm_eps", value, "norm_eps") for value in (-1, True, float("inf"))),
+    *(("rope_theta", value, "rope_base") for value in (0, -1.0, "many")),
+    *(("partial_rotary_factor", value, "rotated|rotary_percentage") for value in (-1, 0.0, 0.4, 1.5, float("nan"))),
+    *(("rope_scaling", dict(rope_type="linear", factor=value), "factor") for value in (0, -2.0, "8", [2.0], None)),
+    ("rope_scaling", dict(rope_type="yarn", factor="4", original_max_position_embeddings=32), "factor"),
+    ("rope_scaling", dict(rope_type="yarn", factor=4.0, beta_fast="x"), "beta_fast"),
+    *(
+        ("rope_scaling", dict(LONGROPE, long_factor=value), "long_factor")
+        for value in ([1.0], 2, [1, 0, 1, 1], ["a"] * 4)
+    ),
+    ("rope_scaling", "yarn", "does not hold"),
+    ("vocab_size", True, "vocab_size"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), NO_MODEL)
+def test_a_config_json_of_no_model_is_refused_in_a_line(key, value, message):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    told = {**sizes, "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 8, key: value}
+    architecture = "Gemma2ForCausalLM" if key in ("layer_types", "attn_logit_softcapping") else "MistralForCausalLM"
+    with pytest.raises(UserError, match=message) as refusal:
+        Config.from_hf({"architectures": [architecture], **told}, "tiny")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("told", [dict(num_local_experts=None), dict(num_local_experts=0), dict(num_experts_per_tok=9)])
+def test_a_mixture_that_lacks_experts_is_refused(told):
+    config = Config.from_name("Mixtral-8x7B-v0.1").to_hf()
+    with pytest.raises(UserError, match=r"experts|n_expert"):
+        Config.from_hf({**config, **told})
 
 
 def edit_config(folder: Path, **fields) -> None:

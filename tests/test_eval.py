@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_model
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
@@ -735,6 +736,22 @@ def test_requests_that_lose_their_beginning_are_counted(checkpoint, data_dir, ca
     main(setup, command(checkpoint, data_dir, "--num_fewshot", "5", "--limit", "3"))
     n = int(re.search(r"(\d+) of them lost their beginning: they are longer than", capsys.readouterr().out)[1])
     assert n == 3 * (4 + 4 + 6)  # all: five examples, and those that TruthfulQA has in its text, are too long
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_long_texts_beside_short_ones_score_as_alone(ours, kind):
+    """Where all positions are rotated by how long a text is, neither its batch nor a shared beginning changes that."""
+    factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 4.0, 8.0]) if kind == "longrope" else {}
+    scaling = dict(rope_type=kind, factor=4.0, original_max_position_embeddings=24, **factors)
+    model = tiny_model(vocab_size=ours.tokenizer.vocab_size, rope_scaling=scaling).eval()
+    harness, rng = HarnessModel(model, ours.tokenizer, batch_size=3), random.Random(4)
+    heads = [[rng.randrange(300) for _ in range(n)] for n in (20, 20, 30, 6)]
+    requests = [(None, head, [rng.randrange(300) for _ in range(n)]) for head in heads for n in (2, 3, 9, 40)]
+    found = [value for value, _ in harness._loglikelihood_tokens(requests)]
+    with torch.inference_mode():
+        for (_, head, tail), value in zip(requests, found, strict=True):
+            scores = model(torch.tensor([head + tail[:-1]]))[0, -len(tail) :].log_softmax(dim=-1)
+            assert value == pytest.approx(scores.gather(1, torch.tensor(tail)[:, None]).sum().item(), rel=1e-4)
 
 
 def test_memory_that_ends_halves_the_automatic_batch(ours, monkeypatch):
