@@ -193,7 +193,7 @@ def load_data_set(
             source, name = str(copy), None
     try:
         found = original(source, name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = f"{source}{f' (configuration {name})' if name else ''}"
         raise explain(error, what, command, local=data_dir is not None) from error
     if isinstance(found, datasets.DatasetDict):
@@ -222,7 +222,8 @@ def explain(error: Exception, what: str, command: str, *, local: bool) -> Except
             "or leave the task out"
         )
     if local:
-        return UserError(f"{what} can't be read: {error}; get it again: `{command}`")
+        reason = one_line(error.__cause__ or error)  # `datasets` says only that there was an error
+        return UserError(f"{what} can't be read: {reason}; get it again: `{command}`")
     return FileNotFoundError(
         f"data set {what} is not to be had from the Hub ({error}); on a machine without internet give "
         f"--data_dir DIR, filled where there is internet: `{command}`"

@@ -473,6 +473,15 @@ def test_data_that_is_not_there_is_named(data_dir, tmp_path, task, remove, messa
         eval_tasks.load_tasks([task], data_dir=tmp_path / "data")
 
 
+def test_data_of_another_shape_is_named_with_the_reason(data_dir, tmp_path):
+    """All that was said of it was: an error occurred while generating the dataset."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    file = tmp_path / "data" / ARC / "ARC-Challenge" / "test.jsonl"
+    file.write_text(file.read_text().replace("answerKey", "key"))
+    with pytest.raises(ValueError, match=r"ai2_arc .* can't be read: .*column names.*hf download allenai/ai2_arc"):
+        eval_tasks.load_tasks(["arc_challenge"], data_dir=tmp_path / "data")
+
+
 def test_a_changed_or_copied_data_folder_is_read_anew(data_dir, tmp_path):
     """`datasets` tells folders apart by their README alone: a sample of ARC was answered with all of another copy's."""
     for name in ("one", "two"):
