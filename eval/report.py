@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -31,7 +32,7 @@ from eval import lm_eval_harness
 from eval.costs import table
 from lit_gpt.adapter_files import AdapterFile, load_adapted_model, load_adapter, set_strength
 from lit_gpt.batches import Batching, n_targets
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_state
+from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
@@ -79,15 +80,18 @@ class Line:
             self.folder = check_checkpoint_dir(self.path)
             if (summary := self.path.resolve().parent / SUMMARY).is_file():  # merged/ or final/ in a run's folder
                 self.trained = read_json(summary)["trainable_parameters"]
-            return [fingerprint(load_state(self.folder / WEIGHTS))]
+            return self.identity()
         with reading(self.path):
             kind = (load_state(self.path).get("config") or {"kind": "ether"})["kind"]  # the original code writes none
         if base is None:
             raise UserError(f"{self.path} is an adapter: give the folder of its base model with --checkpoint_dir")
         self.folder, saved = check_checkpoint_dir(base), load_adapter(self.path, kind)
         self.adapter, self.trained = set_strength(saved, self.strength), sum(t.numel() for t in saved.state.values())
-        identity = [fingerprint(saved.state), asdict(saved.config), self.strength]
-        return [fingerprint(load_state(self.folder / WEIGHTS)), *identity]
+        return [*self.identity(), fingerprint(saved.state), asdict(saved.config), self.strength]
+
+    def identity(self) -> list[str]:
+        """Return what tells the folder's model from others."""
+        return [fingerprint(load_state(self.folder / WEIGHTS)), file_sha256(self.folder / CONFIG)]
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -165,7 +169,7 @@ def measure_line(line: Line, plan: Plan, *, base: Path | None, folder: Path, fir
     for measure, (key, make) in plan.items():
         try:
             identity = line.open(base)
-            name = re.sub(r"[^a-zA-Z0-9+.-]+", "_", f"{line.name}-{line.strength:g}-{measure}")
+            name = quote(f"{line.name}-{line.strength:g}-{measure}", safe=" +")
             found = kept(folder / f"{name}.json", [*identity, key], partial(make, line))
             first.setdefault(measure, found)
             numbers = task_numbers(found) if "results" in found else sample_numbers(measure, found, first[measure])
