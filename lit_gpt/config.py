@@ -96,8 +96,6 @@ class Config:
     """Logits are bent by a tanh to stay below this (Gemma 2)."""
     rotary_percentage: Annotated[float, "partial_rotary_factor"] = 1.0
     """Share of each head that is rotated."""
-    rope_pairs: str = "halves"
-    """Elements of a head that rotate together: of its ``halves``, or ``neighbours`` (Ernie 4.5)."""
     rope_base: Annotated[float, "rope_theta"] = 10000.0
     rope_scaling: Annotated[dict[str, Any] | None, "rope_scaling"] = None
     """Hugging Face's ``rope_scaling``, of a type that ``rope`` knows."""

@@ -258,14 +258,6 @@ FAMILIES = {
         _RMS_NORM | _EXPERTS | dict(norm_eps=1e-5, n_query_groups=8, rope_base=1e6, sliding_window=None),
         constants=dict(mlp_class="LLaMAMoE"),
     ),
-    "Ernie4_5ForCausalLM": Family(
-        "ernie4_5",
-        _LLAMA,
-        dict(_RMS_NORM, norm_eps=1e-5, n_query_groups=2, head_size=128, rope_base=5e5, tie_embeddings=True)
-        | dict(qkv_bias=False, proj_bias=False, mlp_bias=False),
-        constants=dict(rope_pairs="neighbours"),
-        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "use_bias"),
-    ),
     "GPTNeoXForCausalLM": Family(
         "gpt_neox",
         _GPT_NEOX,

@@ -23,7 +23,7 @@ from lit_gpt.config import Config, LayerKind
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.norms import build_norm, build_qk_norm, no_norm
-from lit_gpt.rope import Rope, apply_rope, rope_angles, split_neighbours
+from lit_gpt.rope import Rope, apply_rope, rope_angles
 
 
 class GPT(nn.Module):
@@ -199,8 +199,6 @@ class CausalSelfAttention(nn.Module):
         if config.attention_scale:
             q = q * (config.attention_scale * config.head_size**0.5)  # attend divides by that root
         if rope is not None:
-            if config.rope_pairs == "neighbours":
-                q, k = split_neighbours(q, config.rope_n_elem), split_neighbours(k, config.rope_n_elem)
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"

@@ -96,8 +96,3 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
     return rotated if rest.size(-1) == 0 else torch.cat((rotated, rest), dim=-1)
-
-
-def split_neighbours(x: Tensor, n: int) -> Tensor:
-    """Put every other of the first n elements of each head into its first half; scores stay where q and k both move."""
-    return torch.cat((x[..., :n:2], x[..., 1:n:2], x[..., n:]), dim=-1)

@@ -89,7 +89,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", dict(num_key_value_heads=2)),
     "olmo3": ("Olmo3Config", OLMO3),
     "olmo3_yarn": ("Olmo3Config", OLMO3 | dict(head_dim=16, rope_scaling=YARN)),
-    "ernie4_5": ("Ernie4_5Config", dict(pad_token_id=None, num_key_value_heads=2, head_dim=16, use_bias=True)),
     "smollm3": ("SmolLM3Config", dict(pad_token_id=None, num_key_value_heads=2, num_hidden_layers=5)),
     "smollm3_listed": ("SmolLM3Config", dict(pad_token_id=None, num_key_value_heads=4, no_rope_layers=[0, 1])),
     "granite": (
