@@ -28,6 +28,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
@@ -47,6 +48,8 @@ REPLACED = (
     (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
     (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
     (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
+    # Of this code: the harness asks git for that of the current folder, and git complains where that is no repository.
+    (lm_eval.evaluator, "get_git_commit_hash", partial(get_commit_from_path, Path(__file__).resolve().parents[1])),
 )
 """Parts of the harness that are others meanwhile: module, name, value."""
 
