@@ -48,7 +48,8 @@ REPLACED = (
     (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
     (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
     (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
-    (lm_eval.evaluator, "get_git_commit_hash", lambda: get_commit_from_path(Path.cwd())),  # lets git itself complain
+    # Of this code: the harness asks git for that of the current folder, and git complains where that is no repository.
+    (lm_eval.evaluator, "get_git_commit_hash", partial(get_commit_from_path, Path(__file__).resolve().parents[1])),
 )
 """Parts of the harness that are others meanwhile: module, name, value."""
 

@@ -80,7 +80,8 @@ def setup(
     n_steps = math.ceil(n_samples / global_batch_size)
     args = transformers.TrainingArguments(
         str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size,
-        gradient_checkpointing=activation_checkpointing, **FIXED,
+        # Named only where it is wanted: newer versions of transformers warn of the name.
+        **FIXED, **({"gradient_checkpointing": True} if activation_checkpointing else {}),
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:
@@ -95,6 +96,9 @@ def setup(
     trainer = transformers.Trainer(model, args, batch, rows, optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=resume and any(out_dir.glob("checkpoint-*")))
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        load = f"AutoPeftModelForCausalLM.from_pretrained({str(out_dir)!r})"
+        print(f"adapter: {out_dir}\nPEFT, after import lit_gpt.peft_ether: {load}; its merge_and_unload() merges")
 
 
 def adapted_model(checkpoint_dir: str, dtype: str, samples: list[Sample], **settings: Any) -> Any:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class UserError(ValueError):
     """A mistake in what was given, which whoever gave it can mend: ``cli`` shows its text in one line.
@@ -40,7 +42,13 @@ class Problems(list[str]):
 
 
 def command(script: str, **flags: Any) -> str:
-    """Return the command that runs a script with these flags, quoted for a shell where a path needs it."""
+    """Return the command that runs a script from the current folder, quoted for a shell where a path needs it.
+
+    Args:
+        script: its path in this repository, which stays as short as that where the folder is the repository.
+        flags: of the script, with their values.
+    """
+    script = script if Path.cwd() == ROOT else str(ROOT / script)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return shlex.join(["python", script, *words])
 

@@ -33,14 +33,15 @@ CONTEXT_KEYS = ("system", "system_prompt", "history")
 NO_CONTEXT = ", which would be left out; put it into messages, or take it away"
 CHAT_KEYS = ("messages", "conversations")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS, SHOWN_ROWS = 20, 10
+"""The most problems that an error tells, and the most rows that it names of one."""
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass
 class BadRows:
-    """The rows of a file that cannot be used, by number, and what is wrong with them."""
+    """The rows of a file that cannot be used, by number, and what is wrong with them; told with each problem once."""
 
     source: Path | str
     rows: list[tuple[int, str]] = field(default_factory=list)
@@ -48,9 +49,18 @@ class BadRows:
     """Rows without text, left out."""
 
     def __str__(self) -> str:
-        shown = [f"row {number}: {problem}" for number, problem in sorted(self.rows)[:SHOWN_PROBLEMS]]
-        more = len(self.rows) - len(shown)
+        by_problem: dict[str, list[int]] = {}
+        for number, problem in sorted(self.rows):
+            by_problem.setdefault(problem, []).append(number)
+        shown = [f"{_name(numbers)}: {problem}" for problem, numbers in [*by_problem.items()][:SHOWN_PROBLEMS]]
+        more = sum(map(len, [*by_problem.values()][SHOWN_PROBLEMS:]))
         return f"{self.source}, {'; '.join(shown + [f'and {more} more rows'] * (more > 0))}"
+
+
+def _name(numbers: list[int]) -> str:
+    """Return how rows with one problem are told: the first ten, and how many more there are."""
+    shown, more = ", ".join(map(str, numbers[:SHOWN_ROWS])), len(numbers) - SHOWN_ROWS
+    return f"row{'s' * (len(numbers) > 1)} {shown}{f' and {more} more' * (more > 0)}"
 
 
 def read_rows(

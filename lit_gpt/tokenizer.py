@@ -153,7 +153,7 @@ class Tokenizer:
             template = compile_template(self.chat_template)
             return template.render(messages=list(messages), tools=None, documents=None, **settings)
         except (jinja2.TemplateError, TypeError) as error:
-            way = "; a template without a system role takes its text in the first user message"
+            way = "; for a template without a system role, put its text into the first user message"
             way = way if messages[0]["role"] == "system" else ""
             raise UserError(f"the chat template of {self.dir} refuses the conversation: {error}{way}") from error
 

@@ -635,6 +635,7 @@ def test_the_trainer_takes_the_steps_of_finetune_ether(work, hf_work, tmp_path, 
         checkpoint_dir=str(hf_work / "base"), train_data_dir=work / "data", out_dir=tmp_path / "theirs", **RUN
     )
     finetune(**options, dtype="float32")
+    assert f"adapter: {tmp_path / 'theirs'}\n" in capsys.readouterr().out
     state = json.loads((tmp_path / "theirs" / "checkpoint-6" / "trainer_state.json").read_text())
     theirs = [row["loss"] for row in state["log_history"] if "loss" in row]
     assert theirs == pytest.approx(ours, rel=1e-3) and len(ours) == 6 and ours[-1] < ours[0]
