@@ -14,11 +14,13 @@ results are there: the same command goes on after an interruption. The file's na
 """
 
 import json
+import os
 import sqlite3
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +44,7 @@ from lit_gpt.files import move, refuse_existing
 from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
+from lit_gpt.run_folder import LOCK, locked
 from lit_gpt.tokenizer import Tokenizer
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -190,29 +193,39 @@ def setup(
     folders = {name: options[name] for name in ("data_dir", "include_path")}
     tasks = load_tasks(eval_tasks, **folders, run_code=options["confirm_run_unsafe_code"])
     device = join_processes()
-    model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
-    model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-    model_args |= {"strength": strength}
-    model_args |= {"adapter": adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}}
-    model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
-    cache = save_filepath and unfinished(save_filepath, {**model_args, "pretrained": None, "device": device.type})
-    tracker = EvaluationTracker()
-    results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
-    if not results:
-        return
-    results["config"]["model_args"] = model_args
-    adapted = f"with {adapter.path}" if adapter else "no adapter"
-    print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
-    print_results(results)
-    if save_filepath is not None:
-        save_results(save_filepath, results, tracker, log_samples)
+    writes = save_filepath and os.environ.get("RANK", "0") == "0"
+    lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}
+    with locked(save_filepath.parent, **lock) if writes else nullcontext():
+        model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
+        model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
+        model_args |= {"strength": strength}
+        model_args |= {"adapter": adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}}
+        model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
+        # Beside the model, a seed decides answers that are drawn.
+        decisive = {
+            "pretrained": None,
+            "config": model.config.to_dict(),
+            "device": device.type,
+            "seed": options["seed"],
+        }
+        cache = save_filepath and unfinished(save_filepath, model_args | decisive)
+        tracker = EvaluationTracker()
+        results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
+        if not results:
+            return
+        results["config"]["model_args"] = model_args
+        adapted = f"with {adapter.path}" if adapter else "no adapter"
+        print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
+        print_results(results)
+        if save_filepath is not None:
+            save_results(save_filepath, results, tracker, log_samples)
 
 
 def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
     """Return the beginning of the name of the file for answers, this model's alone; None where there can't be one."""
     key = sha256(json.dumps(model, default=str).encode()).hexdigest()[:16]
     cache = save_filepath.with_name(f"{save_filepath.name}.{key}")
-    if any(path.stat().st_size for path in cache.parent.glob(f"{cache.name}_rank*.db")):
+    if any(path.stat().st_size for path in cache.parent.glob(f"{escape(cache.name)}_rank*.db")):
         print("going on from the answers of a call that was interrupted")
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -238,7 +251,7 @@ def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker
             raise OSError(f"the results could not be written to {file.parent}: is there room?")
         for path in written:
             move(path, file if path.name.startswith("results_") else file.parent / path.name)
-    for left in file.parent.glob(f"{file.name}.*_rank*.db"):
+    for left in file.parent.glob(f"{escape(file.name)}.*_rank*.db"):
         left.unlink()
     print(f"Saved to {file}" + (f", and {len(samples)} files of samples beside it" if log_samples else ""))
 

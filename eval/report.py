@@ -20,6 +20,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -30,7 +31,7 @@ from eval import lm_eval_harness
 from eval.costs import table
 from lit_gpt.adapter_files import check_base, load_adapted_model, load_adapter, open_adapter
 from lit_gpt.batches import Batching, n_targets
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_state
+from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
@@ -62,7 +63,7 @@ class Line:
     Attributes:
         model, strength: its name in --models, and the strength of its adapter.
         flags: those of eval/lm_eval_harness.py that name it: its folder, or its base's and the adapter.
-        weights: tells the weights of the folder and the adapter from others.
+        weights: tells the folder's model and the adapter from others.
         numbers: by column.
     """
 
@@ -88,7 +89,8 @@ def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[
     folder = base if adapter else path
     if folder is None:
         raise UserError(f"{path} is an adapter: give the folder of its base model with --checkpoint_dir")
-    flags, weights = {"checkpoint_dir": check_checkpoint_dir(folder)}, fingerprint(load_state(folder / WEIGHTS))
+    flags = {"checkpoint_dir": check_checkpoint_dir(folder)}
+    weights = f"{fingerprint(load_state(folder / WEIGHTS))} {file_sha256(folder / CONFIG)}"
     if adapter is None:
         return [Line(name, 1.0, flags, weights)]
     check_base(adapter, folder)
@@ -170,7 +172,7 @@ def measure(lines: Sequence[Line], name: str, key: Any, make: Callable[..., None
     """
     first, failures = None, []
     for line in lines:
-        plain = re.sub(r"[^a-zA-Z0-9+.-]+", "_", f"{line.label}-{name}")
+        plain = quote(f"{line.label}-{name}", safe=" +")
         file = folder / f"{plain}-{sha256(f'{line.weights} {key}'.encode()).hexdigest()[:12]}.json"
         try:
             if not file.exists():

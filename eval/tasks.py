@@ -28,6 +28,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
@@ -47,6 +48,7 @@ REPLACED = (
     (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
     (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
     (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
+    (lm_eval.evaluator, "get_git_commit_hash", lambda: get_commit_from_path(Path.cwd())),  # lets git itself complain
 )
 """Parts of the harness that are others meanwhile: module, name, value."""
 
@@ -191,7 +193,7 @@ def load_data_set(
             source, name = str(copy), None
     try:
         found = original(source, name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = f"{source}{f' (configuration {name})' if name else ''}"
         raise explain(error, what, command, local=data_dir is not None) from error
     if isinstance(found, datasets.DatasetDict):
@@ -220,7 +222,8 @@ def explain(error: Exception, what: str, command: str, *, local: bool) -> Except
             "or leave the task out"
         )
     if local:
-        return UserError(f"{what} can't be read: {error}; get it again: `{command}`")
+        reason = one_line(error.__cause__ or error)  # `datasets` says only that there was an error
+        return UserError(f"{what} can't be read: {reason}; get it again: `{command}`")
     return FileNotFoundError(
         f"data set {what} is not to be had from the Hub ({error}); on a machine without internet give "
         f"--data_dir DIR, filled where there is internet: `{command}`"

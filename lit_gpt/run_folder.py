@@ -95,14 +95,20 @@ def check_run_folder(folder: Path, *, may_hold_run: bool, sources: Iterable[Path
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder, which is made where there is none.
+def locked(run_dir: Path, *, lock: str = LOCK, option: str = "--io.out_dir") -> Iterator[None]:
+    """Keep other processes out of a folder, which is made where there is none.
+
+    Args:
+        run_dir: the folder.
+        lock: name of the file that keeps them out: those alone that ask for the same.
+        option: of the command line, which the others have to change.
 
     Raises:
         ValueError: another process has it.
+        OSError: the folder cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    path, refused = run_dir / LOCK, False
+    path, refused = run_dir / lock, False
     with path.open("a+", encoding="utf-8") as file:
         with files.optional("locks", without="nothing keeps a second run out of this folder"):
             try:
@@ -115,7 +121,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         if refused or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.seek(0)
             owner = file.read() or "another process"
-            raise UserError(f"{run_dir} is in use by {owner}; wait for it, or give another --io.out_dir")
+            raise UserError(f"{run_dir} is in use by {owner}; wait for it, or give another {option}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

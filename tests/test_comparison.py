@@ -3,16 +3,17 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from helpers import ADAPTER, ROOT, refusal, sample_text, script, train
+from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, script, train
 from lm_eval.api.instance import Instance
 
-from eval import lm_eval_harness
+from eval import lm_eval_harness, report
 from eval.harness_model import HarnessModel
 from eval.report import read_documents, sample_numbers, task_numbers
 from lit_gpt.checkpoint import load_model
@@ -183,6 +184,29 @@ def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, ca
         line = refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more, **models))
         assert message in line and "gone.pth is not a file" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_measurements_are_kept_for_each_name_and_made_anew_where_the_model_changed(work, runs, tmp_path, monkeypatch):
+    """ "a b" and "a_b" had one file; a changed lit_config.json was not seen."""
+    base = shutil.copytree(work / "base", tmp_path / "base")
+    models = {"a b": base, "a_b": work / "base", "ä/b": base}
+    arguments, made = flags(work, runs, tmp_path / "out", untuned=base, **models), []
+    load = report.load_adapted_model
+    monkeypatch.setattr(
+        report, "load_adapted_model", lambda *given, **more: made.append(given[0]) or load(*given, **more)
+    )
+    for expected in (4, 0):
+        made.clear()
+        main(report.setup, arguments)
+        assert len(made) == expected
+    edit_json(base / "lit_config.json", norm_eps=0.5)
+    main(report.setup, arguments)
+    assert made == [base] * 3
+    values = {
+        line["model"]: line["numbers"]["perplexity on text"]["value"]
+        for line in json.loads((tmp_path / "out/report.json").read_text())["models"]
+    }
+    assert values["a b"] == values["ä/b"] != values["a_b"]
 
 
 def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, tmp_path, capsys):

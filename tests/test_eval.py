@@ -30,6 +30,7 @@ from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
 from lit_gpt.lora import LoraConfig
 from lit_gpt.merge import merge_adapter
+from lit_gpt.run_folder import LOCK, locked
 from lit_gpt.tokenizer import Tokenizer
 
 CONTEXT = 128
@@ -472,6 +473,15 @@ def test_data_that_is_not_there_is_named(data_dir, tmp_path, task, remove, messa
         eval_tasks.load_tasks([task], data_dir=tmp_path / "data")
 
 
+def test_data_of_another_shape_is_named_with_the_reason(data_dir, tmp_path):
+    """All that was said of it was: an error occurred while generating the dataset."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    file = tmp_path / "data" / ARC / "ARC-Challenge" / "test.jsonl"
+    file.write_text(file.read_text().replace("answerKey", "key"))
+    with pytest.raises(ValueError, match=r"ai2_arc .* can't be read: .*column names.*hf download allenai/ai2_arc"):
+        eval_tasks.load_tasks(["arc_challenge"], data_dir=tmp_path / "data")
+
+
 def test_a_changed_or_copied_data_folder_is_read_anew(data_dir, tmp_path):
     """`datasets` tells folders apart by their README alone: a sample of ARC was answered with all of another copy's."""
     for name in ("one", "two"):
@@ -708,6 +718,51 @@ def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_p
         assert numbers(part["results"][name]) == pytest.approx(numbers(values), abs=1e-4, rel=1e-4), name
     assert "going on from the answers of a call that was interrupted" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "part.json"}
+
+
+@pytest.mark.parametrize("change", ["config", "seed", "adapter", "precision"])
+def test_answers_are_of_one_model_and_seed_alone(change, checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
+    """A model whose config alone had changed, and draws with another seed, got the answers of before."""
+    base, path = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "out [1]" / "r [2].json"
+    options = dict(checkpoint_dir=base, eval_tasks=["own_answer", "own_word"], include_path=own_tasks)
+    options |= dict(gen_kwargs={"temperature": 5.0}, seed=1, save_filepath=path, log_samples=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lm_eval_harness, "print_results", lambda results: (_ for _ in ()).throw(KeyboardInterrupt))
+        setup(**options)
+    if change == "config":
+        content = json.loads((base / "lit_config.json").read_text())
+        (base / "lit_config.json").write_text(json.dumps(content | {"norm_eps": 0.5}))
+    elif change == "adapter":
+        model, config = load_model(base), EtherConfig(Htype="ether", nb=4)
+        KINDS["ether"].add(model, config)
+        origin = {"name": "base", "fingerprint": fingerprint(load_state(base / "lit_model.pth"))}
+        options["ether_path"] = tmp_path / "adapter.pth"
+        save_adapter(options["ether_path"], model, kind="ether", config=config, base=origin, prompt_style=None)
+    else:
+        options |= {"seed": {"seed": 2}, "precision": {"precision": "bf16-true"}}[change]
+
+    def answers(folder: Path) -> list[list]:
+        return [[json.loads(line)["resps"] for line in file.open()] for file in sorted(folder.glob("samples_*"))]
+
+    capsys.readouterr()
+    setup(**options)
+    assert "going on" not in capsys.readouterr().out
+    setup(**options | {"save_filepath": tmp_path / "fresh" / "r.json"})
+    assert answers(path.parent) == answers(tmp_path / "fresh")
+    assert not [*path.parent.glob("*.db")], "answers of unfinished calls go"
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(checkpoint, own_tasks, tmp_path, monkeypatch):
+    """A second evaluation into the same file took the first one's answers away; a read-only folder cost hours."""
+    monkeypatch.setattr(lm_eval_harness, "HarnessModel", None)
+    options = dict(checkpoint_dir=checkpoint, eval_tasks=["own_word"], include_path=own_tasks)
+    with pytest.raises(OSError):
+        setup(**options, save_filepath=Path("/proc/self/results.json"))
+    with (
+        locked(tmp_path, lock=f"{LOCK}-r.json"),
+        pytest.raises(ValueError, match=r"is in use by process .* give another --save_filepath"),
+    ):
+        setup(**options, save_filepath=tmp_path / "r.json")
 
 
 def test_a_file_system_without_locks_keeps_no_answers(checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
