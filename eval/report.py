@@ -1,14 +1,13 @@
-"""Compare finetuned models: the paper's table, what they forgot, and learning against forgetting over the strength.
+r"""Compare finetuned models: the paper's table, what they forgot, and learning against forgetting over the strength.
 
     python eval/report.py --out_dir reports/alpaca --checkpoint_dir checkpoints/ORG/NAME \
         --models "{untuned: checkpoints/ORG/NAME, ETHER+: logs/RUN/lit_model_ether_finetuned.pth}" \
         --eval_tasks "['hendrycksTest-*', 'arc_challenge', 'truthfulqa_mc']" --text "[unseen.txt]"
 
-- A *measurement* is one model, at one strength, on one task, on the texts or on held-out rows. Its file under results/
-  tells all that decides it and the command that made it: the same command goes on where it was stopped, and measures
-  anew what has changed.
-- A measurement that fails is listed; the others go on, and the script fails at the end.
-- Losses on samples are compared with the first model's by a bootstrap over samples, drawn alike for both.
+- A *measurement* is one model, at one strength, on one task, on the texts or on held-out rows. The name of its file
+  under results/ has a hash of all that decides it: the same command, given again, measures what is missing or changed.
+- A measurement that fails is listed. The others go on, and the script fails at the end.
+- Losses on samples are compared with the first model's by a paired bootstrap: each draw takes the same samples of both.
 """
 
 import json
@@ -18,8 +17,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
@@ -30,121 +29,124 @@ import torch
 
 from eval import lm_eval_harness
 from eval.costs import table
-from lit_gpt.adapter_files import AdapterFile, load_adapted_model, load_adapter, set_strength
+from lit_gpt.adapter_files import check_base, load_adapted_model, load_adapter, open_adapter
 from lit_gpt.batches import Batching, n_targets
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
-from lit_gpt.errors import Problems, UserError, command, out_of_memory, reading
+from lit_gpt.errors import Problems, UserError, command, reading
 from lit_gpt.files import atomic_write, file_sha256, read_json, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
-from lit_gpt.plots import picture
-from lit_gpt.run_folder import SUMMARY
+from lit_gpt.plots import compare_runs
 from lit_gpt.tokenizer import Tokenizer
 
 TASKS = {"mmlu": ("MMLU", 0.25), "arc_challenge": ("ARC", 0.2502)}
 TASKS |= {"truthfulqa_mc1": ("TruthfulQA-1", 0.2261), "truthfulqa_mc2": ("TruthfulQA-2", 0.4484)}
 """The paper's tasks: their columns, and what equally likely answers get, computed from the whole data sets."""
-ACCURACY = ("acc,none", "acc_stderr,none")
-OVER_SUBJECTS, MEAN = " over subjects", "mean"
 TEXT, HELD_OUT = "text", "held-out rows"
-PERPLEXITY, CHANGE = "perplexity on {}", "change on {}"
 DRAWS = 2000
 NOTES = """Accuracies in %, ± standard error: of other questions, not of another run. ARC is `acc`. A change is the loss
-minus the first model's in nats per token, with a 95% interval; above 0 is worse. report.json names the command that
-made each number."""
+minus the first model's in nats per token, with a 95% interval; above 0 is worse."""
 Found = dict[str, Any]
-"""A measurement, as it lies in its file."""
-Plan = Mapping[str, tuple[Any, Callable[..., Found]]]
-Number = dict[str, Any]
-"""A ``value``, as it is ``shown``, an accuracy's standard ``error``, and the ``command`` that made it."""
+"""A measurement as its file holds it, or, by column, the numbers that it gives.
+
+A number has a ``value``, and how it is ``shown``; an accuracy its standard ``error``, a change ``low`` and ``high``.
+"""
 
 
 @dataclass
 class Line:
-    """A model at a strength, a line of the table: its folder, its unmerged adapter, and its numbers by column."""
+    """A model at a strength, a line of the table.
 
-    name: str
-    path: Path
-    strength: float = 1.0
-    folder: Path | None = None
-    adapter: AdapterFile | None = None
-    trained: int | None = None
-    numbers: dict[str, Number] = field(default_factory=dict)
+    Attributes:
+        model, strength: its name in --models, and the strength of its adapter.
+        flags: those of eval/lm_eval_harness.py that name it: its folder, or its base's and the adapter.
+        weights: tells the folder's model and the adapter from others.
+        numbers: by column.
+    """
 
-    def open(self, base: Path | None) -> list[Any]:
-        """Find folder, adapter and the number of trained parameters; return what tells the weights from others."""
-        if self.path.is_dir():
-            self.folder = check_checkpoint_dir(self.path)
-            if (summary := self.path.resolve().parent / SUMMARY).is_file():  # merged/ or final/ in a run's folder
-                self.trained = read_json(summary)["trainable_parameters"]
-            return self.identity()
-        with reading(self.path):
-            kind = (load_state(self.path).get("config") or {"kind": "ether"})["kind"]  # the original code writes none
-        if base is None:
-            raise UserError(f"{self.path} is an adapter: give the folder of its base model with --checkpoint_dir")
-        self.folder, saved = check_checkpoint_dir(base), load_adapter(self.path, kind)
-        self.adapter, self.trained = set_strength(saved, self.strength), sum(t.numel() for t in saved.state.values())
-        return [*self.identity(), fingerprint(saved.state), asdict(saved.config), self.strength]
+    model: str
+    strength: float
+    flags: dict[str, Any]
+    weights: str
+    numbers: Found = field(default_factory=dict)
 
-    def identity(self) -> list[str]:
-        """Return what tells the folder's model from others."""
-        return [fingerprint(load_state(self.folder / WEIGHTS)), file_sha256(self.folder / CONFIG)]
+    @property
+    def label(self) -> str:
+        """Return the name, with the strength where it is not 1."""
+        return self.model + f" x {self.strength:g}" * (self.strength != 1)
+
+
+def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[float]) -> list[Line]:
+    """Return the line of a model, and one for each other strength that its adapter can have.
+
+    Raises:
+        UserError, OSError: it is no model, or an adapter of another base.
+    """
+    adapter = None if path.is_dir() else load_adapter(path)
+    folder = base if adapter else path
+    if folder is None:
+        raise UserError(f"{path} is an adapter: give the folder of its base model with --checkpoint_dir")
+    flags = {"checkpoint_dir": check_checkpoint_dir(folder)}
+    weights = f"{fingerprint(load_state(folder / WEIGHTS))} {file_sha256(folder / CONFIG)}"
+    if adapter is None:
+        return [Line(name, 1.0, flags, weights)]
+    check_base(adapter, folder)
+    flags, weights = flags | {f"{adapter.kind}_path": path}, f"{weights} {fingerprint(adapter.state)} {adapter.config}"
+    count = sum(tensor.numel() for tensor in adapter.state.values())
+    trained = {"value": count, "shown": f"{count:,}"}
+    others = () if getattr(adapter.config, "Htype", None) == "ether" else strengths  # a reflection stays one
+    chosen = dict.fromkeys([1.0, *others])
+    return [Line(name, s, flags | {"strength": s}, f"{weights} {s}", {"trained": trained}) for s in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
-def on_task(line: Line, file: Path, **options: Any) -> Found:
-    """Return the harness's results on a task, as its script writes them to a file."""
-    flags = {"checkpoint_dir": line.folder, **options}
-    if line.adapter:
-        flags |= {f"{line.adapter.kind}_path": line.path, "strength": line.strength}
-    lm_eval_harness.setup(**flags, save_filepath=file, overwrite=True)
-    given = {name: value for name, value in flags.items() if value is not None}
-    return read_json(file) | {"command": command("eval/lm_eval_harness.py", **given)}
-
-
 @torch.no_grad()
 def on_samples(
-    line: Line,
-    _: Path,
+    source: list[str] | Path,
     *,
-    make: Callable[[GPT, Tokenizer], list[Sample]],
+    checkpoint_dir: Path,
     precision: str,
     batch_size: int,
-    command: str,
-) -> Found:
-    """Return the summed loss of each sample's targets and their number, shortest sample first."""
-    device, losses, counts = choose_device(), [], []
-    gpt = load_adapted_model(line.folder, precision, adapter=line.adapter, device=device)
-    for batch in Batching(batch_size).cut(make(gpt, Tokenizer(line.folder))):
-        idx, targets, _ = Batching(batch_size).collate(batch, device)
-        sizes = [n_targets([sample]) for sample in batch]
-        counts += sizes
+    save_filepath: Path,
+    **adapter: Any,
+) -> None:
+    """Write the summed loss of each sample's targets and their number to a file, shortest sample first.
+
+    Args:
+        source: texts, or a folder of prepared data, whose held-out rows are meant.
+        checkpoint_dir, precision, batch_size, save_filepath, adapter: flags as of eval/lm_eval_harness.py.
+    """
+    device, batching, losses, counts = choose_device(), Batching(batch_size), [], []
+    gpt = load_adapted_model(checkpoint_dir, precision, adapter=open_adapter(**adapter), device=device)
+    for batch in batching.cut(make_samples(source, gpt, Tokenizer(checkpoint_dir))):
+        idx, targets, _ = batching.collate(batch, device)
+        counts += (sizes := [n_targets([sample]) for sample in batch])
         losses += [part.double().sum().item() for part in gpt(idx, targets=targets, reduction="none").split(sizes)]
     if not math.isfinite(sum(losses)):
-        raise UserError(f"the loss of {line.path} is not finite")
-    return {"losses": losses, "tokens": counts, "command": command}
+        raise UserError("the loss is not finite")
+    write_json(save_filepath, {"losses": losses, "tokens": counts})
 
 
-def document_samples(gpt: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> list[Sample]:
-    """Return texts as samples: behind BOS, or EOS where there is no BOS, and cut at the context."""
+def make_samples(source: list[str] | Path, gpt: GPT, tokenizer: Tokenizer) -> list[Sample]:
+    """Return the held-out rows of prepared data, with the tokens of their responses as targets, or texts as samples.
+
+    Texts stand behind BOS, or EOS where there is no BOS, and are cut at the context.
+    """
+    if isinstance(source, Path):
+        samples = load_split(source / TEST_FILE)
+        check_fit(tokenizer.dir, gpt.config, data=read_data_config(source), samples=samples)
+        return [s | {"labels": torch.where(s["response"], s["input_ids"], IGNORE_INDEX)} for s in samples]
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    rows = [torch.tensor([first, *tokenizer.encode(text, bos=False)][: gpt.config.block_size]) for text in documents]
+    rows = [torch.tensor([first, *tokenizer.encode(text, bos=False)][: gpt.config.block_size]) for text in source]
     return [{"input_ids": ids, "labels": ids, "response": torch.ones_like(ids).bool()} for ids in rows]
 
 
-def held_out_samples(gpt: GPT, tokenizer: Tokenizer, data_dir: Path) -> list[Sample]:
-    """Return the held-out rows of prepared data, with the tokens of their responses as targets."""
-    samples = load_split(data_dir / TEST_FILE)
-    check_fit(tokenizer.dir, gpt.config, data=read_data_config(data_dir), samples=samples)
-    return [s | {"labels": torch.where(s["response"], s["input_ids"], IGNORE_INDEX)} for s in samples]
-
-
 def read_documents(files: Sequence[str]) -> list[str]:
-    """Return texts: the field "text" of each row of JSONL files, and of plain files what blank lines part."""
-    found: list[str] = []
+    """Return texts: the field "text" of each row of JSONL files, and what blank lines separate in other files."""
+    found = []
     for file in map(Path, files):
         with reading(file):
             content = file.read_text(encoding="utf-8")
@@ -155,156 +157,94 @@ def read_documents(files: Sequence[str]) -> list[str]:
     return [document for document in found if document]
 
 
-def measure_line(line: Line, plan: Plan, *, base: Path | None, folder: Path, first: dict, failures: list) -> Line:
-    """Fill in the numbers of a line, and return it.
+def measure(lines: Sequence[Line], name: str, key: Any, make: Callable[..., None], folder: Path) -> list[str]:
+    """Fill in the numbers of lines on one thing to measure, from files or anew.
 
     Args:
-        line: a path of --models.
-        plan: what is measured, by name: what decides it beside the model, and what makes it.
-        base: the adapters' base model.
-        folder: of the measurements' files.
-        first: the first line's measurements, which the others are compared with; is filled in by that line.
-        failures: takes what could not be measured.
+        lines: the first is the one that the others are compared with.
+        name: of what is measured.
+        key: what decides the measurement beside the model.
+        make: writes it to ``save_filepath``, from the flags of a line.
+        folder: of the files.
+
+    Returns:
+        What could not be measured, and why.
     """
-    for measure, (key, make) in plan.items():
+    first, failures = None, []
+    for line in lines:
+        plain = quote(f"{line.label}-{name}", safe=" +")
+        file = folder / f"{plain}-{sha256(f'{line.weights} {key}'.encode()).hexdigest()[:12]}.json"
         try:
-            identity = line.open(base)
-            name = quote(f"{line.name}-{line.strength:g}-{measure}", safe=" +")
-            found = kept(folder / f"{name}.json", [*identity, key], partial(make, line))
-            first.setdefault(measure, found)
-            numbers = task_numbers(found) if "results" in found else sample_numbers(measure, found, first[measure])
-            line.numbers |= {column: number | {"command": found["command"]} for column, number in numbers.items()}
-        except Exception as error:
-            if not (isinstance(error, UserError | OSError) or out_of_memory(error)):
-                raise
-            first.setdefault(measure, None)
-            failures.append(
-                {"model": line.name, "strength": line.strength, "measure": measure, "error": one_line(error)}
-            )
-            print(f"not measured: {line.name}, {measure}: {one_line(error)}", file=sys.stderr)
-    return line
-
-
-def kept(file: Path, key: Any, make: Callable[[Path], Found]) -> Found:
-    """Return a measurement from its file; where there is none, or one with another key, make it and keep it.
-
-    ``make`` may write to the path that it is given; it is the same one after an interruption.
-    """
-    if not file.exists() or read_json(file).get("key") != key:
-        part = file.with_suffix(".part")
-        write_json(file, make(part) | {"key": key})
-        part.unlink(missing_ok=True)
-    return read_json(file)
+            if not file.exists():
+                make(**line.flags, save_filepath=file)
+            found = read_json(file)
+            first = found if line is lines[0] else first
+            line.numbers |= task_numbers(found) if "results" in found else sample_numbers(name, found, first)
+        except (UserError, OSError) as error:
+            failures.append(f"{line.label} on {name}: {one_line(error)}")
+    return failures
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
-def leaves(found: Found, name: str) -> list[str]:
-    """Return the tasks of a group and of its groups; a task itself."""
-    below = found["group_subtasks"].get(name)
-    return [leaf for child in below for leaf in leaves(found, child)] if below else [name]
+def leaves(groups: Mapping[str, list[str]], name: str) -> list[str]:
+    """Return the tasks of a group and of the groups in it; a task itself."""
+    return [leaf for child in groups[name] for leaf in leaves(groups, child)] if groups.get(name) else [name]
 
 
-def task_numbers(found: Found) -> dict[str, Number]:
+def task_numbers(found: Found) -> Found:
     """Return the accuracies of the harness's results: of tasks, of groups over all questions and over their tasks."""
-    inner = {child for below in found["group_subtasks"].values() for child in below}
-    columns = {}
+    groups, columns = found["group_subtasks"], {}
+    inner = {child for below in groups.values() for child in below}
     for name in (name for name in found["results"] if name not in inner):
-        label, tasks = TASKS.get(name, [name])[0], leaves(found, name)
-        for column, names in {label: [name], label + OVER_SUBJECTS: tasks}.items():
-            scores = [found["results"][each] for each in names]
-            if any(values.get("acc,none") is None for values in scores):  # NaN is null in JSON
-                raise UserError(f"{name} has no accuracy, or one that is no number")
-            if column == label or tasks != [name]:
-                columns[column] = mean_of(*([values.get(key) for values in scores] for key in ACCURACY))
+        column, tasks = TASKS.get(name, [name])[0], leaves(groups, name)
+        columns[column] = mean_accuracy(found, [name])
+        if tasks != [name]:
+            columns[f"{column} over subjects"] = mean_accuracy(found, tasks)
     return columns
 
 
-def accuracy(value: float, error: float | None = None) -> Number:
-    """Return a number for the table, of an accuracy from 0 to 1."""
-    shown = f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
-    return {"value": value, "error": error, "shown": shown}
+def mean_accuracy(found: Found, tasks: Sequence[str]) -> Found:
+    """Return the mean accuracy of tasks, with its standard error where all have one (the harness's may be "N/A")."""
+    values, errors = ([found["results"][task].get(f"{key},none") for task in tasks] for key in ("acc", "acc_stderr"))
+    if None in values:  # NaN is null in JSON
+        raise UserError(f"{tasks[values.index(None)]} has no accuracy, or one that is no number")
+    value, known = sum(values) / len(values), all(isinstance(error, float) for error in errors)
+    error = math.hypot(*errors) / len(errors) if known else None
+    return {"value": value, "error": error, "shown": f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if known else "")}
 
 
-def mean_of(values: Sequence[float], errors: Sequence[Any]) -> Number:
-    """Return the mean of accuracies, with its standard error where all have one (the harness's may be "N/A")."""
-    known = all(isinstance(error, float) for error in errors)
-    return accuracy(fmean(values), math.hypot(*errors) / len(errors) if known else None)
-
-
-def sample_numbers(name: str, found: Found, first: Found | None) -> dict[str, Number]:
+def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
     """Return the perplexity on samples, and the loss per token minus that of the first model, with its interval."""
     n = len(found["tokens"])
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
     loss, of_first = ((counts @ each["losses"]) / (counts @ each["tokens"]) for each in (found, first or found))
-    columns = {PERPLEXITY.format(name): {"value": math.exp(loss[0]), "shown": f"{math.exp(loss[0]):.5g}"}}
+    numbers = {f"perplexity on {name}": {"value": math.exp(loss[0]), "shown": f"{math.exp(loss[0]):.5g}"}}
     if first:
-        more, (low, high) = float(loss[0] - of_first[0]), np.quantile((loss - of_first)[1:], (0.025, 0.975)).tolist()
-        shown = f"{more:+.4f} [{low:+.4f}, {high:+.4f}]" if found["key"] != first["key"] else ""
-        columns[CHANGE.format(name)] = {"value": more, "low": low, "high": high, "shown": shown}
-    return columns
+        change, (low, high) = float(loss[0] - of_first[0]), np.quantile((loss - of_first)[1:], (0.025, 0.975)).tolist()
+        shown = "" if found is first else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
+        numbers[f"change on {name}"] = {"value": change, "low": low, "high": high, "shown": shown}
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------------------ report
-def write_report(out_dir: Path, lines: list[Line], failures: list[dict[str, Any]]) -> str:
-    """Write the numbers as JSON, the table as Markdown, which is returned, and the pictures."""
-    columns = list(dict.fromkeys(column for line in lines for column in line.numbers))
-    accuracies = [column for column in columns if any("error" in line.numbers.get(column, {}) for line in lines)]
-    averaged = [column for column in accuracies if not column.endswith(OVER_SUBJECTS)]
-    chance = {column: accuracy(share) for column, share in TASKS.values() if column in averaged}
-    lines = [*lines, Line("chance", Path(), numbers=chance)]
-    for numbers in (line.numbers for line in lines if len(averaged) > 1 and {*averaged} <= line.numbers.keys()):
-        numbers[MEAN] = mean_of(*([numbers[column][key] for column in averaged] for key in ("value", "error")))
-    columns = [*accuracies, MEAN, *(column for column in columns if column not in accuracies)]
-    columns = [column for column in columns if any(column in line.numbers for line in lines)]
-    shown = {
-        line.name + f" x {line.strength:g}" * (line.strength != 1): {
-            "trained": f"{line.trained:,}" if line.trained else ""
-        }
-        | {column: line.numbers.get(column, {"shown": ""})["shown"] for column in columns}
-        for line in lines
-    }
-    missing = [f"- not measured: {f['model']} x {f['strength']:g} on {f['measure']}: {f['error']}" for f in failures]
-    text = "\n".join([table(shown), "", NOTES, "", *missing])
-    plain = [{"model": x.name, "path": str(x.path), "strength": x.strength, "trained": x.trained, "numbers": x.numbers}
-             for x in lines]  # fmt: skip
-    write_json(out_dir / "report.json", {"models": plain, "failures": failures})
+def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], given: str) -> str:
+    """Write the numbers and the command as JSON, the table as Markdown, which is returned, and the picture."""
+    rows = {line.label: {column: number["shown"] for column, number in line.numbers.items()} for line in lines}
+    measured = {column for row in rows.values() for column in row}
+    rows["chance"] = {column: f"{100 * share:.2f}" for column, share in TASKS.values() if column in measured}
+    text = "\n".join([table(rows), "", NOTES, "", *(f"- not measured: {failure}" for failure in failures)])
+    models = [asdict(line) | {"flags": {name: str(value) for name, value in line.flags.items()}} for line in lines]
+    write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})
     with atomic_write(out_dir / "report.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    if accuracies:
-        draw_accuracies(out_dir / "accuracies.png", [line for line in lines if line.strength == 1], accuracies)
-    learned = [column for column in (CHANGE.format(HELD_OUT), *accuracies) if column in columns]
-    if learned and any(line.strength != 1 for line in lines) and CHANGE.format(TEXT) in columns:
-        draw_strengths(out_dir / "strengths.png", lines, CHANGE.format(TEXT), learned[0])
+    curves, (x, y) = {}, (f"change on {name}" for name in (TEXT, HELD_OUT))
+    for line in sorted(lines, key=lambda line: line.strength):
+        if {x, y} <= line.numbers.keys():
+            curves.setdefault(line.model, []).append((line.numbers[x]["value"], line.numbers[y]["value"]))
+    if curves:
+        compare_runs(out_dir / "forgetting.png", curves, xlabel=f"{x} (nats per token)", ylabel=y)
     return text
-
-
-def draw_accuracies(path: Path, lines: list[Line], columns: Sequence[str]) -> None:
-    """Draw the accuracies with their standard errors, model beside model."""
-    with picture(path, size=(7.5, 4.5)) as axes:
-        for index, line in enumerate(lines):
-            found = [(x, line.numbers[column]) for x, column in enumerate(columns) if column in line.numbers]
-            values, errors = ([100 * (number[key] or 0) for _, number in found] for key in ("value", "error"))
-            places = [x + 0.6 * (index + 0.5) / len(lines) - 0.3 for x, _ in found]
-            axes.errorbar(places, values, errors, fmt="o" if line.folder else "_", capsize=3, label=line.name)
-        axes.set_xticks(range(len(columns)), columns, fontsize="small")
-        axes.set_ylabel("accuracy (%)")
-
-
-def draw_strengths(path: Path, lines: list[Line], x: str, y: str) -> None:
-    """Draw two columns against each other, a curve for each model, its points marked with their strengths."""
-    with picture(path, size=(7.5, 4.5)) as axes:
-        found = sorted((line for line in lines if {x, y} <= line.numbers.keys()), key=lambda line: line.strength)
-        for name in dict.fromkeys(line.name for line in lines if line in found):
-            points = {
-                line.strength: (line.numbers[x]["value"], line.numbers[y]["value"])
-                for line in found
-                if line.name == name
-            }
-            axes.plot(*zip(*points.values(), strict=True), marker="o", ms=4, label=name)
-            for strength, point in points.items():
-                axes.annotate(f"{strength:g}", point, (3, 3), textcoords="offset points", fontsize="x-small")
-        axes.set(xlabel=f"{x}, nats per token", ylabel=y)
 
 
 def setup(
@@ -325,7 +265,7 @@ def setup(
     """Compare finetuned models on tasks, by what they forgot, and over their adapters' strengths.
 
     Args:
-        out_dir: folder of the report: report.md, report.json, pictures, and a file a measurement under results/.
+        out_dir: folder of the report: report.md, report.json, forgetting.png, and a file a measurement under results/.
         models: lines of the table, a name and a path each: a model's folder, base or merged, or an adapter file. The
             others are compared with the first, which should be the untuned one.
         checkpoint_dir: the adapters' base model.
@@ -333,8 +273,8 @@ def setup(
         text: files of documents that finetuning never saw: JSONL, "text" in each row, or plain, with blank lines
             between documents.
         val_data_dir: prepared data, on whose held-out responses the loss is measured.
-        strengths: more strengths of the adapters, for a picture of learning against forgetting: there --text is
-            measured, and the held-out rows or, without them, the first task.
+        strengths: more strengths of the adapters, for a picture of learning against forgetting: there --text and
+            the held-out rows are measured, not the tasks.
         data_dir: read the tasks' data from this folder, laid out like the Hub.
         num_fewshot: examples before each question; by default each task's own number.
         limit: only the first so many documents of each task. For trying out.
@@ -345,28 +285,23 @@ def setup(
     harness = {"data_dir": data_dir and str(data_dir.resolve()), "num_fewshot": num_fewshot, "limit": limit}
     problems, common = Problems(), {"precision": precision, "batch_size": batch_size}
     problems.attempt(weights_dtype, precision)
-    plan = {t: ([precision, harness], partial(on_task, eval_tasks=[t], **harness, **common)) for t in eval_tasks or ()}
-    on_all = partial(on_samples, **common, command=given)
+    on_task = partial(lm_eval_harness.setup, **harness, **common)
+    plan = {task: ([precision, harness], partial(on_task, eval_tasks=[task])) for task in eval_tasks or ()}
     if text and (documents := problems.attempt(read_documents, text)):
-        samples = partial(document_samples, documents=documents)
-        plan[TEXT] = ([precision, *map(file_sha256, text)], partial(on_all, make=samples))
+        plan[TEXT] = ([precision, documents], partial(on_samples, documents, **common))
     if val_data_dir and (digest := problems.attempt(file_sha256, val_data_dir / TEST_FILE)):
-        plan[HELD_OUT] = ([precision, digest], partial(on_all, make=partial(held_out_samples, data_dir=val_data_dir)))
+        plan[HELD_OUT] = ([precision, digest], partial(on_samples, val_data_dir, **common))
     problems.expect(bool(models and (plan or problems)), "give --models, and --eval_tasks, --text or --val_data_dir")
+    opened = partial(problems.attempt, open_model, base=checkpoint_dir, strengths=strengths or ())
+    lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
     problems.check()
-    lines, failures, first = [], [], {}
-    measured = partial(measure_line, base=checkpoint_dir, folder=out_dir / "results", first=first, failures=failures)
-    dialled = (TEXT, HELD_OUT if val_data_dir else next(iter(plan), TEXT))
-    dial = {name: plan[name] for name in dialled if name in plan}
-    for name, path in models.items():
-        lines.append(measured(Line(name, Path(path)), plan))
-        if lines[-1].adapter and getattr(lines[-1].adapter.config, "Htype", None) != "ether":  # no way to the identity
-            lines += [measured(Line(name, Path(path), s), dial) for s in dict.fromkeys(strengths or ()) if s != 1]
-    print(f"\n{write_report(out_dir, lines, failures)}\nwrote {out_dir}")
+    failures = []
+    for name, (key, make) in plan.items():
+        chosen = [line for line in lines if line.strength == 1 or name in (TEXT, HELD_OUT)]
+        failures += measure(chosen, name, key, make, out_dir / "results")
+    print(f"\n{write_report(out_dir, lines, failures, given)}\nwrote {out_dir}")
     if failures:
-        raise UserError(
-            f"{len(failures)} measurements failed, {failures[0]['model']} on {failures[0]['measure']} first"
-        )
+        raise UserError(f"{len(failures)} measurements failed, first {failures[0]}")
 
 
 if __name__ == "__main__":

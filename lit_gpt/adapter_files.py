@@ -102,8 +102,8 @@ def set_strength(adapter: AdapterFile, strength: float) -> AdapterFile:
     return replace(adapter, state=state)
 
 
-def load_adapter(path: Path | str, kind: str) -> AdapterFile:
-    """Read an adapter file, ours or the original code's.
+def load_adapter(path: Path | str, kind: str | None = None) -> AdapterFile:
+    """Read an adapter file, ours or the original code's, of one kind where that is given.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not an adapter, or one of another kind than ``kind``.
@@ -114,6 +114,7 @@ def load_adapter(path: Path | str, kind: str) -> AdapterFile:
         state, meta = content.get("model"), content.get("config")
         if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"{path} is not an adapter file: it holds no adapter under 'model'")
+        kind = kind or (meta or {"kind": "ether"})["kind"]
         if meta is None:
             if kind != "ether" or not all(map(ether_filter, state)):
                 raise UserError(f"{path} is not {names[kind]} adapter: no 'config', and its keys are not ETHER's")

@@ -44,7 +44,7 @@ class Export:
 
     Attributes:
         tensors: of ``adapter_model.safetensors``.
-        ranks: by the last part of the module's name, which has the same rank in every layer.
+        ranks: by the last part of the module's name, the largest of all layers.
         update, change: squared norms of the weight updates, and of what rounding the factors to bf16 changes in them,
             summed over all modules.
     """
@@ -62,7 +62,8 @@ class Export:
     def add(self, module: str, a: Tensor, b: Tensor) -> None:
         """Take the A (r, in) and B (out, r) of one Hugging Face module."""
         module = IN_MEMORY.get(module, module)
-        self.ranks[module.rpartition(".")[2]] = len(a)
+        last = module.rpartition(".")[2]
+        self.ranks[last] = max(self.ranks.get(last, 0), len(a))
         for name, factor in (("lora_A", a), ("lora_B", b)):
             self.tensors[f"base_model.model.{module}.{name}.weight"] = factor.contiguous()
         self.update += squared_norm(a, b)

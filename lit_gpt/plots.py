@@ -28,14 +28,14 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, names: Mapping[str,
         axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
 
 
-def compare_runs(path: Path | str, runs: Mapping[str, Points], *, ylabel: str) -> None:
+def compare_runs(path: Path | str, runs: Mapping[str, Points], *, ylabel: str, xlabel: str = "optimizer step") -> None:
     """Draw a curve of each run, by name."""
     with picture(path) as axes:
         for index, (name, points) in enumerate(runs.items()):
             style = ("-", "--", ":")[index // 10 % 3]  # after ten runs the colours come again
             marker = "o" if len(points) < 40 else None
             axes.plot(*transposed(points), style, color=f"C{index % 10}", label=name, marker=marker, markersize=4)
-        axes.set(xlabel="optimizer step", ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
 
 

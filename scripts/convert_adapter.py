@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +29,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import EtherConfig, add_ether
-from lit_gpt.export import IN_MEMORY, place
+from lit_gpt.export import IN_MEMORY, Export, place
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
 
@@ -113,17 +112,17 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     kind = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
     model = getattr(transformers, kind).from_pretrained(str(base), dtype="auto")
     model = peft.PeftModel.from_pretrained(model, folder).get_base_model()
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, EtherLinear))
-    factors = {name: layer.factors("default") for name, layer in layers}
-    r, tensors = max(len(a) for a, _ in factors.values()), {}
-    for name, (a, b) in factors.items():
-        tensors[f"{ROOT}{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, r - len(a)))
-        tensors[f"{ROOT}{name}.lora_B.weight"] = F.pad(b, (0, r - len(a))).contiguous()
+    export = Export()
+    for name, layer in model.named_modules():
+        if isinstance(layer, EtherLinear):
+            export.add(name, *layer.factors("default"))
+    export.pad()
     kept = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping")
-    lora = peft.LoraConfig(r=r, lora_alpha=r, inference_mode=True, **{name: getattr(config, name) for name in kept})
+    settings = {"r": export.rank, "lora_alpha": export.rank} | {name: getattr(config, name) for name in kept}
+    lora = peft.LoraConfig(**settings, inference_mode=True)
     lora.base_model_name_or_path = str(base)
     lora.save_pretrained(out_dir)
-    save_file(tensors, out_dir / TENSORS, metadata={"format": "pt"})
+    save_file(export.tensors, out_dir / TENSORS, metadata={"format": "pt"})
 
 
 def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
