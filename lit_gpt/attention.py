@@ -77,7 +77,7 @@ class Packing:
     """
 
     def __init__(
-        self, lengths: Sequence[int], config: Config, *, window: int | None, device: torch.device, dtype: torch.dtype
+        self, lengths: Sequence[int], config: Config, window: int | None, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         kind = device.type
         self.lengths, self.longest = list(lengths), max(lengths)

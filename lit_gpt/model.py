@@ -103,22 +103,12 @@ class GPT(nn.Module):
     ) -> tuple[Rope | None, Tensor | None, int | None, Packing | None]:
         """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
         start, longest = input_pos or 0, max(lengths) if lengths else x.size(1)
-        packing = None
-        if lengths:
-            packing = Packing(lengths, self.config, window=kind.window, device=x.device, dtype=x.dtype)
+        packing = Packing(lengths, self.config, kind.window, device=x.device, dtype=x.dtype) if lengths else None
         mask = None if packing and packing.fused else attention_mask(kind.window, start, longest, x.device)
         rope = None
         if kind.rope != "none":
-            positions, stretch = torch.arange(start, start + longest, device=x.device), self.config.rope_stretch
-            flags = dict(dtype=x.dtype, local=kind.rope == "local")
-            rope = rope_angles(self.config, positions, length=start + longest, **flags)
-            if packing:  # two types of scaling rotate the positions of a long sample otherwise
-                each = [
-                    rope if stretch(n) == stretch(longest) else rope_angles(self.config, positions, length=n, **flags)
-                    for n in packing.lengths
-                ]
-                samples = list(zip(each, packing.lengths, strict=True))
-                rope = tuple(torch.cat([angles[part][:n] for angles, n in samples]) for part in (0, 1))  # (T, n) each
+            spans = [(0, length) for length in packing.lengths] if packing else [(start, start + longest)]
+            rope = rope_angles(self.config, spans, device=x.device, dtype=x.dtype, local=kind.rope == "local")
         return rope, mask, input_pos, packing
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
@@ -192,8 +182,7 @@ class CausalSelfAttention(nn.Module):
             start: position of x's first token in the cache; None goes without the cache.
             packing: the samples that x's only row is made of; None for one sample a row.
         """
-        B, T, _ = x.shape
-        config = self.config
+        (B, T, _), config = x.shape, self.config
         q, k, v = self.attn(x)  # (B, T, H or G * S)
         if config.qkv_clip:
             q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))

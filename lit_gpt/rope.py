@@ -7,6 +7,7 @@ Shapes: T tokens, S head size, n elements of a head that are rotated.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,21 +19,32 @@ Rope = tuple[Tensor, Tensor]
 """Cosines and sines, (T, n) each."""
 
 
-def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype, *, length: int, local: bool = False) -> Rope:
-    """Return the rotary embedding of (T,) positions.
+def rope_angles(
+    config: Config, spans: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype, local: bool = False
+) -> Rope:
+    """Return the rotary embedding of positions.
 
     Args:
         config: the model.
-        positions: of the tokens.
+        spans: first position and end of each sequence in a row; two types of scaling depend on the end.
+        device: of cosines and sines.
         dtype: of cosines and sines.
-        length: of the longest sequence so far, cached tokens included; two types of scaling depend on it.
         local: of the layers with a window, where they have a base of their own and no scaling.
     """
     base, scaling = (config.local_rope_base, None) if local else (config.rope_base, config.rope_scaling)
-    frequencies, factor = scaled_frequencies(base, config.rope_n_elem, scaling, length=length, device=positions.device)
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)  # (T, n): both halves turn alike
-    cos, sin = angles.cos(), angles.sin()
-    return (cos.to(dtype), sin.to(dtype)) if factor == 1 else ((cos * factor).to(dtype), (sin * factor).to(dtype))
+    made: dict[int, Rope] = {}  # by how the positions are stretched, of the longest sequence
+    for _, end in sorted(spans, key=lambda span: -span[1]):
+        if (stretch := config.rope_stretch(end)) not in made:
+            frequencies, factor = scaled_frequencies(base, config.rope_n_elem, scaling, length=end, device=device)
+            first = min(start for start, _ in spans)
+            positions = torch.arange(first, end, device=device).float()
+            angles = torch.outer(positions, frequencies).repeat(1, 2)  # (T, n): both halves turn alike
+            cos, sin = angles.cos(), angles.sin()
+            made[stretch] = tuple((part if factor == 1 else part * factor).to(dtype) for part in (cos, sin))
+    if len(spans) == 1:
+        return made[config.rope_stretch(spans[0][1])]
+    rows = [(made[config.rope_stretch(end)], end - start) for start, end in spans]
+    return tuple(torch.cat([angles[part][:length] for angles, length in rows]) for part in (0, 1))
 
 
 def scaled_frequencies(
