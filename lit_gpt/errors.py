@@ -63,7 +63,11 @@ def reading(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
+        kinds = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+        # The last one is a plain Exception, of a library that need not be there.
+        if not (isinstance(error, kinds) or type(error).__name__ == "SafetensorError"):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{path} does not hold what it should ({reason}); get it, or make it, again") from error
 

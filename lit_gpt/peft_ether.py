@@ -17,6 +17,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -341,6 +342,12 @@ class EtherModel(tuners_utils.BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config, current_key)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        if adapter_names is not None:  # PEFT would drop it, and run the active adapter for all rows
+            raise UserError("adapter_names: ETHER has no adapter a row; call set_adapter before each adapter's rows")
+        yield
 
     def _check_merge_allowed(self) -> None:
         """Allow it: a merged head leaves the embedding that it is tied to alone, which PEFT would warn of."""

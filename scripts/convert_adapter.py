@@ -10,6 +10,7 @@ each of q, k, v and every other Linear: they correspond where each of these is a
 by whatever has never heard of ETHER. Of a file of ours, export_lora.py makes it without transformers.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.adapter import TARGETS, adapter_layers, linear_targets
 from lit_gpt.adapter_files import KINDS, AdapterFile, attach_adapter, check_base, load_adapter, save_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, load_config, load_state, meta_model
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, fingerprint, hub_name, load_config, load_state, meta_model
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, reading
@@ -32,6 +33,7 @@ from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.export import IN_MEMORY, Export, place
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
+from lit_gpt.serving import hf_folder, write_card
 
 SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", "block_dropout", "flip_side")}
 """PEFT's names of an adapter's settings, with ours."""
@@ -39,6 +41,12 @@ Form = Literal["peft", "lit", "lora"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """What only we write into a PEFT folder: how prompts were written."""
+ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
+NOTES = {
+    "peft": ["`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"],
+    "lora": ["it computes the same function, exactly in fp32; PEFT loads it as any LoRA"],
+}
+"""What the folder's page says."""
 ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
@@ -58,6 +66,13 @@ def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, 
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
         {"peft": to_peft, "lit": to_lit, "lora": to_lora}[to](adapter_path, checkpoint_dir, staging)
+        if to != "lit":
+            base = read_json(staging / CONFIG)["base_model_name_or_path"]
+            # The Hub refuses a page whose head names a folder as the base.
+            head = "library_name: peft" + ("" if Path(base).is_absolute() else f"\nbase_model: {json.dumps(base)}")
+            about = f"{ABOUT[to]} of {base}, made of {adapter_path.name}."
+            load = {"PEFT": "AutoPeftModelForCausalLM.from_pretrained('.')"}
+            write_card(staging, out_dir, head=head, about=about, notes=NOTES[to], load=load)
     print(f"{adapter_path} -> {out_dir}")
 
 
@@ -78,7 +93,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     settings = {name: getattr(adapter.config, ours) for name, ours in SETTINGS.items()}
     targets = {name.split(".")[-2] for name in tensors}
     written = EtherPeftConfig(**settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
-    written.base_model_name_or_path = str(checkpoint_dir)
+    written.base_model_name_or_path = base_name(hf_folder(checkpoint_dir))
     written.save_pretrained(out_dir)
     save_file(tensors, out_dir / TENSORS, metadata={"format": "pt", STYLE: adapter.prompt_style or ""})
 
@@ -120,7 +135,7 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     kept = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping")
     settings = {"r": export.rank, "lora_alpha": export.rank} | {name: getattr(config, name) for name in kept}
     lora = peft.LoraConfig(**settings, inference_mode=True)
-    lora.base_model_name_or_path = str(base)
+    lora.base_model_name_or_path = base_name(base)
     lora.save_pretrained(out_dir)
     save_file(export.tensors, out_dir / TENSORS, metadata={"format": "pt"})
 
@@ -131,6 +146,8 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
 
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
+    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt"):
+        pass  # its header is whole
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
         kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
@@ -143,6 +160,11 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
             return config, tensors, (file.metadata() or {}).get(STYLE) or None
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS} is damaged ({error}); get it, or make it, again") from error
+
+
+def base_name(base: Path) -> str:
+    """Return what PEFT finds a base by from any folder: ORG/NAME, or the whole path of a folder elsewhere."""
+    return hub_name(base) or (str(base.resolve()) if base.is_dir() or base.is_absolute() else str(base))
 
 
 def counterparts(config: Config, ether: EtherConfig) -> Iterator[tuple[str, str, str | None]]:

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import peft
 import peft_matrix as matrix
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import ROOT, dense, losses_of, make_adapter, refusal, relative, script, train
+from huggingface_hub import ModelCard
 from peft_matrix import adapted, build, disturb, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -458,6 +460,15 @@ def test_settings_that_mean_nothing_are_refused(fields, message):
         EtherPeftConfig(**fields)
 
 
+def test_an_adapter_for_each_row_is_refused():
+    """PEFT dropped the names, and all rows had the active adapter."""
+    model, inputs, _ = adapted("llama")
+    with pytest.raises(ValueError, match="ETHER has no adapter a row"):
+        model(**inputs, adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="ETHER has no adapter a row"):
+        model.generate(**inputs, adapter_names=["default", "__base__"], max_new_tokens=1)
+
+
 def test_there_is_no_bias_to_train():
     with pytest.raises(TypeError, match="bias"):
         EtherPeftConfig(bias="all")
@@ -545,6 +556,32 @@ def test_our_file_is_the_same_function_in_peft_and_comes_back_bit_for_bit(name, 
     assert back.base["fingerprint"] == ours.base["fingerprint"]
 
 
+@pytest.mark.parametrize("parent, known", [("checkpoints/tiny", True), ("models", False)])
+def test_a_converted_folder_names_its_base_and_says_how_it_is_loaded(parent, known, tmp_path, bpe_dir, monkeypatch):
+    """The base was named by a relative path, which no other folder finds, and nothing told of the import."""
+    adapter = make_adapter(tmp_path, "llama", bpe_dir, **BOTH)
+    base = tmp_path / parent / "llama"
+    base.parent.mkdir(parents=True)
+    (tmp_path / "base").rename(base)
+    monkeypatch.chdir(tmp_path)
+    ours, relative_base = convert("peft", adapter, Path(parent, "llama"), Path("my peft")), Path(parent, "llama")
+    for out in (ours, convert("lora", ours, relative_base, Path("lora"))):
+        named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == ("tiny/llama" if known else str(base))
+        card = ModelCard((out / "README.md").read_text())
+        assert card.data.base_model == ("tiny/llama" if known else None) and card.data.library_name == "peft"
+        assert ("`import lit_gpt.peft_ether`" in card.text) == (out == ours)
+        if not known:
+            monkeypatch.chdir(out.resolve())
+            peft.AutoPeftModelForCausalLM.from_pretrained(".")
+            monkeypatch.chdir(tmp_path)
+    (ours / "README.md").write_text("mine")
+    script("scripts/convert_adapter.py")(
+        to="peft", adapter_path=adapter, checkpoint_dir=relative_base, out_dir=ours, overwrite=True
+    )
+    assert (ours / "README.md").read_text() == "mine"
+
+
 def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, capsys):
     def failure(to, adapter, base):
         flags = dict(to=to, adapter_path=adapter, checkpoint_dir=base, out_dir=tmp_path / "out")
@@ -580,6 +617,10 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, c
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, EtherPeftConfig(**fields)).save_pretrained(some)
     assert "targets in all layers; here base_model.model.model.layers.0" in failure("lit", some, base)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (some / file).write_bytes((some / file).read_bytes()[:50])
+        for to in ("lit", "lora"):
+            assert f"{some / file} does not hold what it should" in failure(to, some, base)
 
 
 @pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
