@@ -1,6 +1,7 @@
 """Finetune any causal model of transformers with ETHER or ETHER+, through PEFT and transformers' own Trainer.
 
-    python scripts/prepare_json.py --data_file_path rows.json --checkpoint_dir path/to/hf_model --destination_path data
+    python scripts/prepare_json.py --data_file_path rows.json --checkpoint_dir path/to/hf_model \\
+        --destination_path data --max_seq_length 512
     python finetune/ether_hf.py --checkpoint_dir path/to/hf_model --train_data_dir data --out_dir path/to/adapter \\
         --Htype etherplusHH --ether_nb 4 --learning_rate 5e-3
 

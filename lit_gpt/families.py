@@ -2,7 +2,7 @@
 
 Data, but for Falcon's two forms. ``config`` reads and writes ``config.json`` by these rows, ``hf`` converts weights by
 them in both directions, and the LoRA export names its modules by them. A class that computes what another does is some
-rows more.
+rows more, and a case in tests/hf_models.py, which holds it against transformers.
 """
 
 from collections.abc import Callable
@@ -334,5 +334,5 @@ UNSUPPORTED = {
 }  # fmt: skip
 """Reasons why a class is not built here, each with how the names of such classes begin; the first that fits is said."""
 REMOTE_CODE = "its code comes with it (trust_remote_code), and none but ours is run"
-ROUTE = "finetune others in transformers, with PEFT's LoRA or with ETHER, which lit_gpt/peft_ether.py adds to PEFT"
+ROUTE = "finetune others in transformers, with PEFT's LoRA, or with ETHER by finetune/ether_hf.py"
 """What does work for them."""

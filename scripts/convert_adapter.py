@@ -58,7 +58,7 @@ def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, 
         to: peft (a PEFT folder, from an adapter file of ours), lit (an adapter file of ours, from a PEFT folder) or
             lora (a PEFT LoRA folder, from a PEFT folder).
         adapter_path: the adapter file, or the PEFT folder.
-        checkpoint_dir: the base model: a base-shaped folder; for lora one of Hugging Face's, or a repo id.
+        checkpoint_dir: the base model's folder, with lit_model.pth; for lora a Hugging Face folder or a repo id.
         out_dir: the folder to write.
         overwrite: replace an adapter that is already in out_dir.
     """

@@ -61,7 +61,7 @@ OTHERS = {
     ),
     "tiny/nemotron-h": ({"architectures": ["NemotronHForCausalLM"]} | REMOTE, "it mixes attention with Mamba"),
     "tiny/granite-4": ({"architectures": ["GraniteMoeHybridForCausalLM"]}, "it mixes attention with Mamba"),
-    "tiny/deepseek": ({"architectures": ["DeepseekV3ForCausalLM"]}, r"compressed \(MLA\).*LoRA.*peft_ether.py"),
+    "tiny/deepseek": ({"architectures": ["DeepseekV3ForCausalLM"]}, r"compressed \(MLA\).*LoRA.*finetune/ether_hf.py"),
     "tiny/remote": ({"architectures": ["XForCausalLM"]} | REMOTE, "XForCausalLM.*trust_remote_code.*supported: Llama"),
     "tiny/unknown": ({"architectures": ["YForCausalLM"]}, "YForCausalLM is not supported; supported: LlamaFor"),
     "tiny/scaled": ({"rope_scaling": {"type": "wavelet", "factor": 2.0}}, "rope scaling 'wavelet' is not supported"),
