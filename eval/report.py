@@ -98,20 +98,14 @@ def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[
     count = sum(tensor.numel() for tensor in adapter.state.values())
     trained = {"value": count, "shown": f"{count:,}"}
     others = () if getattr(adapter.config, "Htype", None) == "ether" else strengths  # a reflection stays one
-    chosen = dict.fromkeys([1.0, *others])
-    return [Line(name, s, flags | {"strength": s}, f"{weights} {s}", {"trained": trained}) for s in chosen]
+    chosen = {s: flags | {"strength": s} for s in (1.0, *others)}
+    return [Line(name, s, given, f"{weights} {s}", {"trained": trained}) for s, given in chosen.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
 @torch.no_grad()
 def on_samples(
-    source: list[str] | Path,
-    *,
-    checkpoint_dir: Path,
-    precision: str,
-    batch_size: int,
-    save_filepath: Path,
-    **adapter: Any,
+    source: list[str] | Path, *, checkpoint_dir: Path, precision: str, batch_size: int, save_filepath: Path, **adapter
 ) -> None:
     """Write the summed loss of each sample's targets and their number to a file, shortest sample first.
 
@@ -238,7 +232,7 @@ def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], 
     write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})
     with atomic_write(out_dir / "report.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    curves, (x, y) = {}, (f"change on {name}" for name in (TEXT, HELD_OUT))
+    curves, x, y = {}, f"change on {TEXT}", f"change on {HELD_OUT}"
     for line in sorted(lines, key=lambda line: line.strength):
         if {x, y} <= line.numbers.keys():
             curves.setdefault(line.model, []).append((line.numbers[x]["value"], line.numbers[y]["value"]))
