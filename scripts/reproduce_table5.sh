@@ -12,6 +12,11 @@
 #
 # To try it out, or on another model, set any of these:
 set -euo pipefail
+if [ $# -gt 0 ]; then # --help, or what it does not know
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [ "$1" = --help ]
+    exit
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${PYTHON:=python}" "${REPO_ID:=meta-llama/Llama-2-7b-hf}" "${CHECKPOINT:=checkpoints/$REPO_ID}"
 : "${DATA:=$CHECKPOINT/alpaca-t256}" # prepared rows; made from Alpaca, or from the file ALPACA, where missing

@@ -227,6 +227,9 @@ def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, t
         )
         return [line.strip("\0").split("\0") for line in (tmp_path / "log").read_text().split("\n\0")[:-1]]
 
+    for argument, code in (("--help", 0), ("--steps", 1)):  # --help began a day of training
+        asked = subprocess.run(["bash", str(ROOT / "scripts/reproduce_table5.sh"), argument], capture_output=True)
+        assert asked.returncode == code and b"set any of these:" in asked.stdout
     wanted = commands()
     rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[:-1:2]]
     assert rates == ["5e-4", "5e-4", "2e-3", "5e-3"]
