@@ -102,30 +102,30 @@ def evaluate(
         tasks = load_tasks(tasks, **folders, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
     seeds = SEEDS if seed is None else dict.fromkeys(SEEDS, seed)
+    asked = dict(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, gen_kwargs=gen_kwargs)
+    asked |= dict(
+        system_instruction=system_instruction, evaluation_tracker=tracker, use_cache=use_cache and str(use_cache)
+    )
+    asked |= dict.fromkeys(("apply_chat_template", "fewshot_as_multiturn"), apply_chat_template)
     harness = HarnessModel(model, tokenizer, batch_size=batch_size, seed=seeds["torch_random_seed"])
+    asked["device"] = str(harness.device)
     with evaluation_mode(model), isolated_harness():
         results = evaluator.simple_evaluate(
             model=harness,
             tasks=[None],
             task_manager=SimpleNamespace(load=lambda names: tasks, task_index=()),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            device=str(harness.device),
-            system_instruction=system_instruction,
-            gen_kwargs=gen_kwargs,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-            use_cache=None if use_cache is None else str(use_cache),
-            evaluation_tracker=tracker,
             confirm_run_unsafe_code=True,  # load_tasks has asked
+            **asked,
             **seeds,
         )
     counts = harness.gather_object((harness.n_requests, harness.n_truncated))
-    if results is None:
-        return {}
+    return {} if results is None else plain(results, counts, seconds=time.perf_counter() - start)
+
+
+def plain(results: dict[str, Any], counts: Sequence[tuple[int, int]], *, seconds: float) -> dict[str, Any]:
+    """Return the harness's results as plain types, with each process's counts of requests and of cut ones summed."""
     results |= dict(zip(("requests", "truncated"), map(sum, zip(*counts, strict=True)), strict=True))
-    results["seconds"] = round(time.perf_counter() - start, 3)
+    results["seconds"] = round(seconds, 3)
     samples = results.pop("samples")  # many, and of plain types already
     return json.loads(json.dumps(results, default=handle_non_serializable)) | {"samples": samples}
 
@@ -142,6 +142,18 @@ def print_results(results: dict[str, Any]) -> None:
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
     if results["truncated"]:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
+
+
+def problems_of(
+    *, limit: float | None, num_fewshot: int | None, batch_size: int | str, gen_kwargs: dict[str, Any] | None, **_: Any
+) -> Problems:
+    """Return what is wrong with options of ``evaluate``."""
+    problems = Problems()
+    problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
+    problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
+    problems.expect(batch_size == "auto" or batch_size >= 1, f"--batch_size {batch_size}: expected auto, 1 or more")
+    problems.attempt(check_settings, gen_kwargs or ())
+    return problems
 
 
 def setup(
@@ -172,15 +184,10 @@ def setup(
         log_samples: write each document with its prompts and answers beside it, too, a JSONL file a task.
         overwrite: let it replace files that are there.
     """
-    problems = Problems()
     # A caller in Python may leave out what the command line fills in.
     options = {name: default for name, default in evaluate.__kwdefaults__.items() if name not in TAKEN} | options
-    limit, num_fewshot, batch_size = (options[name] for name in ("limit", "num_fewshot", "batch_size"))
-    problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
-    problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
-    problems.expect(batch_size == "auto" or batch_size >= 1, f"--batch_size {batch_size}: expected auto, 1 or more")
+    limit, problems = options["limit"], problems_of(**options)
     problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
-    problems.attempt(check_settings, options["gen_kwargs"] or ())
     problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
     problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
@@ -198,17 +205,12 @@ def setup(
     with locked(save_filepath.parent, **lock) if writes else nullcontext():
         model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
         model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-        model_args |= {"strength": strength}
         model_args |= {"adapter": adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}}
         model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
+        model_args |= {"strength": strength}
         # Beside the model, a seed decides answers that are drawn.
-        decisive = {
-            "pretrained": None,
-            "config": model.config.to_dict(),
-            "device": device.type,
-            "seed": options["seed"],
-        }
-        cache = save_filepath and unfinished(save_filepath, model_args | decisive)
+        decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
+        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options["seed"]})
         tracker = EvaluationTracker()
         results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
         if not results:

@@ -617,10 +617,13 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path, bpe_dir, c
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, EtherPeftConfig(**fields)).save_pretrained(some)
     assert "targets in all layers; here base_model.model.model.layers.0" in failure("lit", some, base)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (some / file).write_bytes((some / file).read_bytes()[:50])
+    damage = {"adapter_config.json": "is not valid JSON", "adapter_model.safetensors": "does not hold what it should"}
+    for file, message in damage.items():
+        whole = (some / file).read_bytes()
+        (some / file).write_bytes(whole[:50])
         for to in ("lit", "lora"):
-            assert f"{some / file} does not hold what it should" in failure(to, some, base)
+            assert f"{some / file} {message}" in failure(to, some, base)
+        (some / file).write_bytes(whole)
 
 
 @pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
