@@ -142,9 +142,12 @@ class Config:
             if right and plain in (int, float):
                 right = 0 <= value < (2**31 if plain is int else math.inf) and (value or each.name not in NOT_ZERO)
             if not right:
-                least = {int: f" of at least {int(each.name in NOT_ZERO)}", float: ", finite and not negative"}
-                kind = f"{plain.__name__}{least.get(plain, '')}"
-                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected: {kind}")
+                numbers = {
+                    int: f"an integer of at least {int(each.name in NOT_ZERO)}",
+                    float: "a float, finite and not below 0",
+                }
+                kind = numbers.get(plain, f"a {plain.__name__}")
+                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {kind}")
             if plain is float:
                 setattr(self, each.name, float(value))
 
