@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from lit_gpt import files
 from lit_gpt.adapter_files import KINDS
@@ -133,7 +132,7 @@ def locked(run_dir: Path, *, lock: str = LOCK, option: str = "--io.out_dir") -> 
 
 @contextmanager
 def open_run(
-    fabric: Fabric, run_dir: Path, *, settings: dict[str, Any], input_hashes: dict[str, str], resume: bool
+    fabric: Any, run_dir: Path, *, settings: dict[str, Any], input_hashes: dict[str, str], resume: bool
 ) -> Iterator[Path | None]:
     """Keep the run folder for this run, and yield the checkpoint to go on from, or None for a start.
 
