@@ -143,17 +143,15 @@ def setup(
     folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
     variants, left_out = costs.choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
     length, published = published_figures(config, targets)
-    depth = f"{config.n_layer} layer{'s' * (config.n_layer > 1)}"
-    title = f"{config.name}, {depth}, T = {seq_length}, {' and '.join(targets)} adapted"
+    title = f"{config.name}, layers: {config.n_layer}, T = {seq_length}, {' and '.join(targets)} adapted"
     print("\n".join((f"{title}, {precision}", *left_out, "")))
-    rows: Rows = {}
-    for label, adapter in variants.items():
-        rows[label] = {"label": label, "published_tflops": published.get(label)}
-        rows[label] |= costs.count(config, adapter, seq_length=seq_length, dtype=dtype)
-    shown = {label: cost_columns(row, rows[FLOOR], rows[LORA]) for label, row in rows.items()}
-    for label, columns in shown.items() if length else ():
-        columns[f"published, T = {length}"] = f"{published.get(label, '')}"
-    print(costs.table(shown))
+    rows: Rows = {
+        label: {"label": label, "published_tflops": published.get(label)}
+        | costs.count(config, adapter, seq_length=seq_length, dtype=dtype)
+        for label, adapter in variants.items()
+    }
+    beside = {label: {f"published, T = {length}": f"{published.get(label, '')}"} if length else {} for label in rows}
+    print(costs.table({x: cost_columns(row, rows[FLOOR], rows[LORA]) | beside[x] for x, row in rows.items()}))
     settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
     settings |= {"timed_on": costs.describe(device) if time else None, "compiled": compile, "torch": torch.__version__}
     if time:

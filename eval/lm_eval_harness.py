@@ -35,7 +35,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 from eval.harness_model import HarnessModel, check_settings, join_processes
 from eval.tasks import isolated_harness, load_tasks
-from lit_gpt.adapter_files import load_adapted_model, open_adapter
+from lit_gpt.adapter_files import AdapterFile, load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
 from lit_gpt.devices import weights_dtype
@@ -98,26 +98,18 @@ def evaluate(
         of this call's, and ``seconds``. Empty in all but the first of several processes.
     """
     if not isinstance(tasks, dict):
-        folders = {"data_dir": data_dir, "include_path": include_path}
-        tasks = load_tasks(tasks, **folders, run_code=confirm_run_unsafe_code)
+        tasks = load_tasks(tasks, data_dir=data_dir, include_path=include_path, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
     seeds = SEEDS if seed is None else dict.fromkeys(SEEDS, seed)
     asked = dict(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, gen_kwargs=gen_kwargs)
-    asked |= dict(
-        system_instruction=system_instruction, evaluation_tracker=tracker, use_cache=use_cache and str(use_cache)
-    )
+    asked |= {"system_instruction": system_instruction, "evaluation_tracker": tracker}
     asked |= dict.fromkeys(("apply_chat_template", "fewshot_as_multiturn"), apply_chat_template)
     harness = HarnessModel(model, tokenizer, batch_size=batch_size, seed=seeds["torch_random_seed"])
-    asked["device"] = str(harness.device)
+    asked |= {"use_cache": use_cache and str(use_cache), "device": str(harness.device)}
+    asked |= {"task_manager": SimpleNamespace(load=lambda names: tasks, task_index=())}
+    asked["confirm_run_unsafe_code"] = True  # load_tasks has asked
     with evaluation_mode(model), isolated_harness():
-        results = evaluator.simple_evaluate(
-            model=harness,
-            tasks=[None],
-            task_manager=SimpleNamespace(load=lambda names: tasks, task_index=()),
-            confirm_run_unsafe_code=True,  # load_tasks has asked
-            **asked,
-            **seeds,
-        )
+        results = evaluator.simple_evaluate(harness, tasks=[None], **asked, **seeds)
     counts = harness.gather_object((harness.n_requests, harness.n_truncated))
     return {} if results is None else plain(results, counts, seconds=time.perf_counter() - start)
 
@@ -199,28 +191,29 @@ def setup(
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     folders = {name: options[name] for name in ("data_dir", "include_path")}
     tasks = load_tasks(eval_tasks, **folders, run_code=options["confirm_run_unsafe_code"])
-    device = join_processes()
+    device, tracker = join_processes(), EvaluationTracker()
     writes = save_filepath and os.environ.get("RANK", "0") == "0"
     lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}
     with locked(save_filepath.parent, **lock) if writes else nullcontext():
         model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
         model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-        model_args |= {"adapter": adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}}
-        model_args |= {"fingerprint": fingerprint(model.state_dict()), "tokenizer_sha256": tokenizer.sha256}
-        model_args |= {"strength": strength}
+        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, **describe(model, adapter)}
         # Beside the model, a seed decides answers that are drawn.
         decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
         cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options["seed"]})
-        tracker = EvaluationTracker()
-        results = evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options)
-        if not results:
-            return
-        results["config"]["model_args"] = model_args
-        adapted = f"with {adapter.path}" if adapter else "no adapter"
-        print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
-        print_results(results)
-        if save_filepath is not None:
-            save_results(save_filepath, results, tracker, log_samples)
+        if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
+            results["config"]["model_args"] = model_args
+            adapted = f"with {adapter.path}" if adapter else "no adapter"
+            print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
+            print_results(results)
+            if save_filepath is not None:
+                save_results(save_filepath, results, tracker, log_samples)
+
+
+def describe(model: GPT, adapter: AdapterFile | None) -> dict[str, Any]:
+    """Return the adapter's settings and a fingerprint of all weights."""
+    settings = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
+    return {"adapter": settings, "fingerprint": fingerprint(model.state_dict())}
 
 
 def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:

@@ -89,17 +89,21 @@ def setup(
         raise UserError(f"--global_batch_size {global_batch_size} is no multiple of all processes' micro batches")
     transformers.set_seed(seed)
     model = adapted_model(checkpoint_dir, dtype, samples, method=Htype, n=ether_nb, target_modules=target_modules)
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    steps = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
     rows = [samples[i] for i in sample_order(len(samples), n_samples, seed=seed)]
-    scheduler = LambdaLR(optimizer, lambda step: rate(step, **steps))
-    trainer = transformers.Trainer(model, args, batch, rows, optimizers=(optimizer, scheduler))
+    trainer = transformers.Trainer(model, args, batch, rows, optimizers=optimizers(model, learning_rate, n_steps))
     trainer.train(resume_from_checkpoint=resume and any(out_dir.glob("checkpoint-*")))
     trainer.save_model()
     if trainer.is_world_process_zero():
         load = f"AutoPeftModelForCausalLM.from_pretrained({str(out_dir)!r})"
         print(f"adapter: {out_dir}\nPEFT, after import lit_gpt.peft_ether: {load}; its merge_and_unload() merges")
+
+
+def optimizers(model: Any, learning_rate: float, n_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Return AdamW over what trains, and the schedule of its rate: that of finetune/ether.py."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    steps = {"peak": 1.0, "n_warmup": min(1000, n_steps // 10), "n_steps": n_steps}
+    return optimizer, LambdaLR(optimizer, lambda step: rate(step, **steps))
 
 
 def adapted_model(checkpoint_dir: str, dtype: str, samples: list[Sample], **settings: Any) -> Any:
