@@ -453,7 +453,10 @@ def test_older_buffers_of_gpt_neox_are_passed_over(tmp_path):
 
 
 def test_names_of_every_architecture_are_distinct_and_complete():
-    for fields in (dict(), dict(architecture="MixtralForCausalLM", mlp_class="LLaMAMoE", n_expert=3)):
+    for fields in (
+        dict(),
+        dict(architecture="MixtralForCausalLM", mlp_class="LLaMAMoE", n_expert=3, n_expert_per_token=2),
+    ):
         config = Config(n_layer=2, n_embd=32, n_head=4, vocab_size=8, intermediate_size=8, **fields)
         modules = hf_modules(config)
         names = [name for group in modules.values() for name in group]
