@@ -831,17 +831,15 @@ def test_memory_that_ends_halves_the_automatic_batch(ours, monkeypatch):
 
 @pytest.mark.parametrize("checkpoint", ["bpe"], indirect=True)
 def test_several_processes_give_what_one_gives(checkpoint, own_tasks, tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    found = []
-    for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--standalone"]
-        path = tmp_path / f"{n}.json"
-        more = ["--save_filepath", path, "--include_path", own_tasks, "--eval_tasks", json.dumps([*OWN_TASKS])]
-        command += [root / "eval/lm_eval_harness.py", "--checkpoint_dir", checkpoint, *more]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Saved to") == 1
-        found.append(json.loads(path.read_text()))
+    script = Path(__file__).resolve().parents[1] / "eval/lm_eval_harness.py"
+    options = ["--checkpoint_dir", checkpoint, "--include_path", own_tasks, "--eval_tasks", json.dumps([*OWN_TASKS])]
+    paths = [tmp_path / "1.json", tmp_path / "2.json"]
+    main(setup, [*map(str, options), "--save_filepath", str(paths[0])])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, *options]
+    done = subprocess.run([*map(str, launch), "--save_filepath", str(paths[1])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved to") == 1
+    found = [json.loads(path.read_text()) for path in paths]
     one, two = ({task: numbers(values) for task, values in results["results"].items()} for results in found)
     for task, values in one.items():  # a bootstrapped standard error depends on the documents' order
         exact = [metric for metric in values if "_stderr" not in metric]
