@@ -7,6 +7,7 @@
 """
 
 import copy
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -44,7 +46,7 @@ from lit_gpt.run_folder import METRICS, SUMMARY, checkpoint_folders
 from lit_gpt.train import compile_blocks
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-DOLLY = SCRIPTS / "demo" / "dolly_sample.jsonl"
+REQUESTS = SCRIPTS / "demo" / "requests" / "train.jsonl"
 TINY = Config(
     name="a tiny model", n_layer=2, n_head=4, n_embd=64, n_query_groups=2, intermediate_size=96, vocab_size=4096,
     block_size=256,
@@ -134,13 +136,18 @@ def make_base_and_data(card: Card, name: str) -> Found:
     from tokenizers import ByteLevelBPETokenizer
 
     base, config, tokenizer = card.folder / "base", card.sizes("meta-llama/Llama-3.2-1B"), ByteLevelBPETokenizer()
-    tokenizer.train(str(DOLLY), 4000, special_tokens=["</s>"], show_progress=False)
+    with REQUESTS.open(encoding="utf-8") as file:
+        texts = [json.loads(line)["messages"][1]["content"] for line in file]
+    # Their own answers are a word each: a request answers the one before it, for samples of all lengths.
+    rows = [{"instruction": text, "output": after} for text, after in pairwise(texts)]
+    write_json(card.folder / "rows.json", rows)
+    tokenizer.train_from_iterator(texts, 4000, special_tokens=["</s>"], show_progress=False)
     save_state(random_base(config, **card.options).cpu().state_dict(), base / "lit_model.pth")
     write_json(base / "lit_config.json", config.to_dict())
     tokenizer.save(str(base / "tokenizer.json"))
     write_json(base / "tokenizer_config.json", {"eos_token": "</s>"})
-    fields = {"instruction": "instruction", "input": "context", "output": "response"}
-    prepare(DOLLY, destination_path=card.folder / "data", checkpoint_dir=base, max_seq_length=256, fields=fields)
+    folders = {"destination_path": card.folder / "data", "checkpoint_dir": base}
+    prepare(card.folder / "rows.json", **folders, max_seq_length=256)
     yield from ()
 
 

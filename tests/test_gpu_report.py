@@ -229,3 +229,8 @@ def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         setup(["--parts", "steps", "x"])
     assert end.value.code == 2 and "invalid choice: 'x'" in capsys.readouterr().err
+
+
+def test_the_rows_that_runs_train_on_are_there():
+    rows = [json.loads(line) for line in gpu_cases.REQUESTS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 1000 and all(row["messages"][1]["role"] == "user" for row in rows)
