@@ -42,7 +42,7 @@ HEAD_ROWS = 512
 AUTO_ROWS = {"cuda": 64}
 """Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-"""What ``generate_until`` knows, under the harness's normal names."""
+"""Settings that ``generate_until`` follows, under the harness's normal names."""
 
 CONTINUE_HERE = "CONTINUE_HERE "
 """Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""

@@ -117,7 +117,8 @@ def on_samples(
     gpt = load_adapted_model(checkpoint_dir, precision, adapter=open_adapter(**adapter), device=device)
     for batch in batching.cut(make_samples(source, gpt, Tokenizer(checkpoint_dir))):
         idx, targets, _ = batching.collate(batch, device)
-        counts += (sizes := [n_targets([sample]) for sample in batch])
+        sizes = [n_targets([sample]) for sample in batch]
+        counts += sizes
         losses += [part.double().sum().item() for part in gpt(idx, targets=targets, reduction="none").split(sizes)]
     if not math.isfinite(sum(losses)):
         raise UserError("the loss is not finite")

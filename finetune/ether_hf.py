@@ -33,7 +33,7 @@ from lit_gpt.train import learning_rate as rate
 FIXED = dict(
     logging_steps=1, report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0
 )
-"""What the Trainer is told in any run; the rows are in our order already."""
+"""Arguments that the Trainer gets in any run; the rows are in our order already."""
 
 
 def setup(

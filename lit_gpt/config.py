@@ -73,7 +73,7 @@ class Config:
     pre_norm: bool = True
     """Attention and MLP each read a norm of the residual stream."""
     post_norm: bool = False
-    """What attention and MLP give is normed before it is added (Gemma 2 and 3; OLMo 2 has this norm alone)."""
+    """The outputs of attention and MLP are normed before they are added (Gemma 2 and 3; OLMo 2 has this norm alone)."""
     qkv_bias: Annotated[bool, "attention_bias"] = False
     proj_bias: Annotated[bool, "attention_bias"] = False
     mlp_bias: Annotated[bool, "mlp_bias"] = False

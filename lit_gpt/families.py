@@ -335,4 +335,4 @@ UNSUPPORTED = {
 """Reasons why a class is not built here, each with how the names of such classes begin; the first that fits is said."""
 REMOTE_CODE = "its code comes with it (trust_remote_code), and none but ours is run"
 ROUTE = "finetune others in transformers, with PEFT's LoRA, or with ETHER by finetune/ether_hf.py"
-"""What does work for them."""
+"""The way that works for them, as the end of an error."""

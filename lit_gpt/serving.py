@@ -30,13 +30,13 @@ MODEL = {
     "vLLM": "vllm serve {folder}",
     "llama.cpp": "python convert_hf_to_gguf.py {folder}",
 }
-"""What loads a model's folder, by program."""
+"""Commands that load a model's folder, by program."""
 LORA = {
     "PEFT": "AutoPeftModelForCausalLM.from_pretrained({folder})",
     "vLLM": "vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={folder}",
     "llama.cpp": "python convert_lora_to_gguf.py {folder} {flag} {base}",
 }
-"""What loads a LoRA folder."""
+"""Commands that load a LoRA folder."""
 CARD = """\
 ---
 {head}

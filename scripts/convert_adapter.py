@@ -40,13 +40,13 @@ SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", 
 Form = Literal["peft", "lit", "lora"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
-"""What only we write into a PEFT folder: how prompts were written."""
+"""A key in the metadata of a PEFT folder's tensors, ours alone: the style of prompts."""
 ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
 NOTES = {
     "peft": ["`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"],
     "lora": ["it computes the same function, exactly in fp32; PEFT loads it as any LoRA"],
 }
-"""What the folder's page says."""
+"""Sentences of the folder's page."""
 ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 

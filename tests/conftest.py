@@ -25,6 +25,17 @@ def spm_dir(tmp_path_factory) -> Path:
     return write_spm_tokenizer(tmp_path_factory.mktemp("spm"))
 
 
+@pytest.fixture(scope="module")
+def own_datasets_cache(tmp_path_factory):
+    """Keep `datasets` offline and out of the home folder."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory, bpe_dir) -> Path:
     """A folder with a base and the data for it. Read only, but for new folders beside the two."""

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, script, train
@@ -24,13 +23,7 @@ from lit_gpt.tokenizer import Tokenizer
 REPORT = "eval/report.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Keep `datasets` offline and out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(scope="module")

@@ -505,7 +505,7 @@ PUBLISHED = {
     "LlamaForCausalLM": [dict(sliding_window_pattern=4, no_rope_layer_interval=4)],
     "Gemma3ForCausalLM": [dict(sliding_window_pattern=3), dict(rope_local_base_freq=2e4, rope_theta=3e5)],
 }
-"""What config.json of a class has said somewhere, beside what all say."""
+"""Keys that config.json of a class has had somewhere, beside those of all."""
 
 
 @pytest.mark.parametrize("architecture", PUBLISHED)

@@ -88,13 +88,7 @@ def data_dir(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Keep `datasets` offline and out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(scope="module", params=["bpe", "spm"])
@@ -795,7 +789,7 @@ def test_requests_that_lose_their_beginning_are_counted(checkpoint, data_dir, ca
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_long_texts_beside_short_ones_score_as_alone(ours, kind):
-    """Where all positions are rotated by how long a text is, neither its batch nor a shared beginning changes that."""
+    """Neither its batch nor a shared beginning changes a score, though positions are rotated by a text's length."""
     factors = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 4.0, 8.0]) if kind == "longrope" else {}
     scaling = dict(rope_type=kind, factor=4.0, original_max_position_embeddings=24, **factors)
     model = tiny_model(vocab_size=ours.tokenizer.vocab_size, rope_scaling=scaling).eval()
