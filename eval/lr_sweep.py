@@ -24,14 +24,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from eval.costs import METHOD_NAMES, table
-from lit_gpt.checkpoint import load_config
 from lit_gpt.cli import main
 from lit_gpt.data import read_data_config
+from lit_gpt.devices import choose_device
 from lit_gpt.errors import UserError
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import atomic_write, read_json, write_json
 from lit_gpt.lora import LoraConfig
+from lit_gpt.model import GPT
 from lit_gpt.plots import picture
+from lit_gpt.quantize import load_base
 from lit_gpt.report import read_metrics
 from lit_gpt.run_folder import MONITOR, SUMMARY
 from lit_gpt.settings import EvalArgs, IOArgs, Settings, TrainArgs
@@ -88,18 +90,19 @@ def setup(
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
     fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
     keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
-    size = load_config(checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]).q_size
+    base_dir = checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]
     runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [each for seed in seeds for rate in rates for name in methods if (each := (name, rate, seed)) not in done]
+    base = load_base(base_dir, precision, None, device=choose_device()) if wanted else None
     for number, (method, rate, seed) in enumerate(wanted, start=1):
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
         folder = str(out_dir / "runs" / f"{method}-{rate:g}-{seed}")
         common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed)
         common["io"] = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
         settings = Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
-        run = dict(method=method, rate=rate, seed=seed, degrees_per_step=degrees_per_step(method, rate, size))
-        runs.append(run | train_once(settings))
+        turn = degrees_per_step(method, rate, base.config.q_size)
+        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turn) | train_once(settings, base))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
@@ -125,12 +128,12 @@ def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
     return math.degrees(rate * math.sqrt(3 * q_size)) if has_vectors else None
 
 
-def train_once(settings: Settings) -> dict[str, Any]:
-    """Train and return what runs.json says of it: losses before and after, mean change of the adapted weights."""
+def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
+    """Train over a base in memory; return what runs.json says: losses, mean change of the adapted weights."""
     folder = Path(str(settings.io.out_dir))
     is_done = (folder / SUMMARY).exists()  # the sweep was stopped before it could note the run
     try:
-        finetune(replace(settings, resume=is_done, overwrite=not is_done))
+        finetune(replace(settings, resume=is_done, overwrite=not is_done), base=base)
     except Diverged as error:
         print(f"diverged: {error}")
         return dict.fromkeys((*LOSSES, "weight_change")) | {"diverged": True}
@@ -178,9 +181,11 @@ def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], 
     best, lines = min(min(curve.values()) for curve in losses.values()), {}
     for method, curve in losses.items():
         rate = min(curve, key=curve.__getitem__)
-        at_best = [run["response_loss"] for run in runs if (run["method"], run["rate"]) == (method, rate)]
+        at_best = [run for run in runs if (run["method"], run["rate"]) == (method, rate)]
         line = {"best rate": f"{rate:g}", "response loss": f"{curve[rate]:.4f}"}
-        line["over seeds"] = f"{min(at_best):.3f} to {max(at_best):.3f}" if math.isfinite(curve[rate]) else ""
+        if math.isfinite(curve[rate]):
+            least, most = (extreme(run["response_loss"] for run in at_best) for extreme in (min, max))
+            line |= {"over seeds": f"{least:.3f} to {most:.3f}", "loss": f"{fmean(run['loss'] for run in at_best):.4f}"}
         line["seeds"] = f"{len(at_best)}"
         for column, loss in {"usable, decades": best, "own range, decades": curve[rate]}.items():
             line[column] = f"{usable_decades(curve, untuned - KEPT * (untuned - loss)):.1f}"

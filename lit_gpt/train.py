@@ -37,7 +37,7 @@ from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
 from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
 from lit_gpt.loss import MULTIPLE
-from lit_gpt.memory import estimate_memory, remedies
+from lit_gpt.memory import estimate_memory, remedies, share_weights
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
 from lit_gpt.quantize import describe_size, load_base, n_parameters
@@ -50,12 +50,14 @@ class Diverged(UserError):
     """The loss or its gradient is not finite, in more steps than --train.skip_nonfinite allows."""
 
 
-def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
+def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | None = None) -> None:
     """Train one adapter (or the whole model) and leave a run folder.
 
     Args:
         settings: what the flags say.
         given: names of the flags that were given, which the ``init_from`` file must not contradict.
+        base: the settings' base model on this process's device, as ``load_base`` gives it, for many runs over the same
+            frozen weights; by default it is loaded.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: a setting, file or combination that cannot work; nothing is
@@ -67,6 +69,7 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(settings.deterministic)
     problems = Problems()
+    problems.expect(settings.adapter or not base, "full finetuning would change a base in memory: let it load its own")
     problems.attempt(check_launch, settings)
     if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
@@ -84,7 +87,7 @@ def finetune(settings: Settings, *, given: Collection[str] = ()) -> None:
         together(lambda: check_compiler(fabric.device))
     inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
     with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
-        trainer = Trainer(fabric, plan, deadline=started + plan.max_seconds)
+        trainer = Trainer(fabric, plan, base=base, deadline=started + plan.max_seconds)
         with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=remedies(plan, fabric=fabric)):
             trainer.set_up()
             trainer.begin(checkpoint)
@@ -104,13 +107,14 @@ def make_batching(plan: Plan, fabric: Fabric) -> Batching:
     return Batching(train.micro_batch_size, n_tokens, fabric.global_rank, fabric.world_size, multiple)
 
 
-def build_model(plan: Plan, device: torch.device) -> GPT:
-    """Return the base with its adapter, only what trains requiring gradients.
+def build_model(plan: Plan, device: torch.device, base: GPT | None = None) -> GPT:
+    """Return the base, its weights shared with one in memory, with its adapter; only what trains requires gradients.
 
     The frozen weights are cast here, not by Fabric's ``bf16-true``, which would cast the adapter's fp32 masters too.
     """
     settings = plan.settings
-    model = load_base(plan.base_dir, settings.precision, settings.quantize, device=device)
+    form = (settings.precision, settings.quantize)
+    model = share_weights(base) if base else load_base(plan.base_dir, *form, device=device)
     make_trainable(model, settings.adapter)
     if plan.init_adapter:
         fill_adapter(model, plan.init_adapter)
@@ -169,8 +173,8 @@ STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
-    def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float) -> None:
-        self.fabric, self.plan, self.deadline = fabric, plan, deadline
+    def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float, base: GPT | None = None) -> None:
+        self.fabric, self.plan, self.deadline, self.base = fabric, plan, deadline, base
         self.settings, self.train_args = plan.settings, plan.settings.train
         self.batching = make_batching(plan, fabric)
         largest = self.batching.largest(plan.train_set, self.train_args.global_batch_size // fabric.world_size)
@@ -194,7 +198,7 @@ class Trainer:
         fabric.seed_everything(self.settings.seed, verbose=False)
         self.held_memory = held_memory_bytes()
         # Sharding moves a block at a time to a device that may be too small for all of them.
-        model = build_model(self.plan, torch.device("cpu") if is_sharded(fabric) else device)
+        model = build_model(self.plan, torch.device("cpu") if is_sharded(fabric) else device, self.base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.n_trained = sum(parameter.numel() for parameter in trained)
         self.announce(model)

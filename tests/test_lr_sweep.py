@@ -2,12 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from helpers import same_result
 
 from eval import lr_sweep
 from eval.lr_sweep import mean_curve, setup, summarise, usable_decades
 from lit_gpt.cli import main
+from lit_gpt.ether import EtherConfig
+from lit_gpt.quantize import load_base
+from lit_gpt.settings import IOArgs, Settings, TrainArgs
 
 
 def test_decades_are_counted_along_straight_lines_between_the_rates():
@@ -22,7 +28,7 @@ def test_decades_are_counted_along_straight_lines_between_the_rates():
 def test_a_method_is_measured_by_the_best_of_all_and_by_its_own():
     losses = {("lora", 1e-3): [1.9, 2.1], ("lora", 1e-2): [2.0, None], ("oft", 1e-3): [2.5], ("oft", 1e-2): [2.52]}
     runs = [
-        dict(method=method, rate=rate, seed=seed, response_loss=loss, untuned=3.0)
+        dict(method=method, rate=rate, seed=seed, response_loss=loss, loss=loss and loss / 2, untuned=3.0)
         for (method, rate), values in losses.items()
         for seed, loss in enumerate(values)
     ]
@@ -30,8 +36,8 @@ def test_a_method_is_measured_by_the_best_of_all_and_by_its_own():
     assert curves == {"lora": {1e-3: 2.0, 1e-2: math.inf}, "oft": {1e-3: 2.5, 1e-2: 2.52}}
     *_, lora, oft = summarise(curves, runs, 3.0).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lora, oft)]
-    assert cells[0] == ["LoRA", "0.001", "2.0000", "1.900 to 2.100", "2", "0.0", "0.0"]
-    assert cells[1] == ["OFT", "0.001", "2.5000", "2.500 to 2.500", "1", "0.0", "1.0"]
+    assert cells[0] == ["LoRA", "0.001", "2.0000", "1.900 to 2.100", "1.0000", "2", "0.0", "0.0"]
+    assert cells[1] == ["OFT", "0.001", "2.5000", "2.500 to 2.500", "1.2500", "1", "0.0", "1.0"]
 
 
 def test_a_sweep_goes_on_adds_what_is_new_and_refuses_other_settings(work, tmp_path, capsys, monkeypatch):
@@ -45,9 +51,12 @@ def test_a_sweep_goes_on_adds_what_is_new_and_refuses_other_settings(work, tmp_p
     assert [(run["method"], run["rate"]) for run in first] == [("ether", 0.01), ("lora", 0.01)]
     assert first[0]["degrees_per_step"] > 0 and first[1]["degrees_per_step"] is None
     trained = []
-    monkeypatch.setattr(lr_sweep, "finetune", lambda settings: (trained.append(settings), finetune(settings)))
+    loads = [lr_sweep.load_base]
+    monkeypatch.setattr(lr_sweep, "load_base", lambda *given, **more: loads.append(1) or loads[0](*given, **more))
+    monkeypatch.setattr(lr_sweep, "finetune", lambda its, **more: trained.append(its) or finetune(its, **more))
     both = sweep("--methods", '["ether", "lora"]', "--rates", "[0.01, 1e30]")  # fp32 overflows
     assert both[:2] == first and len(trained) == 2  # what was there did not run again
+    assert loads[1:] == [1], "one base for all runs"
     assert [run["diverged"] for run in both[2:]].count(True) >= 1
     out = tmp_path / "out"
     assert {"loss.png", "weight_change.png", "sweep.csv", "sweep.md"} <= {path.name for path in out.iterdir()}
@@ -63,3 +72,22 @@ def test_a_sweep_goes_on_adds_what_is_new_and_refuses_other_settings(work, tmp_p
 
 
 finetune = lr_sweep.finetune
+
+
+def test_runs_over_one_base_in_memory_leave_it_alone_and_are_those_that_load_their_own(work, tmp_path):
+    base = load_base(work / "base", "32-true", None)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+
+    def run(name: str, adapter, **more) -> Path:
+        io = IOArgs(train_data_dir=str(work / "data"), out_dir=str(tmp_path / name))
+        train = TrainArgs(learning_rate=0.01, max_steps=3, global_batch_size=4, micro_batch_size=2)
+        finetune(Settings(adapter=adapter, io=io, train=train, precision="32-true"), **more)
+        return tmp_path / name
+
+    for method in ("etherplusHH", "oft"):
+        adapter = EtherConfig(method, 2)
+        assert same_result(run(f"{method}-shared", adapter, base=base), run(f"{method}-own", adapter))
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="full finetuning would change a base in memory"):
+        run("full", None, base=base)
