@@ -154,7 +154,10 @@ def share_weights(base: GPT, device: torch.device | str | None = None) -> GPT:
         return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
 
     shared = {id(parameter): weight(parameter) for parameter in base.parameters()}
-    scales = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]  # of quantized weights
+    # What bitsandbytes keeps beside a quantized weight. At the first product int8's scales leave the shared weight for
+    # the layer's state: a copy with a state of its own would take the quantized numbers for the weight.
+    scales = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]
+    scales += [layer.state for layer in base.modules() if hasattr(layer, "state")]
     return copy.deepcopy(base, shared | {id(scale): scale for scale in scales})
 
 

@@ -21,6 +21,7 @@ from lit_gpt.cli import main
 from lit_gpt.data import load_split
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.memory import share_weights
 from lit_gpt.monitor import weight_change
 from lit_gpt.quantize import (
     SCHEMES,
@@ -117,7 +118,10 @@ def test_embedding_head_norms_and_router_stay_as_they_are():
 def test_products_in_half_precision_leave_the_adapter_in_fp32(scheme):
     model = GPT(Config(**SIZES, **MODELS["gqa"])).bfloat16()
     quantize_model(model, scheme, model.state_dict(), dtype=torch.bfloat16, device="cpu")
+    models = [share_weights(model), share_weights(model)]  # of int8 the second one gave noise
     base = model(IDX)
+    for each in models:
+        assert torch.equal(each(IDX), base)
     adapt(model, "etherplusHH")
     assert base.dtype == torch.bfloat16 and torch.equal(model(IDX), base)
     assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {torch.float32}
