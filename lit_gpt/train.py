@@ -69,7 +69,9 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(settings.deterministic)
     problems = Problems()
-    problems.expect(settings.adapter or not base, "full finetuning would change a base in memory: let it load its own")
+    changes_base = not settings.adapter or settings.strategy == "fsdp"
+    refused = "full finetuning and --strategy fsdp would change a base in memory: let them load their own"
+    problems.expect(not (base and changes_base), refused)
     problems.attempt(check_launch, settings)
     if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
@@ -196,6 +198,8 @@ class Trainer:
         """Build the model and the optimizer of what trains, say what they are, and try them on the largest batch."""
         fabric, device = self.fabric, self.fabric.device
         fabric.seed_everything(self.settings.seed, verbose=False)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run of this process may have taken more
         self.held_memory = held_memory_bytes()
         # Sharding moves a block at a time to a device that may be too small for all of them.
         model = build_model(self.plan, torch.device("cpu") if is_sharded(fabric) else device, self.base)
