@@ -192,6 +192,7 @@ class HarnessModel(TemplateLM):
         """Return the distinct rows that the requests need, cut on the left to the model's context."""
         requests_of, tail_length, longest = defaultdict(list), defaultdict(int), self.max_length
         for number, (_, context, continuation) in enumerate(requests):
+            context = context or [self.prefix_token_id]  # of blanks alone, which belong to the answer
             if len(continuation) > longest:
                 raise UserError(f"a continuation of {len(continuation)} tokens does not fit the context of {longest}")
             # The last token is only predicted; one more than the context holds can be scored
@@ -294,7 +295,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length - length
         if room < 1:
             raise UserError(f"the task's answers of up to {length} tokens leave no room in the context for its prompt")
-        ids = self.checked(self.tok_encode(context))
+        ids = self.checked(self.tok_encode(context)) or [self.prefix_token_id]
         self.n_truncated += len(ids) > room
         prompt = ids[-room:]
         sampling = {"temperature": settings.get("temperature", 0.0), "generator": self.generator}

@@ -40,7 +40,7 @@ from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.files import move, refuse_existing
+from lit_gpt.files import TEMPORARY, finite, move, refuse_existing
 from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
@@ -220,11 +220,13 @@ def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
     """Return the beginning of the name of the file for answers, this model's alone; None where there can't be one."""
     key = sha256(json.dumps(model, default=str).encode()).hexdigest()[:16]
     cache = save_filepath.with_name(f"{save_filepath.name}.{key}")
-    if any(path.stat().st_size for path in cache.parent.glob(f"{escape(cache.name)}_rank*.db")):
+    rank = os.environ.get("RANK", "0")
+    own = Path(f"{cache}_rank{rank}.db")  # another process may have begun to write its own
+    if rank == "0" and own.exists() and own.stat().st_size:
         print("going on from the answers of a call that was interrupted")
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with closing(sqlite3.connect(f"{cache}_rank0.db")) as file:
+        with closing(sqlite3.connect(own)) as file:
             file.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:  # a file system without locks
         print(f"note: answers are not kept for an interruption, SQLite can't write there: {error}", file=sys.stderr)
@@ -236,12 +238,12 @@ def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker
     """Let the harness write the results, and each task's samples beside them; the answers of unfinished calls go."""
     samples = results.pop("samples")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent) as folder:
+    with TemporaryDirectory(dir=file.parent, prefix=TEMPORARY) as folder:
         tracker.output_path = f"{folder}/results.json"
-        tracker.save_results_aggregated(results, samples)
+        tracker.save_results_aggregated(finite(results), samples)
         for task in samples if log_samples else ():
             tracker.save_results_samples(task, samples[task])
-        written = sorted(Path(folder).iterdir())
+        written = sorted(Path(folder).iterdir(), reverse=True)  # the results come last: who sees them has all
         if len(written) != 1 + log_samples * len(samples):  # the harness goes on without what it cannot write
             raise OSError(f"the results could not be written to {file.parent}: is there room?")
         for path in written:

@@ -273,9 +273,13 @@ def _take(folder: Path) -> int | None:
 # ------------------------------------------------------------------------------------------------- JSON, hashes
 def write_json(path: Path | str, content: Any) -> None:
     """Write JSON, atomically; what JSON has no number for (NaN, an infinity) becomes null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def finite(content: Any) -> Any:
+    """Return plain types with None for numbers that JSON does not have: NaN and the infinities."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 def read_json(path: Path | str) -> Any:

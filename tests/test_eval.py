@@ -18,11 +18,12 @@ import torch
 from helpers import tiny_model
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
+from lm_eval.loggers import EvaluationTracker
 
 from eval import harness_model, lm_eval_harness
 from eval import tasks as eval_tasks
 from eval.harness_model import HarnessModel
-from eval.lm_eval_harness import evaluate, print_results, setup
+from eval.lm_eval_harness import evaluate, print_results, save_results, setup
 from lit_gpt import GPT, Config
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import KINDS, save_adapter
@@ -165,6 +166,11 @@ def test_log_likelihoods_equal_the_hugging_face_backend(ours, theirs):
     reference = theirs.loglikelihood(requests_for("loglikelihood", arguments), disable_tqdm=True)
     assert_close([value for value, _ in mine], [value for value, _ in reference])
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in reference]
+    # Theirs refuses blanks alone, which leave no context where the tokenizer adds no BOS; ours ended in a traceback.
+    blank, none = ours.loglikelihood(requests_for("loglikelihood", [("  ", "the river"), ("", "  the river")]))
+    assert blank == pytest.approx(none)
+    blank, none = ([(context, {"until": [], "max_gen_toks": 3})] for context in ("", ours.prefix_text))
+    assert ours.generate_until(requests_for("generate_until", blank + none))
 
 
 def test_a_greedy_continuation_is_recognised(ours, theirs):
@@ -779,6 +785,13 @@ def test_samples_are_written_in_the_harness_layout(checkpoint, own_tasks, tmp_pa
     assert [re.sub("_[^_]*$", "", file.name) for file in files] == ["samples_own_choice", "samples_own_text"]
     rows = datasets.load_dataset("json", data_files=str(files[0]), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == 5 and rows[0]["arguments"]["gen_args_2"]["arg_1"] == " a"
+
+
+def test_results_are_json_also_where_a_model_gives_nan(tmp_path):
+    content = {"results": {"a": {"acc,none": float("nan"), "acc_stderr,none": "N/A"}}, "samples": {}}
+    save_results(tmp_path / "r.json", content, EvaluationTracker(), log_samples=False)
+    saved = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert saved["results"] == {"a": {"acc,none": None, "acc_stderr,none": "N/A"}}
 
 
 def test_requests_that_lose_their_beginning_are_counted(checkpoint, data_dir, capsys):
