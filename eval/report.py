@@ -175,7 +175,7 @@ def measure(lines: Sequence[Line], name: str, key: Any, make: Callable[..., None
             found = read_json(file)
             first = found if line is lines[0] else first
             line.numbers |= task_numbers(found) if "results" in found else sample_numbers(name, found, first)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, RuntimeError, MemoryError) as error:  # a GPU's memory may end, too
             failures.append(f"{line.label} on {name}: {one_line(error)}")
     return failures
 
@@ -209,12 +209,19 @@ def mean_accuracy(found: Found, tasks: Sequence[str]) -> Found:
 
 
 def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
-    """Return the perplexity on samples, and the loss per token minus that of the first model, with its interval."""
+    """Return the perplexity on samples, and the loss per token minus that of the first model, with its interval.
+
+    Raises:
+        ValueError: the samples were cut into other tokens than the first model's.
+    """
+    if first and first["tokens"] != found["tokens"]:
+        raise UserError("its tokenizer or context differs from the first model's: losses per token cannot be compared")
     n = len(found["tokens"])
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
     loss, of_first = ((counts @ each["losses"]) / (counts @ each["tokens"]) for each in (found, first or found))
-    numbers = {f"perplexity on {name}": {"value": math.exp(loss[0]), "shown": f"{math.exp(loss[0]):.5g}"}}
+    perplexity = torch.tensor(loss[0]).exp().item()  # infinite where math.exp would raise
+    numbers = {f"perplexity on {name}": {"value": perplexity, "shown": f"{perplexity:.5g}"}}
     if first:
         change, (low, high) = float(loss[0] - of_first[0]), np.quantile((loss - of_first)[1:], (0.025, 0.975)).tolist()
         shown = "" if found is first else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"

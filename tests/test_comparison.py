@@ -120,7 +120,7 @@ def test_the_report_measures_what_the_parts_measure(work, runs, data_dir, tmp_pa
 
     def fail(**options):
         if options["checkpoint_dir"].name == "merged":
-            raise OSError("no room")
+            raise torch.OutOfMemoryError("no room")
         setup(**options)
 
     line = refusal(capsys, REPORT, [*arguments, "--limit", "2"])
@@ -160,6 +160,9 @@ def test_the_interval_is_that_of_paired_differences():
     assert change["high"] - change["low"] == pytest.approx(width, rel=0.1)
     assert sample_numbers("text", one, one)["change on text"]["shown"] == ""
     assert "change on text" not in sample_numbers("text", other, None)
+    with pytest.raises(ValueError, match="tokenizer or context differs"):  # the pairs were those of like length
+        sample_numbers("text", {"losses": one["losses"], "tokens": [20] * 399 + [21]}, one)
+    assert sample_numbers("text", {"losses": [1e5], "tokens": [1]}, None)["perplexity on text"]["value"] == math.inf
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, capsys):
