@@ -121,11 +121,11 @@ def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
     """Return the degrees by which one Adam step at this rate turns a query's u at its start; None without vectors.
 
-    Adam moves each entry by about the rate, so a block of b by rate sqrt(b); u is drawn from (-1/sqrt(s), 1/sqrt(s)), s
-    the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
+    Adam moves each entry by about the rate, so a block of b by rate sqrt(b), across u; u is drawn from (-1/sqrt(s),
+    1/sqrt(s)), s the projection's size, so its block is sqrt(b / 3s) long. The block's size cancels.
     """
     has_vectors = method in METHODS and not METHODS[method].matrices
-    return math.degrees(rate * math.sqrt(3 * q_size)) if has_vectors else None
+    return math.degrees(math.atan(rate * math.sqrt(3 * q_size))) if has_vectors else None
 
 
 def train_once(settings: Settings, base: GPT) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import torch
 from helpers import same_result
 
 from eval import lr_sweep
-from eval.lr_sweep import mean_curve, setup, summarise, usable_decades
+from eval.lr_sweep import degrees_per_step, mean_curve, setup, summarise, usable_decades
 from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
 from lit_gpt.quantize import load_base
+from lit_gpt.reflections import axis_angle
 from lit_gpt.settings import IOArgs, Settings, TrainArgs
 
 
@@ -23,6 +24,17 @@ def test_decades_are_counted_along_straight_lines_between_the_rates():
     assert usable_decades(curve, 9.0) == pytest.approx(3.0) and usable_decades(curve, 1.9) == 0.0
     for limit in (2.0, math.inf):  # nothing is known of the way to a run that diverged
         assert usable_decades({1e-3: 2.0, 1e-2: math.inf, 1e-1: math.inf}, limit) == 0.0
+
+
+def test_a_step_turns_u_by_what_steps_of_the_rate_across_it_do():
+    """At a rate of 0.1 it said 238 degrees."""
+    torch.manual_seed(0)
+    u = torch.empty(500, 144).uniform_(-1 / 24, 1 / 24)  # four blocks of a projection of 576
+    across = torch.randn_like(u)
+    across -= u * (u * across).sum(-1, keepdim=True) / (u * u).sum(-1, keepdim=True)
+    for rate in (1e-3, 1e-2, 1e-1):
+        turned = axis_angle(u, u - rate * across.sign()).rad2deg().mean()
+        assert degrees_per_step("ether", rate, 576) == pytest.approx(turned.item(), rel=0.01)
 
 
 def test_a_method_is_measured_by_the_best_of_all_and_by_its_own():
