@@ -5,7 +5,8 @@ Knows nothing of tasks and their data (``tasks.py``). Notable choices:
   answer, BOS where the tokenizer adds it, too long a text loses its beginning), so that the numbers are the same.
 - The head runs on the scored positions alone, and log-probabilities are fp32 whatever the model's precision.
 - What prompts have in common is computed once: requests whose input is the same share one row, and the answers to one
-  question, or questions behind the same examples, share the keys and values of their common beginning.
+  question, and questions behind the same examples, share the keys and values of their common beginning. Several
+  questions are a batch: few tokens at a time would wait for the weights to come from memory.
 
 Shapes: B batch, T tokens, d n_embd, V padded vocabulary.
 """
@@ -15,10 +16,10 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
-from itertools import chain, islice, takewhile
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import chain, groupby, islice, zip_longest
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,10 @@ from lit_gpt.tokenizer import Tokenizer
 HEAD_ROWS = 512
 """Positions whose logits are in memory at once; a vocabulary of 128k takes 256 MB in fp32."""
 
+WORTH_A_PASS = 256
+"""Tokens that a common beginning has to save: the passes behind it hold its own rows alone, and may be small."""
+CACHED_TOKENS = 512
+"""Tokens that a row of the cache may have before there are fewer rows; a token of Llama-2-7B is 0.5 MB in 16 bits."""
 AUTO_ROWS = {"cuda": 64}
 """Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -48,12 +53,20 @@ CONTINUE_HERE = "CONTINUE_HERE "
 """Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""
 
 
+T = TypeVar("T")
+Head = tuple[int, ...]
+
+
 class Row(NamedTuple):
     """A row for the model, ``head + tail``. The states of the tail's tokens are what gets scored."""
 
-    head: tuple[int, ...]
+    head: Head
     tail: tuple[int, ...]
     requests: list[int]
+
+
+Families = dict[Head, list[Row]]
+"""Rows by their head: the answers to a question."""
 
 
 class HarnessModel(TemplateLM):
@@ -204,46 +217,75 @@ class HarnessModel(TemplateLM):
         return [Row(tokens[:cut], tokens[cut:], requests_of[tokens]) for tokens, cut in cuts.items()]
 
     def run_separate(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Run rows of like length together, longest first; the rest as ``run``, with all of a row as its tail."""
+        """Yield batches of (row, the states (T, d) of all its tokens); rows of like length together, longest first."""
         rows = sorted(rows, key=lambda row: -len(row.head) - len(row.tail))
-        return self.run([Row((), row.head + row.tail, row.requests) for row in rows])
+        for _, alike in groupby(rows, key=self.stretch):
+            yield from self.in_batches(list(alike), self.run_rows)
 
-    def run_shared(self, families: dict[tuple[int, ...], list[Row]]) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Run rows grouped by their head, which the cache holds once for all of them; the rest as ``run``.
+    def run_rows(self, rows: list[Row]) -> list[tuple[Row, Tensor]]:
+        """Return the states of a batch."""
+        hidden = self.model.hidden(self.pad([row.head + row.tail for row in rows]))  # (B, T, d)
+        return [(row, found[: len(row.head) + len(row.tail)]) for row, found in zip(rows, hidden, strict=True)]
 
-        Heads come in lexicographic order: neighbours have most in common, and only where one leaves its predecessor
-        does it need new keys and values.
-        """
-        if not families:
-            return
-        longest = max(len(row.head) + len(row.tail) for rows in families.values() for row in rows)
-        self.model.set_kv_cache(min(self.batch_size, max(map(len, families.values()))), longest)
+    def run_shared(self, families: Families) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Yield batches of (row, its tail's states (T, d)) of rows grouped by their head, which is computed once."""
         try:
-            cached: tuple[int, ...] = ()
-            for head in sorted(families):
-                start = common_length(cached, head)
-                if start < len(head):  # one sequence, stored in every row of the cache
-                    self.model.hidden(self.pad([head[start:]]), input_pos=start)
-                cached = head
-                yield from self.run(families[head])
+            for prefix, heads in clusters(families):
+                self.model.clear_kv_cache()
+                for head in heads:
+                    families[head].sort(key=lambda row: -len(row.tail))  # those of one pass are alike
+                heads = sorted(heads, key=lambda head: (-len(head), -len(families[head][0].tail)))
+                longest = max(len(head) + len(families[head][0].tail) for head in heads)
+                compute = partial(self.run_families, prefix, families, longest)
+                yield from self.in_batches(heads, compute, cached=longest)
         finally:
             self.model.clear_kv_cache()
 
-    def run(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Yield batches of (row, its tail's states (len(tail), d)) of rows with one head, in the cache or empty."""
+    def run_families(
+        self, prefix: Head, families: Families, longest: int, heads: list[Head]
+    ) -> list[tuple[Row, Tensor]]:
+        """Return the states of the tails behind these heads, each of which has a row of the cache, ``longest`` tokens.
+
+        The cache holds the prefix, and of each head as much as the shortest has; the rest is computed with each tail.
+        """
+        if self.model.transformer.h[0].attn.kv_cache is None:
+            self.model.set_kv_cache(len(heads), longest)
+            if prefix:  # one sequence, stored in every row of the cache
+                self.model.hidden(self.pad([prefix]), input_pos=0)
+        heads = sorted(heads, key=lambda head: -len(families[head]))  # a pass of tails is for the first rows
+        cut = min(map(len, heads))
+        if cut > len(prefix):
+            self.model.hidden(self.pad([head[len(prefix) : cut] for head in heads]), input_pos=len(prefix))
+        found = []
+        for rows in zip_longest(*(families[head] for head in heads)):
+            rows = list(filter(None, rows))
+            tails = [row.head[cut:] + row.tail for row in rows]
+            hidden = self.model.hidden(self.pad(tails), input_pos=cut)  # (B, T, d)
+            ends = zip(rows, hidden, map(len, tails), strict=True)
+            found += [(row, states[length - len(row.tail) : length]) for row, states, length in ends]
+        return found
+
+    def in_batches(self, items: list[T], compute: Callable[[list[T]], list], cached: int = 0) -> Iterator[list]:
+        """Yield what is computed of one batch of items after another; smaller ones where memory ends.
+
+        Args:
+            items: rows or heads.
+            compute: gives the results of a batch.
+            cached: tokens of an item that the cache holds; many make the batch smaller.
+        """
         start = 0
-        while start < len(rows):
-            kind = self.stretch(rows[start])
-            batch = list(takewhile(lambda row, kind=kind: self.stretch(row) == kind, rows[start:][: self.batch_size]))
-            tails = self.pad([row.tail for row in batch])  # (B, T)
+        while start < len(items):
+            size = min(self.batch_size, self.batch_size * CACHED_TOKENS // max(cached, 1))
+            batch = items[start:][: max(size, 1)]
             try:
-                hidden = self.model.hidden(tails, input_pos=len(batch[0].head) or None)  # (B, T, d)
+                found = compute(batch)
             except (RuntimeError, MemoryError) as error:
                 if not (self.may_halve and out_of_memory(error) and len(batch) > 1):
                     raise
+                self.model.clear_kv_cache()
                 self.batch_size = len(batch) // 2
                 continue
-            yield [(row, states[: len(row.tail)]) for row, states in zip(batch, hidden, strict=True)]
+            yield found
             start += len(batch)
 
     def stretch(self, row: Row) -> int:
@@ -310,10 +352,10 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(self.tokenizer.decode(tokens), stop=stops, think_end_token=None)
 
 
-def split_by_gain(rows: list[Row]) -> tuple[dict[tuple[int, ...], list[Row]], list[Row]]:
+def split_by_gain(rows: list[Row]) -> tuple[Families, list[Row]]:
     """Part rows into families with one head, where sharing it at least halves the tokens to compute, and the rest.
 
-    Sharing pays less where it saves less than that: a family is a batch of its own, which may be small.
+    Sharing pays less where it saves less than that: it takes more passes, each of fewer tokens.
     """
     families = defaultdict(list)
     for row in rows:
@@ -346,3 +388,23 @@ def join_processes() -> torch.device:
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def clusters(families: Families) -> list[tuple[Head, list[Head]]]:
+    """Part heads where they begin alike; return the beginnings with their heads, and what is left behind none.
+
+    In lexicographic order neighbours have most in common. A beginning is half of its heads or more.
+    """
+    found: list[tuple[Head, list[Head]]] = []
+    for head in sorted(families):
+        common = common_length(found[-1][0], head) if found else 0
+        joins = common > 0 and 2 * common >= len(head)
+        members = found.pop()[1] if joins else []
+        members.append(head)
+        found.append((head[:common] if joins else head, members))
+
+    def saves(prefix: Head, heads: list[Head]) -> bool:
+        return len(prefix) * (len(heads) - 1) >= WORTH_A_PASS
+
+    alone = [head for each in found if not saves(*each) for head in each[1]]
+    return [each for each in found if saves(*each)] + [((), alone)] * bool(alone)
