@@ -283,7 +283,7 @@ class HarnessModel(TemplateLM):
                 if not (self.may_halve and out_of_memory(error) and len(batch) > 1):
                     raise
                 self.model.clear_kv_cache()
-                self.batch_size = len(batch) // 2
+                self.batch_size //= 2  # not to half of this batch, which a long cache may have made small already
                 continue
             yield found
             start += len(batch)

@@ -220,8 +220,7 @@ def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
     loss, of_first = ((counts @ each["losses"]) / (counts @ each["tokens"]) for each in (found, first or found))
-    perplexity = torch.tensor(loss[0]).exp().item()  # infinite where math.exp would raise
-    numbers = {f"perplexity on {name}": {"value": perplexity, "shown": f"{perplexity:.5g}"}}
+    numbers = {f"perplexity on {name}": {"value": math.exp(loss[0]), "shown": f"{math.exp(loss[0]):.5g}"}}
     if first:
         change, (low, high) = float(loss[0] - of_first[0]), np.quantile((loss - of_first)[1:], (0.025, 0.975)).tolist()
         shown = "" if found is first else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
