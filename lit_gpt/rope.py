@@ -41,8 +41,6 @@ def rope_angles(
             angles = torch.outer(positions, frequencies).repeat(1, 2)  # (T, n): both halves turn alike
             cos, sin = angles.cos(), angles.sin()
             made[stretch] = tuple((part if factor == 1 else part * factor).to(dtype) for part in (cos, sin))
-    if len(spans) == 1:
-        return made[config.rope_stretch(spans[0][1])]
     rows = [(made[config.rope_stretch(end)], end - start) for start, end in spans]
     return tuple(torch.cat([angles[part][:length] for angles, length in rows]) for part in (0, 1))
 

@@ -69,9 +69,8 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
     torch.use_deterministic_algorithms(settings.deterministic)
     problems = Problems()
-    changes_base = not settings.adapter or settings.strategy == "fsdp"
-    refused = "full finetuning and --strategy fsdp would change a base in memory: let them load their own"
-    problems.expect(not (base and changes_base), refused)
+    keeps_base = settings.adapter and settings.strategy != "fsdp"
+    problems.expect(keeps_base or not base, "full finetuning and --strategy fsdp would change a base in memory")
     problems.attempt(check_launch, settings)
     if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
