@@ -78,10 +78,11 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
     plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
+    hparams = settings.hparams()
     if has_result:
+        together(lambda: run_folder.check_finished(plan.run_dir, hparams))
         fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
         return
-    hparams = settings.hparams()
     together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
