@@ -12,6 +12,7 @@ of all methods, along straight lines between the measured rates (mean over seeds
 range* is the same for the method's own best. A run that diverges keeps nothing.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -148,12 +149,9 @@ def read_own(path: Path, use: Callable[[Any], Any]) -> Any:
     """Return what a file of the sweep holds, None where there is none; raise UserError where ``use`` cannot use it."""
     if not path.exists():
         return None
-    try:
-        with reading(path):
-            use(content := read_json(path))
-            return content
-    except UserError as error:
-        raise UserError(f"{error}. Move it away: the same command makes it anew, from what runs/ holds") from error
+    with reading(path, "move it away: the same command makes it anew, from what runs/ holds"):
+        use(content := json.loads(path.read_text(encoding="utf-8")))
+    return content
 
 
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:

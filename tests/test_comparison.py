@@ -12,12 +12,13 @@ import torch
 from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, script, train
 from lm_eval.api.instance import Instance
 
-from eval import lm_eval_harness, report
+from eval import lm_eval_harness, report, tasks
 from eval.harness_model import HarnessModel
 from eval.report import read_documents, sample_numbers, task_numbers
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.merge import merge_adapter
+from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
 
 REPORT = "eval/report.py"
@@ -170,13 +171,72 @@ def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, ca
         (["--text", f"['{tmp_path / 'rows.jsonl'}']"], "rows.jsonl does not hold what it should (KeyError: 'text')"),
         (["--text", f"['{tmp_path / 'blank.txt'}']"], "blank.txt: there is no text in it"),
         (["--text", "['none.txt']", "--precision", "8"], "--precision 8 is unknown here"),
-        (["--val_data_dir", str(tmp_path)], "No such file or directory"),
+        (["--val_data_dir", str(tmp_path)], "holds no data_config.json; make it with"),
         (["--checkpoint_dir", "null"], "is an adapter: give the folder of its base model"),
     ):
         models = dict(plus=runs / "etherplusHH" / ADAPTER, gone=tmp_path / "gone.pth")
         line = refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more, **models))
         assert message in line and "gone.pth is not a file" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked_before_anything_is_measured(work, runs, tmp_path, capsys, monkeypatch):
+    """A misspelt task was found after hours of the others; a strength that is no number as well."""
+    common = tasks.task_manager(every_task=False)  # the index of all takes six seconds
+    monkeypatch.setattr(tasks, "task_manager", lambda **_: common)
+    plus = runs / "etherplusHH" / ADAPTER
+    for more, models, message in (
+        (["--eval_tasks", "['arc_chalenge']"], {}, "no task matches 'arc_chalenge'; the nearest: arc_challenge"),
+        (["--limit", "0", "--num_fewshot", "-1", "--batch_size", "0"], {}, "--limit 0.0: expected a number of"),
+        (["--strengths", "[0, .nan]"], {}, "--strength nan: expected a number"),
+        (["--strengths", "[0]", "--text", "null"], {}, "--strengths is of no use without --text or --val_data_dir"),
+        ([], {"chance": plus}, "--models: chance names two lines of the table; call one otherwise"),
+        (["--out_dir", str(plus)], {}, "is a file, a folder was expected"),
+        (["--text", str(runs / "text.txt")], {}, 'a list, even of one, is written "[a, b]"'),
+        (["--models", "plus=here"], {}, 'names are given as "{name: value, name: value}"'),
+    ):
+        named = {"plus": plus} | models
+        assert message in refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more, **named))
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_name_and_a_damaged_measurement_leave_the_others_alone(work, runs, tmp_path, capsys):
+    """A name of 200 letters was no file's, "$" began a formula, "_" a line without a legend, "|" a column."""
+    names, out = ["x" * 200, "_a|b", "$\\frac$", "ä" * 40], tmp_path / "it's here"
+    arguments = flags(work, runs, out, "--val_data_dir", str(work / "data"), **dict.fromkeys(names, work / "base"))
+    arguments[arguments.index("--models") + 1] = json.dumps(
+        dict.fromkeys(names, str(work / "base")), ensure_ascii=False
+    )
+    main(report.setup, arguments)
+    lines = (out / "report.md").read_text().split("\n")
+    assert [line.count(" | ") for line in lines[:6]] == [lines[0].count(" | ")] * 6 and "_a\\|b" in lines[3]
+    assert (out / "forgetting.png").is_file() and len([*(out / "results").iterdir()]) == 2 * len(names)
+    first, other = (next((out / "results").glob(f"{start}*-text-*")) for start in ("x", "_a"))
+    for bad in ("", "null", "{}", '{"losses": [1], "tokens": [1]}', '{"results": {}}'):
+        other.write_text(bad)
+        line = refusal(capsys, REPORT, arguments)
+        assert (
+            line.startswith("error: 1 measurements failed, first _a|b on text: ") and "move it away: the same" in line
+        )
+        assert other.read_text() == bad and ("$\\frac$", 1) in numbers(out)
+    first.write_text("[]")
+    other.unlink()
+    assert "1 measurements failed, first xxx" in refusal(capsys, REPORT, arguments)
+    (out / "results" / ".ether-tmp-left").write_text("")  # of a report that was killed
+    first.unlink()
+    main(report.setup, arguments)
+    assert not [*(out / "results").glob(".*")] and not [*out.glob(".*")]
+    with locked(out, option="--out_dir"):
+        assert "is in use by process" in refusal(capsys, REPORT, arguments)
+
+
+def test_texts_are_cut_at_the_context_and_a_loss_beyond_all_numbers_is_shown(work, runs, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + b"a b c " * 400 + b"\r\n\r\nshort")
+    assert [text[:1] for text in read_documents([str(tmp_path / "text.txt")])] == ["a", "s"], "no byte order mark"
+    main(report.setup, flags(work, runs, tmp_path / "out", "--text", f"['{tmp_path / 'text.txt'}']"))
+    assert "1 of 2 documents of --text are longer than the context: cut to 128 tokens" in capsys.readouterr().out
+    found = sample_numbers("text", {"losses": [1e6], "tokens": [2]}, None)
+    assert math.isfinite(found["perplexity on text"]["value"])
 
 
 def test_measurements_are_kept_for_each_name_and_made_anew_where_the_model_changed(work, runs, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_files_that_hold_something_else_and_a_second_sweep_are_refused(work, tmp
         for bad in ("", "null", "[1]", '[{"method": "lora"}]'):
             (out / name).write_text(bad)
             line = refusal(capsys, "eval/lr_sweep.py", flags(work, out, "--rates", "[0.02]"))
-            assert name in line and "Move it away: the same command makes it anew" in line
+            assert name in line and "move it away: the same command makes it anew" in line
             assert (out / name).read_text() == bad
         (out / name).write_text(good)
     with locked(out, option="--out_dir"):
