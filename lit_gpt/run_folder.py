@@ -30,7 +30,7 @@ from lit_gpt import files
 from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
-from lit_gpt.errors import UserError, out_of_memory
+from lit_gpt.errors import UserError, out_of_memory, reading
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
 FINAL = "final"
@@ -285,10 +285,12 @@ def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[st
             print(f"{name} was {value} and is {here[name]} now: the last digits may differ from an unbroken run's")
 
 
-def check_finished(run_dir: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError where a finished run had other settings than the command that asks for it."""
+def check_finished(run_dir: Path, settings: dict[str, Any], input_hashes: dict[str, str]) -> None:
+    """Raise UserError where a finished run had other settings, data or base than the command that asks for it."""
     before = yaml.safe_load((run_dir / SETTINGS).read_text(encoding="utf-8")) if is_run(run_dir) else {}
-    if changed := changes(flatten(before), flatten(settings)):
+    with reading(run_dir / SUMMARY):
+        inputs = dict(files.read_json(run_dir / SUMMARY).get("inputs", {}))  # earlier versions did not write them
+    if changed := changes(flatten(before) | inputs, flatten(settings) | input_hashes):
         raise UserError(f"{run_dir} holds a finished run with other settings: {changed}. Give another --io.out_dir")
 
 

@@ -262,15 +262,16 @@ def test_measurements_are_kept_for_each_name_and_made_anew_where_the_model_chang
     assert values["a b"] == values["ä/b"] != values["a_b"]
 
 
-def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, tmp_path, capsys):
-    """The shell script's own commands, run in this process; finished rows are not run again."""
+def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, runs, data_dir, tmp_path, capsys):
+    """The shell script's own commands, run in this process; finished rows are not run again, nor taken for others."""
     (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >>"$LOG"\n')
     (tmp_path / "python").chmod(0o755)
-    out = tmp_path / "table 5"
+    out, text = tmp_path / "table \"5\\it's", shutil.copy(runs / "text.txt", tmp_path / "a \"text\\it's.txt")
     settings = dict(
         PYTHON=tmp_path / "python", LOG=tmp_path / "log", CHECKPOINT=work / "base", DATA=work / "data", OUT=out
     )
     settings |= dict(STEPS=2, ETHER_N=2, OFT_N=2, EVAL_DATA=data_dir, TASKS="['arc_challenge']", PRECISION="32-true")
+    settings["TEXT"] = text
 
     def commands() -> list[list[str]]:
         (tmp_path / "log").write_text("")
@@ -284,14 +285,21 @@ def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, t
         asked = subprocess.run(["bash", str(ROOT / "scripts/reproduce_table5.sh"), argument], capture_output=True)
         assert asked.returncode == code and b"set any of these:" in asked.stdout
     wanted = commands()
-    rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[:-1:2]]
+    rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[1:-1:2]]
     assert rates == ["5e-4", "5e-4", "2e-3", "5e-3"]
     for name, *arguments in wanted:
         main(script(name), arguments)
+        if name == wanted[0][0]:  # what it asks for can be had, which is seen before the training
+            assert ("untuned", 1) in numbers(out / "report")
     assert [*numbers(out / "report")] == [(name, 1) for name in ("untuned", "LoRA", "OFT", "ETHER", "ETHER+")]
-    (out / "OFT" / "summary.json").unlink()
-    assert commands() == [wanted[2], wanted[-1]]
+    assert commands() == [wanted[0], *wanted[1:-1:2], wanted[-1]]
+    capsys.readouterr()
+    main(script(wanted[1][0]), wanted[1][1:])
+    assert "LoRA holds a finished run: nothing to do" in capsys.readouterr().out
+    settings["STEPS"] = 3
+    _, (name, *arguments), *_ = commands()
+    line = refusal(capsys, name, arguments)
+    assert "LoRA holds a finished run with other settings: train.max_steps was 2, is 3. " in line
     settings["STEPS"] = ""
-    (out / "OFT" / "merged" / "lit_model.pth").unlink()
-    epoch, *_ = commands()
+    _, epoch, *_ = commands()
     assert epoch[epoch.index("--train.epochs") :][:4] == ["--train.epochs", "1", "--train.lr_warmup_steps", "1000"]
