@@ -95,10 +95,8 @@ def setup(
 
     problems = Problems()  # all of them, before the first run
     plan, *_ = [problems.attempt(Plan, settings_of(method, rates[0], seeds[0])) for method in methods]
-    lacks = plan and plan.n_steps < max_steps
-    problems.expect(
-        not lacks, f"--max_steps {max_steps}: the rows of {data_dir} end before; give fewer, or prepare more"
-    )
+    enough = not plan or plan.n_steps == max_steps
+    problems.expect(enough, f"--max_steps {max_steps}: the rows of {data_dir} end before; give fewer, or prepare more")
     problems.check()
     fixed = dict(precision=precision, **train) | plan.input_hashes | {name: vars(adapters[name]) for name in methods}
     with locked(out_dir, option="--out_dir"):

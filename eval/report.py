@@ -125,9 +125,11 @@ def on_samples(
         idx, targets, _ = batching.collate(batch, device)
         sizes = [n_targets([sample]) for sample in batch]
         counts += sizes
-        losses += [part.double().sum().item() for part in gpt(idx, targets=targets, reduction="none").split(sizes)]
-    if not math.isfinite(sum(losses)):
-        raise UserError("the loss is not finite")
+        # A row may have been cut before its response.
+        parts = gpt(idx, targets=targets, reduction="none").split(sizes) if any(sizes) else torch.zeros(len(sizes), 1)
+        losses += [part.double().sum().item() for part in parts]
+    if not (any(counts) and math.isfinite(sum(losses))):
+        raise UserError("the loss is not finite" if any(counts) else "there is no token to predict")
     write_json(save_filepath, {"losses": losses, "tokens": counts})
 
 
@@ -140,8 +142,8 @@ def make_samples(source: list[str] | Path, gpt: GPT, tokenizer: Tokenizer) -> li
         samples = load_split(source / TEST_FILE)
         check_fit(tokenizer.dir, gpt.config, data=read_data_config(source), samples=samples)
         return [s | {"labels": torch.where(s["response"], s["input_ids"], IGNORE_INDEX)} for s in samples]
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    rows = [torch.tensor([first, *tokenizer.encode(text, bos=False)]) for text in source]
+    first = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+    rows = [torch.tensor(first + tokenizer.encode(text, bos=False)) for text in source]
     limit = gpt.config.block_size
     if n_cut := sum(len(ids) > limit for ids in rows):
         print(f"{n_cut} of {len(rows)} documents of --text are longer than the context: cut to {limit} tokens")
@@ -226,7 +228,8 @@ def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
     n = len(found["tokens"])
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
-    loss, of_first = ((counts @ each["losses"]) / (counts @ each["tokens"]) for each in (found, first or found))
+    sums = ((counts @ each["losses"], counts @ each["tokens"]) for each in (found, first or found))
+    loss, of_first = (losses / np.maximum(tokens, 1) for losses, tokens in sums)  # a draw may be of rows without any
     perplexity = math.exp(min(loss[0], MOST))
     numbers = {f"perplexity on {name}": {"value": perplexity, "shown": f"{perplexity:.5g}"}}
     if first:

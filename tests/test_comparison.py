@@ -17,6 +17,7 @@ from eval.harness_model import HarnessModel
 from eval.report import read_documents, sample_numbers, task_numbers
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
+from lit_gpt.data import load_split, save_split
 from lit_gpt.merge import merge_adapter
 from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
@@ -228,6 +229,24 @@ def test_any_name_and_a_damaged_measurement_leave_the_others_alone(work, runs, t
     assert not [*(out / "results").glob(".*")] and not [*out.glob(".*")]
     with locked(out, option="--out_dir"):
         assert "is in use by process" in refusal(capsys, REPORT, arguments)
+
+
+def test_rows_without_a_response_count_for_nothing(work, runs, tmp_path, capsys):
+    """A batch of them ended in a traceback."""
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    rows = load_split(work / "data" / "test.pt")
+    blank = [row | {"response": torch.zeros_like(row["response"])} for row in rows]
+    found = []
+    for samples in (rows, rows + blank, blank):
+        (data / "test.pt").unlink()
+        save_split(samples, data / "test.pt")
+        arguments = flags(work, runs, tmp_path / str(len(found)), "--val_data_dir", str(data), "--batch_size", "1")
+        if samples is blank:
+            assert "untuned on held-out rows: there is no token to predict" in refusal(capsys, REPORT, arguments)
+        else:
+            main(report.setup, arguments)
+            found.append(numbers(tmp_path / str(len(found)))["untuned", 1]["perplexity on held-out rows"])
+    assert found[0] == found[1]
 
 
 def test_texts_are_cut_at_the_context_and_a_loss_beyond_all_numbers_is_shown(work, runs, tmp_path, capsys):
