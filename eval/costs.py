@@ -221,10 +221,13 @@ def table(rows: Mapping[str, Mapping[str, float | str]]) -> str:
     """Return rows by label as an aligned Markdown table: numbers with three figures, the first column flush left."""
 
     def cell(value: float | str) -> str:
-        return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        if isinstance(value, str):
+            return " ".join(value.split()).replace("|", r"\|")
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["", *names], *([label, *(cell(row.get(name, "")) for name in names)] for label, row in rows.items())]
+    lines = [["", *names], *([label, *(row.get(name, "") for name in names)] for label, row in rows.items())]
+    lines = [list(map(cell, line)) for line in lines]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
     return "\n".join(f"| {' | '.join([line[0].ljust(first), *map(str.rjust, line[1:], others)])} |" for line in lines)

@@ -12,11 +12,11 @@ of all methods, along straight lines between the measured rates (mean over seeds
 range* is the same for the method's own best. A run that diverges keeps nothing.
 """
 
+import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,18 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from eval.costs import METHOD_NAMES, table
 from lit_gpt.cli import main
-from lit_gpt.data import read_data_config
 from lit_gpt.devices import choose_device
-from lit_gpt.errors import UserError
+from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig
-from lit_gpt.files import atomic_write, read_json, write_json
+from lit_gpt.files import atomic_write, read_json, remove_leftovers, write_json
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
 from lit_gpt.quantize import load_base
 from lit_gpt.report import read_metrics
-from lit_gpt.run_folder import MONITOR, SUMMARY
-from lit_gpt.settings import EvalArgs, IOArgs, Settings, TrainArgs
+from lit_gpt.run_folder import MONITOR, SUMMARY, changes, flatten, locked
+from lit_gpt.settings import EvalArgs, IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import Diverged, finetune
 
 RUNS, SETTINGS, TABLE, CSV = "runs.json", "settings.json", "sweep.md", "sweep.csv"
@@ -83,39 +82,74 @@ def setup(
         lora_r: Rank of LoRA.
         precision: As in finetune/ether.py.
     """
-    if unknown := [method for method in methods if method not in NAMES]:
-        raise UserError(f"--methods {', '.join(unknown)}: choices are {', '.join(NAMES)}")
+    check_axes(methods=methods, rates=rates, seeds=seeds)
     adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
-    fixed = dict(data_dir=str(Path(data_dir).resolve()), checkpoint_dir=checkpoint_dir, precision=precision, **train)
-    keep_settings(out_dir, fixed | {name: vars(adapters[name]) for name in methods})
-    base_dir = checkpoint_dir or read_data_config(data_dir)["checkpoint_dir"]
-    runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
-    done = {(run["method"], run["rate"], run["seed"]) for run in runs}
-    wanted = [each for seed in seeds for rate in rates for name in methods if (each := (name, rate, seed)) not in done]
-    base = load_base(base_dir, precision, None, device=choose_device()) if wanted else None
-    for number, (method, rate, seed) in enumerate(wanted, start=1):
-        print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
-        folder = str(out_dir / "runs" / f"{method}-{rate:g}-{seed}")
-        common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed)
+
+    def settings_of(method: str, rate: float, seed: int) -> Settings:
+        folder = str(out_dir / "runs" / f"{method}-{rate}-{seed}")
+        common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed, resume=True)
         common["io"] = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
-        settings = Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
-        turn = degrees_per_step(method, rate, base.config.q_size)
-        runs.append(dict(method=method, rate=rate, seed=seed, degrees_per_step=turn) | train_once(settings, base))
-        write_json(out_dir / RUNS, runs)
-        report(out_dir, runs)
-    print(f"\n{(out_dir / TABLE).read_text(encoding='utf-8')}\nwrote {out_dir}")
+        return Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
+
+    problems = Problems()  # all of them, before the first run
+    plan, *_ = [problems.attempt(Plan, settings_of(method, rates[0], seeds[0])) for method in methods]
+    enough = not plan or plan.n_steps == max_steps
+    problems.expect(enough, f"--max_steps {max_steps}: the rows of {data_dir} end before; give fewer, or prepare more")
+    problems.check()
+    fixed = dict(precision=precision, **train) | plan.input_hashes | {name: vars(adapters[name]) for name in methods}
+    with locked(out_dir, option="--out_dir"):
+        remove_leftovers(out_dir)
+        keep_settings(out_dir / SETTINGS, fixed)
+        runs = read_runs(out_dir / RUNS)
+        done = {(run["method"], run["rate"], run["seed"]) for run in runs}
+        every = dict.fromkeys((method, rate, seed) for seed, rate, method in product(seeds, rates, methods))
+        wanted = [each for each in every if each not in done]
+        base = load_base(plan.base_dir, precision, None, device=choose_device()) if wanted else None
+        for number, (method, rate, seed) in enumerate(wanted, start=1):
+            print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
+            run = dict(method=method, rate=rate, seed=seed)
+            run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
+            write_json(out_dir / RUNS, [*runs, run | train_once(settings_of(method, rate, seed), base)])
+            runs = read_runs(out_dir / RUNS)
+            report(out_dir, runs)
+        print(f"\n{report(out_dir, runs)}\nwrote {out_dir}")
 
 
-def keep_settings(out_dir: Path, settings: dict[str, Any]) -> None:
+def check_axes(**axes: Sequence[Any]) -> None:
+    """Raise UserError where the methods, rates and seeds cannot all be swept."""
+    problems = Problems()
+    for name, fits, expected in (
+        ("methods", NAMES.__contains__, f"choices are {', '.join(NAMES)}"),
+        ("rates", lambda rate: 0 < rate < math.inf, "expected positive numbers"),
+        ("seeds", lambda seed: 0 <= seed < 2**32, "expected 0 or more and below 2^32"),
+    ):
+        wrong = [str(value) for value in axes[name] if not fits(value)] or ["none"] * (not axes[name])
+        problems.expect(not wrong, f"--{name} {', '.join(wrong)}: {expected}")
+    problems.check()
+
+
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new sweep; of one that was begun, raise UserError where they were others."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / SETTINGS
-    before = read_json(path) if path.exists() else {}
-    if changed := [name for name in before if name in settings and before[name] != settings[name]]:
-        raise UserError(f"{out_dir} was begun with other settings ({', '.join(changed)}): choose another --out_dir")
+    before = read_own(path, dict.items) or {}
+    if changed := changes(flatten(before), flatten(before | settings)):
+        raise UserError(f"{path.parent} was begun with other settings: {changed}. Choose another --out_dir")
     write_json(path, before | settings)
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs that were noted, none where there is no file."""
+    return read_own(path, lambda runs: (as_csv(runs), summarise(runs))) or []
+
+
+def read_own(path: Path, use: Callable[[Any], Any]) -> Any:
+    """Return what a file of the sweep holds, None where there is none; raise UserError where ``use`` cannot use it."""
+    if not path.exists():
+        return None
+    with reading(path, "move it away: the same command makes it anew, from what runs/ holds"):
+        use(content := json.loads(path.read_text(encoding="utf-8")))
+    return content
 
 
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
@@ -131,15 +165,20 @@ def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
 def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
     """Train over a base in memory; return what runs.json says: losses, mean change of the adapted weights."""
     folder = Path(str(settings.io.out_dir))
-    is_done = (folder / SUMMARY).exists()  # the sweep was stopped before it could note the run
     try:
-        finetune(replace(settings, resume=is_done, overwrite=not is_done), base=base)
+        finetune(settings, base=base)  # a run that is done is not done again: the sweep was stopped before noting it
+    except SystemExit:  # after a signal, and its line for whoever started the run alone
+        print("the sweep goes on when its command is given again")
+        raise
     except Diverged as error:
         print(f"diverged: {error}")
         return dict.fromkeys((*LOSSES, "weight_change")) | {"diverged": True}
-    summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
-    found = {name: summary[its] for name, its in LOSSES.items()}
-    found["weight_change"] = fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"])
+    with reading(folder):
+        summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
+        found = {name: summary[its] for name, its in LOSSES.items()}
+        found["weight_change"] = fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"])
+    if found["untuned"] is None:
+        raise UserError(f"{folder}: the untuned model has no response loss; are there responses in the held-out rows?")
     return found | {"diverged": found["response_loss"] is None}  # no number, in the last step alone
 
 
@@ -163,29 +202,39 @@ def usable_decades(curve: Mapping[float, float], limit: float) -> float:
     return total
 
 
-def report(out_dir: Path, runs: Sequence[Run]) -> None:
-    """Write table, CSV file and pictures of the runs there are."""
-    cells = [["" if run[name] is None else str(run[name]) for name in COLUMNS] for run in runs]
-    losses = {method: mean_curve(runs, method, "response_loss") for method in dict.fromkeys(r["method"] for r in runs)}
-    untuned = [run["untuned"] for run in runs if run["untuned"] is not None]
-    summary = summarise(losses, runs, untuned[0]) if untuned else "Every run diverged."
-    for name, text in {CSV: "\n".join(map(",".join, [COLUMNS, *cells])), TABLE: summary}.items():
+def report(out_dir: Path, runs: Sequence[Run]) -> str:
+    """Write table, CSV file and pictures of the runs there are; return the table."""
+    summary = summarise(runs)
+    for name, text in {CSV: as_csv(runs), TABLE: summary}.items():
         with atomic_write(out_dir / name) as temporary:
             temporary.write_text(f"{text}\n", encoding="utf-8")
-    for column, (name, label) in PICTURES.items() if untuned else ():
-        draw(out_dir / name, runs, column=column, label=label, top=untuned[0])
+    kept = [run for run in runs if not run["diverged"]]
+    for column, (name, label) in PICTURES.items() if kept else ():
+        draw(out_dir / name, runs, column=column, label=label, top=kept[0]["untuned"])
+    return summary
 
 
-def summarise(losses: Mapping[str, Mapping[float, float]], runs: Sequence[Run], untuned: float) -> str:
+def as_csv(runs: Sequence[Run]) -> str:
+    """Return a line a run."""
+    cells = [["" if run[name] is None else str(run[name]) for name in COLUMNS] for run in runs]
+    return "\n".join(map(",".join, [COLUMNS, *cells]))
+
+
+def summarise(runs: Sequence[Run]) -> str:
     """Return a line a method in Markdown: its best rate and loss there, seeds, usable range and own range."""
+    untuned = next((run["untuned"] for run in runs if not run["diverged"]), None)
+    if untuned is None:
+        return "Every run diverged."
+    losses = {method: mean_curve(runs, method, "response_loss") for method in dict.fromkeys(r["method"] for r in runs)}
     best, lines = min(min(curve.values()) for curve in losses.values()), {}
     for method, curve in losses.items():
         rate = min(curve, key=curve.__getitem__)
         at_best = [run for run in runs if (run["method"], run["rate"]) == (method, rate)]
-        line = {"best rate": f"{rate:g}", "response loss": f"{curve[rate]:.4f}"}
+        line = {"best rate": f"{rate:g}", "response loss": "diverged"}
         if math.isfinite(curve[rate]):
             least, most = (extreme(run["response_loss"] for run in at_best) for extreme in (min, max))
-            line |= {"over seeds": f"{least:.3f} to {most:.3f}", "loss": f"{fmean(run['loss'] for run in at_best):.4f}"}
+            line |= {"response loss": f"{curve[rate]:.4f}", "over seeds": f"{least:.3f} to {most:.3f}"}
+            line["loss"] = f"{fmean(run['loss'] for run in at_best):.4f}"
         line["seeds"] = f"{len(at_best)}"
         for column, loss in {"usable, decades": best, "own range, decades": curve[rate]}.items():
             line[column] = f"{usable_decades(curve, untuned - KEPT * (untuned - loss)):.1f}"
@@ -207,7 +256,8 @@ def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float
         else:  # how far above the untuned model a run ends says nothing
             axes.axhline(top, color="grey", lw=1, ls="--", label="untuned")
             least = min(run[column] for run in runs if run[column] is not None)
-            axes.set_ylim(least - 0.05 * abs(top - least), top + 0.15 * abs(top - least) + 1e-6)
+            if least < top:
+                axes.set_ylim(least - 0.05 * (top - least), top + 0.15 * (top - least))
 
 
 if __name__ == "__main__":

@@ -29,17 +29,19 @@ import torch
 
 from eval import lm_eval_harness
 from eval.costs import table
-from lit_gpt.adapter_files import check_base, load_adapted_model, load_adapter, open_adapter
+from eval.tasks import resolve_names
+from lit_gpt.adapter_files import check_base, load_adapted_model, load_adapter, open_adapter, set_strength
 from lit_gpt.batches import Batching, n_targets
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
-from lit_gpt.errors import Problems, UserError, command, reading
-from lit_gpt.files import atomic_write, file_sha256, read_json, write_json
+from lit_gpt.errors import UserError, command, reading
+from lit_gpt.files import atomic_write, file_sha256, remove_leftovers, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
 from lit_gpt.plots import compare_runs
+from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
 
 TASKS = {"mmlu": ("MMLU", 0.25), "arc_challenge": ("ARC", 0.2502)}
@@ -47,6 +49,8 @@ TASKS |= {"truthfulqa_mc1": ("TruthfulQA-1", 0.2261), "truthfulqa_mc2": ("Truthf
 """The paper's tasks: their columns, and what equally likely answers get, computed from the whole data sets."""
 TEXT, HELD_OUT = "text", "held-out rows"
 DRAWS = 2000
+MOST = 700
+"""Nats a token beyond which a perplexity is no number of a computer's any more: it is cut there."""
 NOTES = """Accuracies in %, ± standard error: of other questions, not of another run. ARC is `acc`. A change is the loss
 minus the first model's in nats per token, with a 95% interval; above 0 is worse."""
 Found = dict[str, Any]
@@ -98,6 +102,8 @@ def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[
     count = sum(tensor.numel() for tensor in adapter.state.values())
     trained = {"value": count, "shown": f"{count:,}"}
     others = () if getattr(adapter.config, "Htype", None) == "ether" else strengths  # a reflection stays one
+    for strength in others:
+        set_strength(adapter, strength)  # refuses what is no number
     chosen = {s: flags | {"strength": s} for s in (1.0, *others)}
     return [Line(name, s, given, f"{weights} {s}", {"trained": trained}) for s, given in chosen.items()]
 
@@ -119,9 +125,11 @@ def on_samples(
         idx, targets, _ = batching.collate(batch, device)
         sizes = [n_targets([sample]) for sample in batch]
         counts += sizes
-        losses += [part.double().sum().item() for part in gpt(idx, targets=targets, reduction="none").split(sizes)]
-    if not math.isfinite(sum(losses)):
-        raise UserError("the loss is not finite")
+        # A row may have been cut before its response.
+        parts = gpt(idx, targets=targets, reduction="none").split(sizes) if any(sizes) else torch.zeros(len(sizes), 1)
+        losses += [part.double().sum().item() for part in parts]
+    if not (any(counts) and math.isfinite(sum(losses))):
+        raise UserError("the loss is not finite" if any(counts) else "there is no token to predict")
     write_json(save_filepath, {"losses": losses, "tokens": counts})
 
 
@@ -134,9 +142,14 @@ def make_samples(source: list[str] | Path, gpt: GPT, tokenizer: Tokenizer) -> li
         samples = load_split(source / TEST_FILE)
         check_fit(tokenizer.dir, gpt.config, data=read_data_config(source), samples=samples)
         return [s | {"labels": torch.where(s["response"], s["input_ids"], IGNORE_INDEX)} for s in samples]
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    rows = [torch.tensor([first, *tokenizer.encode(text, bos=False)][: gpt.config.block_size]) for text in source]
-    return [{"input_ids": ids, "labels": ids, "response": torch.ones_like(ids).bool()} for ids in rows]
+    first = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+    rows = [torch.tensor(first + tokenizer.encode(text, bos=False)) for text in source]
+    limit = gpt.config.block_size
+    if n_cut := sum(len(ids) > limit for ids in rows):
+        print(f"{n_cut} of {len(rows)} documents of --text are longer than the context: cut to {limit} tokens")
+    return [
+        {"input_ids": ids, "labels": ids, "response": torch.ones_like(ids).bool()} for ids in (r[:limit] for r in rows)
+    ]
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
@@ -144,7 +157,7 @@ def read_documents(files: Sequence[str]) -> list[str]:
     found = []
     for file in map(Path, files):
         with reading(file):
-            content = file.read_text(encoding="utf-8")
+            content = file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
             rows = (json.loads(line)["text"] for line in content.split("\n") if line.strip())
             found += map(str.strip, rows if file.suffix == ".jsonl" else re.split(r"\n\s*\n", content))
     if not any(found):
@@ -167,14 +180,16 @@ def measure(lines: Sequence[Line], name: str, key: Any, make: Callable[..., None
     """
     first, failures = None, []
     for line in lines:
-        plain = quote(f"{line.label}-{name}", safe=" +")
+        plain = f"{quote(line.label, safe=' +')[:80]}-{quote(name, safe=' +')}"
         file = folder / f"{plain}-{sha256(f'{line.weights} {key}'.encode()).hexdigest()[:12]}.json"
         try:
             if not file.exists():
                 make(**line.flags, save_filepath=file)
-            found = read_json(file)
-            first = found if line is lines[0] else first
-            line.numbers |= task_numbers(found) if "results" in found else sample_numbers(name, found, first)
+            with reading(file, "move it away: the same command measures it again"):
+                found = json.loads(file.read_text(encoding="utf-8"))
+                one = found if line is lines[0] else first
+                line.numbers |= task_numbers(found) if "results" in found else sample_numbers(name, found, one)
+                first = one
         except (UserError, OSError, RuntimeError, MemoryError) as error:  # a GPU's memory may end, too
             failures.append(f"{line.label} on {name}: {one_line(error)}")
     return failures
@@ -219,8 +234,10 @@ def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
     n = len(found["tokens"])
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
-    loss, of_first = ((counts @ each["losses"]) / (counts @ each["tokens"]) for each in (found, first or found))
-    numbers = {f"perplexity on {name}": {"value": math.exp(loss[0]), "shown": f"{math.exp(loss[0]):.5g}"}}
+    sums = ((counts @ each["losses"], counts @ each["tokens"]) for each in (found, first or found))
+    loss, of_first = (losses / np.maximum(tokens, 1) for losses, tokens in sums)  # a draw may be of rows without any
+    perplexity = math.exp(min(loss[0], MOST))
+    numbers = {f"perplexity on {name}": {"value": perplexity, "shown": f"{perplexity:.5g}"}}
     if first:
         change, (low, high) = float(loss[0] - of_first[0]), np.quantile((loss - of_first)[1:], (0.025, 0.975)).tolist()
         shown = "" if found is first else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -233,7 +250,8 @@ def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], 
     """Write the numbers and the command as JSON, the table as Markdown, which is returned, and the picture."""
     rows = {line.label: {column: number["shown"] for column, number in line.numbers.items()} for line in lines}
     measured = {column for row in rows.values() for column in row}
-    rows["chance"] = {column: f"{100 * share:.2f}" for column, share in TASKS.values() if column in measured}
+    if chance := {column: f"{100 * share:.2f}" for column, share in TASKS.values() if column in measured}:
+        rows["chance"] = chance
     text = "\n".join([table(rows), "", NOTES, "", *(f"- not measured: {failure}" for failure in failures)])
     models = [asdict(line) | {"flags": {name: str(value) for name, value in line.flags.items()}} for line in lines]
     write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})
@@ -267,12 +285,12 @@ def setup(
 
     Args:
         out_dir: folder of the report: report.md, report.json, forgetting.png, and a file a measurement under results/.
-        models: lines of the table, a name and a path each: a model's folder, base or merged, or an adapter file. The
-            others are compared with the first, which should be the untuned one.
+        models: lines of the table, "{name: path, name: path}", each a model's folder, base or merged, or an adapter
+            file. The others are compared with the first, which should be the untuned one.
         checkpoint_dir: the adapters' base model.
         eval_tasks: as in eval/lm_eval_harness.py; each is measured by itself.
         text: files of documents that finetuning never saw: JSONL, "text" in each row, or plain, with blank lines
-            between documents.
+            between documents. What is longer than the context is cut.
         val_data_dir: prepared data, on whose held-out responses the loss is measured.
         strengths: more strengths of the adapters, for a picture of learning against forgetting: there --text and
             the held-out rows are measured, not the tasks.
@@ -282,25 +300,35 @@ def setup(
         precision: 32-true, bf16-true or 16-true.
         batch_size: rows computed at once.
     """
-    given = command("eval/report.py", **{name: value for name, value in locals().items() if value})
+    given = command("eval/report.py", **{name: value for name, value in locals().items() if value is not None})
     harness = {"data_dir": data_dir and str(data_dir.resolve()), "num_fewshot": num_fewshot, "limit": limit}
-    problems, common = Problems(), {"precision": precision, "batch_size": batch_size}
+    common = {"precision": precision, "batch_size": batch_size}
+    problems = lm_eval_harness.problems_of(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, gen_kwargs=None)
     problems.attempt(weights_dtype, precision)
+    if eval_tasks:
+        problems.attempt(resolve_names, eval_tasks)
     on_task = partial(lm_eval_harness.setup, **harness, **common)
     plan = {task: ([precision, harness], partial(on_task, eval_tasks=[task])) for task in eval_tasks or ()}
     if text and (documents := problems.attempt(read_documents, text)):
         plan[TEXT] = ([precision, documents], partial(on_samples, documents, **common))
-    if val_data_dir and (digest := problems.attempt(file_sha256, val_data_dir / TEST_FILE)):
+    if val_data_dir and problems.attempt(read_data_config, val_data_dir):
+        digest = problems.attempt(file_sha256, val_data_dir / TEST_FILE)
         plan[HELD_OUT] = ([precision, digest], partial(on_samples, val_data_dir, **common))
     problems.expect(bool(models and (plan or problems)), "give --models, and --eval_tasks, --text or --val_data_dir")
+    problems.expect(text or val_data_dir or not strengths, "--strengths is of no use without --text or --val_data_dir")
     opened = partial(problems.attempt, open_model, base=checkpoint_dir, strengths=strengths or ())
     lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
+    labels = ["chance", *(line.label for line in lines)]
+    twice = {label for label in labels if labels.count(label) > 1}
+    problems.expect(not twice, f"--models: {', '.join(sorted(twice))} names two lines of the table; call one otherwise")
     problems.check()
-    failures = []
-    for name, (key, make) in plan.items():
-        chosen = [line for line in lines if line.strength == 1 or name in (TEXT, HELD_OUT)]
-        failures += measure(chosen, name, key, make, out_dir / "results")
-    print(f"\n{write_report(out_dir, lines, failures, given)}\nwrote {out_dir}")
+    failures, results = [], out_dir / "results"
+    with locked(out_dir, option="--out_dir"):
+        remove_leftovers(out_dir, results)
+        for name, (key, make) in plan.items():
+            chosen = [line for line in lines if line.strength == 1 or name in (TEXT, HELD_OUT)]
+            failures += measure(chosen, name, key, make, results)
+        print(f"\n{write_report(out_dir, lines, failures, given)}\nwrote {out_dir}")
     if failures:
         raise UserError(f"{len(failures)} measurements failed, first {failures[0]}")
 

@@ -32,6 +32,11 @@ ADAPTER = "adapter"
 """The argument of a ``setup`` that is an adapter's config, whose fields become flags without a group."""
 CONFIG_HELP = "A YAML file with any of the flags below; a flag on the command line wins, wherever it stands."
 
+WRITTEN = dict.fromkeys(("list", "tuple"), 'a list, even of one, is written "[a, b]"') | {
+    "dict": 'names are given as "{name: value, name: value}"'
+}
+"""How to write what a flag takes, by the type that jsonargparse names where it is something else."""
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -95,7 +100,8 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
         values = parser.instantiate_classes(parsed).as_dict()
         check_values(parser, parsed)
     except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
-        fail(f"{one_line(error)} ({meant_flags(parser, args)}--help lists the flags)", code=2)
+        written = "".join(f"{text}; " for sign, text in WRITTEN.items() if f"Expected a <class '{sign}'>" in str(error))
+        fail(f"{one_line(error)} ({written}{meant_flags(parser, args)}--help lists the flags)", code=2)
     debug = values.pop("debug")
     values.pop("config")
     if GIVEN in inspect.signature(setup).parameters:

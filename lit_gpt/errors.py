@@ -54,8 +54,10 @@ def command(script: str, **flags: Any) -> str:
 
 
 @contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def reading(path: Path | str, remedy: str = "get it, or make it, again") -> Iterator[None]:
     """Turn whatever Python stumbles on inside, in a file of another shape than expected, into an error that names it.
+
+    The error ends in the remedy.
 
     For code that reads and nothing else: a bug of ours inside would be taken for the file's. --debug shows the place.
     """
@@ -69,7 +71,7 @@ def reading(path: Path | str) -> Iterator[None]:
         if not (isinstance(error, kinds) or type(error).__name__ == "SafetensorError"):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"{path} does not hold what it should ({reason}); get it, or make it, again") from error
+        raise UserError(f"{path} does not hold what it should ({reason}); {remedy}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -151,6 +151,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_leftovers(*folders: Path) -> None:
+    """Remove the temporary files and folders that a process which was killed has left; for who alone writes there."""
+    for path in (path for folder in folders for path in folder.glob(f"{TEMPORARY}*")):
+        remove(path)
+
+
 def temporary_name(path: Path) -> Path:
     """Return a new name beside ``path``, with our prefix; torch.save stores what is before the last dot."""
     return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")

@@ -34,7 +34,9 @@ def compare_runs(path: Path | str, runs: Mapping[str, Points], *, ylabel: str, x
         for index, (name, points) in enumerate(runs.items()):
             style = ("-", "--", ":")[index // 10 % 3]  # after ten runs the colours come again
             marker = "o" if len(points) < 40 else None
-            axes.plot(*transposed(points), style, color=f"C{index % 10}", label=name, marker=marker, markersize=4)
+            # No formula; and behind a space of no width, since names that begin with "_" are left out.
+            label = "\u200b" + name.replace("$", r"\$")
+            axes.plot(*transposed(points), style, color=f"C{index % 10}", label=label, marker=marker, markersize=4)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
 

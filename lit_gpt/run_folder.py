@@ -30,7 +30,7 @@ from lit_gpt import files
 from lit_gpt.adapter_files import KINDS
 from lit_gpt.checkpoint import load_state
 from lit_gpt.devices import gather, is_lost_process, together
-from lit_gpt.errors import UserError, out_of_memory
+from lit_gpt.errors import UserError, out_of_memory, reading
 
 CHECKPOINTS, STATE, MANIFEST, LOCK = "checkpoints", "state.pth", "manifest.json", ".ether-lock"
 FINAL = "final"
@@ -106,7 +106,7 @@ def locked(run_dir: Path, *, lock: str = LOCK, option: str = "--io.out_dir") -> 
         ValueError: another process has it.
         OSError: the folder cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    files.settled_folder(run_dir).mkdir(parents=True, exist_ok=True)
     path, refused = run_dir / lock, False
     with path.open("a+", encoding="utf-8") as file:
         with files.optional("locks", without="nothing keeps a second run out of this folder"):
@@ -147,9 +147,7 @@ def open_run(
             if not fabric.is_global_zero:
                 return None
             stack.enter_context(locked(run_dir))
-            for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / FINAL):  # of a process that was killed
-                for leftover in folder.glob(f"{files.TEMPORARY}*"):
-                    files.remove(leftover)
+            files.remove_leftovers(run_dir, run_dir / CHECKPOINTS, run_dir / FINAL)
             checkpoint = newest_checkpoint(run_dir) if resume else None
             if checkpoint:
                 check_same_run(checkpoint, settings, input_hashes)
@@ -279,20 +277,31 @@ def check_same_run(folder: Path, settings: dict[str, Any], input_hashes: dict[st
         ValueError: names each setting and input that has changed, with both values.
     """
     state = load_state(folder / STATE)
-    now = REMOVED | flatten(settings) | input_hashes
-    changed = [  # an option that the checkpoint does not know is newer than it
-        f"{name} was {then}, is {now.get(name)}"
-        for name, then in (flatten(state["settings"]) | state["facts"]).items()
-        if not name.startswith(RESUME_MAY_CHANGE) and then != now.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} cannot be continued exactly: {'; '.join(changed)}. Set them back, or start another run"
-        )
+    if changed := changes(flatten(state["settings"]) | state["facts"], flatten(settings) | input_hashes):
+        raise UserError(f"{folder} cannot be continued exactly: {changed}. Set them back, or start another run")
     here = environment()
     for name, value in state["environment"].items():
         if value != here[name]:
             print(f"{name} was {value} and is {here[name]} now: the last digits may differ from an unbroken run's")
+
+
+def check_finished(run_dir: Path, settings: dict[str, Any], input_hashes: dict[str, str]) -> None:
+    """Raise UserError where a finished run had other settings, data or base than the command that asks for it."""
+    before = yaml.safe_load((run_dir / SETTINGS).read_text(encoding="utf-8")) if is_run(run_dir) else {}
+    with reading(run_dir / SUMMARY):
+        inputs = dict(files.read_json(run_dir / SUMMARY).get("inputs", {}))  # earlier versions did not write them
+    if changed := changes(flatten(before) | inputs, flatten(settings) | input_hashes):
+        raise UserError(f"{run_dir} holds a finished run with other settings: {changed}. Give another --io.out_dir")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return which settings changed that decide a run's result, with both values; empty where none did."""
+    now = REMOVED | now
+    return "; ".join(  # an option that the earlier run does not know is newer than it
+        f"{name} was {then}, is {now.get(name)}"
+        for name, then in before.items()
+        if not name.startswith(RESUME_MAY_CHANGE) and then != now.get(name)
+    )
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

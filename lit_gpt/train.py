@@ -79,10 +79,11 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
     has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
     plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
+    hparams = settings.hparams()
     if has_result:
+        together(lambda: run_folder.check_finished(plan.run_dir, hparams, plan.input_hashes))
         fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
         return
-    hparams = settings.hparams()
     together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
@@ -513,6 +514,7 @@ class Trainer:
             run_memory_bytes=peak - self.held_memory,
             estimated_memory_bytes=self.memory and self.memory.total,
             precision=self.settings.precision,
+            inputs=self.plan.input_hashes,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)
         print(f"next: {next_command(self.plan)}")

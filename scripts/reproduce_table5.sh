@@ -37,8 +37,18 @@ ROWS=( # name, script, learning rate, batch, settings of the method
 )
 
 run() {
-    printf '\n$ python %s\n' "$*"
+    printf '\n$ python'
+    printf ' %q' "$@"
+    printf '\n'
     "$PYTHON" "$@"
+}
+quoted() { # as YAML
+    local text="${1//\\/\\\\}"
+    printf '"%s"' "${text//\"/\\\"}"
+}
+report() {
+    run eval/report.py --out_dir "$OUT/report" --models "{$MODELS}" --eval_tasks "$TASKS" --precision "$PRECISION" \
+        ${LIMIT:+--limit "$LIMIT"} ${EVAL_DATA:+--data_dir "$EVAL_DATA"} ${TEXT:+--text "[$(quoted "$TEXT")]"}
 }
 
 if [ ! -f "$CHECKPOINT/lit_model.pth" ]; then
@@ -50,22 +60,20 @@ if [ ! -f "$DATA/data_config.json" ]; then
         --checkpoint_dir "$CHECKPOINT" --max_seq_length 256
 fi
 
-MODELS="\"untuned\": \"$CHECKPOINT\""
+MODELS="untuned: $(quoted "$CHECKPOINT")"
+report # now: tasks or texts that cannot be had are found before the training
 for row in "${ROWS[@]}"; do
     read -r name method rate batch settings <<<"$row"
     folder="$OUT/$name"
-    MODELS+=", \"$name\": \"$folder/merged\""
-    if [ ! -f "$folder/summary.json" ]; then
-        # shellcheck disable=SC2086  # settings are words
-        run "finetune/$method.py" --io.train_data_dir "$DATA" --io.checkpoint_dir "$CHECKPOINT" --io.out_dir "$folder" \
-            --precision "$PRECISION" --train.learning_rate "$rate" --train.global_batch_size "$batch" \
-            --train.micro_batch_size "$MICRO_BATCH" --train.loss_average sequence --train.save_interval 250 \
-            "${LENGTH[@]}" $settings --resume true
-    fi
+    MODELS+=", $name: $(quoted "$folder/merged")"
+    # shellcheck disable=SC2086  # settings are words. Of a finished run it says so, or that its settings were others
+    run "finetune/$method.py" --io.train_data_dir "$DATA" --io.checkpoint_dir "$CHECKPOINT" --io.out_dir "$folder" \
+        --precision "$PRECISION" --train.learning_rate "$rate" --train.global_batch_size "$batch" \
+        --train.micro_batch_size "$MICRO_BATCH" --train.loss_average sequence --train.save_interval 250 \
+        "${LENGTH[@]}" $settings --resume true
     if [ ! -f "$folder/merged/lit_model.pth" ]; then
         run "scripts/merge_$method.py" --checkpoint_dir "$CHECKPOINT" --precision "$PRECISION" \
             "--${method}_path" "$folder/lit_model_${method}_finetuned.pth"
     fi
 done
-run eval/report.py --out_dir "$OUT/report" --models "{$MODELS}" --eval_tasks "$TASKS" --precision "$PRECISION" \
-    ${LIMIT:+--limit "$LIMIT"} ${EVAL_DATA:+--data_dir "$EVAL_DATA"} ${TEXT:+--text "['$TEXT']"}
+report

@@ -12,12 +12,14 @@ import torch
 from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, script, train
 from lm_eval.api.instance import Instance
 
-from eval import lm_eval_harness, report
+from eval import lm_eval_harness, report, tasks
 from eval.harness_model import HarnessModel
 from eval.report import read_documents, sample_numbers, task_numbers
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
+from lit_gpt.data import load_split, save_split
 from lit_gpt.merge import merge_adapter
+from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
 
 REPORT = "eval/report.py"
@@ -172,13 +174,91 @@ def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, ca
         (["--text", f"['{tmp_path / 'rows.jsonl'}']"], "rows.jsonl does not hold what it should (KeyError: 'text')"),
         (["--text", f"['{tmp_path / 'blank.txt'}']"], "blank.txt: there is no text in it"),
         (["--text", "['none.txt']", "--precision", "8"], "--precision 8 is unknown here"),
-        (["--val_data_dir", str(tmp_path)], "No such file or directory"),
+        (["--val_data_dir", str(tmp_path)], "holds no data_config.json; make it with"),
         (["--checkpoint_dir", "null"], "is an adapter: give the folder of its base model"),
     ):
         models = dict(plus=runs / "etherplusHH" / ADAPTER, gone=tmp_path / "gone.pth")
         line = refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more, **models))
         assert message in line and "gone.pth is not a file" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked_before_anything_is_measured(work, runs, tmp_path, capsys, monkeypatch):
+    """A misspelt task was found after hours of the others; a strength that is no number as well."""
+    common = tasks.task_manager(every_task=False)  # the index of all takes six seconds
+    monkeypatch.setattr(tasks, "task_manager", lambda **_: common)
+    plus = runs / "etherplusHH" / ADAPTER
+    for more, models, message in (
+        (["--eval_tasks", "['arc_chalenge']"], {}, "no task matches 'arc_chalenge'; the nearest: arc_challenge"),
+        (["--limit", "0", "--num_fewshot", "-1", "--batch_size", "0"], {}, "--limit 0.0: expected a number of"),
+        (["--strengths", "[0, .nan]"], {}, "--strength nan: expected a number"),
+        (["--strengths", "[0]", "--text", "null"], {}, "--strengths is of no use without --text or --val_data_dir"),
+        ([], {"run": plus.parent}, f"did you mean {plus} or {plus.parent / 'merged'}?"),
+        ([], {"chance": plus}, "--models: chance names two lines of the table; call one otherwise"),
+        (["--out_dir", str(plus)], {}, "is a file, a folder was expected"),
+        (["--text", str(runs / "text.txt")], {}, 'a list, even of one, is written "[a, b]"'),
+        (["--models", "plus=here"], {}, 'names are given as "{name: value, name: value}"'),
+    ):
+        named = {"plus": plus} | models
+        assert message in refusal(capsys, REPORT, flags(work, runs, tmp_path / "out", *more, **named))
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_name_and_a_damaged_measurement_leave_the_others_alone(work, runs, tmp_path, capsys):
+    """A name of 200 letters was no file's, "$" began a formula, "_" a line without a legend, "|" a column."""
+    names, out = ["x" * 200, "_a|b", "$\\frac$", "ä" * 40], tmp_path / "it's here"
+    arguments = flags(work, runs, out, "--val_data_dir", str(work / "data"), **dict.fromkeys(names, work / "base"))
+    arguments[arguments.index("--models") + 1] = json.dumps(
+        dict.fromkeys(names, str(work / "base")), ensure_ascii=False
+    )
+    main(report.setup, arguments)
+    lines = (out / "report.md").read_text().split("\n")
+    assert [line.count(" | ") for line in lines[:6]] == [lines[0].count(" | ")] * 6 and "_a\\|b" in lines[3]
+    assert (out / "forgetting.png").is_file() and len([*(out / "results").iterdir()]) == 2 * len(names)
+    first, other = (next((out / "results").glob(f"{start}*-text-*")) for start in ("x", "_a"))
+    for bad in ("", "null", "{}", '{"losses": [1]}', '{"results": {}}'):
+        other.write_text(bad)
+        line = refusal(capsys, REPORT, arguments)
+        assert (
+            line.startswith("error: 1 measurements failed, first _a|b on text: ") and "move it away: the same" in line
+        )
+        assert other.read_text() == bad and ("$\\frac$", 1) in numbers(out)
+    first.write_text("[]")
+    other.unlink()
+    assert "1 measurements failed, first xxx" in refusal(capsys, REPORT, arguments)
+    (out / "results" / ".ether-tmp-left").write_text("")  # of a report that was killed
+    first.unlink()
+    main(report.setup, arguments)
+    assert not [*(out / "results").glob(".*")] and not [*out.glob(".*")]
+    with locked(out, option="--out_dir"):
+        assert "is in use by process" in refusal(capsys, REPORT, arguments)
+
+
+def test_rows_without_a_response_count_for_nothing(work, runs, tmp_path, capsys):
+    """A batch of them ended in a traceback."""
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    rows = load_split(work / "data" / "test.pt")
+    blank = [row | {"response": torch.zeros_like(row["response"])} for row in rows]
+    found = []
+    for samples in (rows, rows + blank, blank):
+        (data / "test.pt").unlink()
+        save_split(samples, data / "test.pt")
+        arguments = flags(work, runs, tmp_path / str(len(found)), "--val_data_dir", str(data), "--batch_size", "1")
+        if samples is blank:
+            assert "untuned on held-out rows: there is no token to predict" in refusal(capsys, REPORT, arguments)
+        else:
+            main(report.setup, arguments)
+            found.append(numbers(tmp_path / str(len(found)))["untuned", 1]["perplexity on held-out rows"])
+    assert found[0] == found[1]
+
+
+def test_texts_are_cut_at_the_context_and_a_loss_beyond_all_numbers_is_shown(work, runs, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + b"a b c " * 400 + b"\r\n\r\nshort")
+    assert [text[:1] for text in read_documents([str(tmp_path / "text.txt")])] == ["a", "s"], "no byte order mark"
+    main(report.setup, flags(work, runs, tmp_path / "out", "--text", f"['{tmp_path / 'text.txt'}']"))
+    assert "1 of 2 documents of --text are longer than the context: cut to 128 tokens" in capsys.readouterr().out
+    found = sample_numbers("text", {"losses": [1e6], "tokens": [2]}, None)
+    assert math.isfinite(found["perplexity on text"]["value"])
 
 
 def test_measurements_are_kept_for_each_name_and_made_anew_where_the_model_changed(work, runs, tmp_path, monkeypatch):
@@ -204,15 +284,16 @@ def test_measurements_are_kept_for_each_name_and_made_anew_where_the_model_chang
     assert values["a b"] == values["ä/b"] != values["a_b"]
 
 
-def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, tmp_path, capsys):
-    """The shell script's own commands, run in this process; finished rows are not run again."""
+def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, runs, data_dir, tmp_path, capsys):
+    """The shell script's own commands, run in this process; finished rows are not run again, nor taken for others."""
     (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" $\'\\n\' >>"$LOG"\n')
     (tmp_path / "python").chmod(0o755)
-    out = tmp_path / "table 5"
+    out, text = tmp_path / "table \"5\\it's", shutil.copy(runs / "text.txt", tmp_path / "a \"text\\it's.txt")
     settings = dict(
         PYTHON=tmp_path / "python", LOG=tmp_path / "log", CHECKPOINT=work / "base", DATA=work / "data", OUT=out
     )
     settings |= dict(STEPS=2, ETHER_N=2, OFT_N=2, EVAL_DATA=data_dir, TASKS="['arc_challenge']", PRECISION="32-true")
+    settings["TEXT"] = text
 
     def commands() -> list[list[str]]:
         (tmp_path / "log").write_text("")
@@ -226,14 +307,21 @@ def test_the_papers_table_is_reproduced_row_by_row_and_goes_on(work, data_dir, t
         asked = subprocess.run(["bash", str(ROOT / "scripts/reproduce_table5.sh"), argument], capture_output=True)
         assert asked.returncode == code and b"set any of these:" in asked.stdout
     wanted = commands()
-    rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[:-1:2]]
+    rates = [command[command.index("--train.learning_rate") + 1] for command in wanted[1:-1:2]]
     assert rates == ["5e-4", "5e-4", "2e-3", "5e-3"]
     for name, *arguments in wanted:
         main(script(name), arguments)
+        if name == wanted[0][0]:  # what it asks for can be had, which is seen before the training
+            assert ("untuned", 1) in numbers(out / "report")
     assert [*numbers(out / "report")] == [(name, 1) for name in ("untuned", "LoRA", "OFT", "ETHER", "ETHER+")]
-    (out / "OFT" / "summary.json").unlink()
-    assert commands() == [wanted[2], wanted[-1]]
+    assert commands() == [wanted[0], *wanted[1:-1:2], wanted[-1]]
+    capsys.readouterr()
+    main(script(wanted[1][0]), wanted[1][1:])
+    assert "LoRA holds a finished run: nothing to do" in capsys.readouterr().out
+    settings["STEPS"] = 3
+    _, (name, *arguments), *_ = commands()
+    line = refusal(capsys, name, arguments)
+    assert "LoRA holds a finished run with other settings: train.max_steps was 2, is 3. " in line
     settings["STEPS"] = ""
-    (out / "OFT" / "merged" / "lit_model.pth").unlink()
-    epoch, *_ = commands()
+    _, epoch, *_ = commands()
     assert epoch[epoch.index("--train.epochs") :][:4] == ["--train.epochs", "1", "--train.lr_warmup_steps", "1000"]

@@ -247,6 +247,11 @@ def test_a_run_is_neither_restarted_nor_overwritten_by_accident(work, tmp_path, 
     before = (out / ADAPTER).stat().st_mtime_ns
     main(script(name), [*arguments, "--resume", "true"])
     assert "holds a finished run: nothing to do" in capsys.readouterr().out
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    shutil.copyfile(data / "test.pt", data / "train.pt")
+    more = ["--resume", "true", "--seed", "1", "--io.jobnum", "2", "--io.train_data_dir", str(data)]
+    line = refusal(capsys, name, [*arguments, *more])
+    assert "run holds a finished run with other settings: seed was 1337, is 1; train.pt was " in line
     assert (out / ADAPTER).stat().st_mtime_ns == before
     train(work, "ether", out, "--overwrite", "true")
     assert not checkpoint_folders(out)
