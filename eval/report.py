@@ -218,9 +218,23 @@ def mean_accuracy(found: Found, tasks: Sequence[str]) -> Found:
     values, errors = ([found["results"][task].get(f"{key},none") for task in tasks] for key in ("acc", "acc_stderr"))
     if None in values:  # NaN is null in JSON
         raise UserError(f"{tasks[values.index(None)]} has no accuracy, or one that is no number")
-    value, known = sum(values) / len(values), all(isinstance(error, float) for error in errors)
-    error = math.hypot(*errors) / len(errors) if known else None
-    return {"value": value, "error": error, "shown": f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if known else "")}
+    known = all(isinstance(error, float) for error in errors)
+    return accuracy(sum(values) / len(values), math.hypot(*errors) / len(errors) if known else None)
+
+
+def accuracy(value: float, error: float | None = None) -> Found:
+    """Return a share as a number in %."""
+    shown = f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+    return {"value": value, "error": error, "shown": shown}
+
+
+def with_mean(numbers: Found) -> Found:
+    """Return the numbers with the mean of the paper's four, where all are there.
+
+    It has no error: two of them are on the same questions.
+    """
+    four = [numbers[column]["value"] for column, _ in TASKS.values() if column in numbers]
+    return numbers | ({"mean": accuracy(sum(four) / len(four))} if len(four) == len(TASKS) else {})
 
 
 def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
@@ -248,10 +262,11 @@ def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
 # ------------------------------------------------------------------------------------------------------------ report
 def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], given: str) -> str:
     """Write the numbers and the command as JSON, the table as Markdown, which is returned, and the picture."""
-    rows = {line.label: {column: number["shown"] for column, number in line.numbers.items()} for line in lines}
-    measured = {column for row in rows.values() for column in row}
-    if chance := {column: f"{100 * share:.2f}" for column, share in TASKS.values() if column in measured}:
-        rows["chance"] = chance
+    numbers = {line.label: with_mean(line.numbers) for line in lines}
+    measured = {column for line in lines for column in line.numbers}
+    if chance := {column: accuracy(share) for column, share in TASKS.values() if column in measured}:
+        numbers["chance"] = with_mean(chance)
+    rows = {name: {column: number["shown"] for column, number in its.items()} for name, its in numbers.items()}
     text = "\n".join([table(rows), "", NOTES, "", *(f"- not measured: {failure}" for failure in failures)])
     models = [asdict(line) | {"flags": {name: str(value) for name, value in line.flags.items()}} for line in lines]
     write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})

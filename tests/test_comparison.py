@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 from eval import lm_eval_harness, report, tasks
 from eval.harness_model import HarnessModel
-from eval.report import read_documents, sample_numbers, task_numbers
+from eval.report import TASKS, accuracy, read_documents, sample_numbers, task_numbers, with_mean
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, save_split
@@ -147,6 +147,11 @@ def test_a_group_is_averaged_over_questions_and_over_subjects(capsys):
     assert {column: number["shown"] for column, number in found.items()} == {
         "MMLU": "41.00 ± 2.00", "MMLU over subjects": "50.00 ± 4.33", "TruthfulQA-1": "30.00",
     }  # fmt: skip
+    four = {
+        column: accuracy(share, 0.1) for share, (column, _) in zip((0.2, 0.4, 0.3, 0.5), TASKS.values(), strict=True)
+    }
+    assert with_mean(four)["mean"]["shown"] == "35.00" and [*with_mean(four)][:-1] == [*four]
+    assert "mean" not in with_mean({"MMLU": four["MMLU"]})
     with pytest.raises(ValueError, match="odd has no accuracy"):
         task_numbers({"results": {"odd": {"bleu,none": 1.0}}, "group_subtasks": {}})
 
