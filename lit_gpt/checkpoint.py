@@ -68,13 +68,13 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         missing.append(" or ".join(TOKENIZERS))
     if missing:
+        # A run's folder has them.
         inside = [*folder.glob("lit_model_*_finetuned.pth"), *(path.parent for path in folder.glob(f"*/{WEIGHTS}"))]
-        if inside:  # a run's folder
-            meant = " or ".join(map(str, sorted(inside)))
-            raise FileNotFoundError(f"{folder} is not a checkpoint folder; did you mean {meant}?")
+        make = command("scripts/convert_hf_checkpoint.py", checkpoint_dir=folder)
+        meant = f"did you mean {' or '.join(map(str, sorted(inside)))}?"
         raise FileNotFoundError(
-            f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; make it with "
-            f"`{command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}` from Hugging Face files"
+            f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; "
+            + (meant if inside else f"make it with `{make}` from Hugging Face files")
         )
     return folder
 
