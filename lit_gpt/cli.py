@@ -35,7 +35,7 @@ CONFIG_HELP = "A YAML file with any of the flags below; a flag on the command li
 WRITTEN = dict.fromkeys(("list", "tuple"), 'a list, even of one, is written "[a, b]"') | {
     "dict": 'names are given as "{name: value, name: value}"'
 }
-"""How to write what a flag takes, by the type that jsonargparse names where it is something else."""
+"""The ways to write what a flag takes, by the type that jsonargparse names where it is something else."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
