@@ -372,24 +372,6 @@ def split_by_gain(rows: list[Row]) -> tuple[Families, list[Row]]:
     return shared, separate
 
 
-def check_settings(settings: Iterable[str]) -> None:
-    """Raise UserError where settings of generation are among these that nothing here follows."""
-    if unknown := sorted({*settings} - SETTINGS):
-        raise UserError(f"generation does not know {', '.join(unknown)}; it knows {', '.join(sorted(SETTINGS))}")
-
-
-def join_processes() -> torch.device:
-    """Connect this process to the others that torchrun started, if any, and return its device."""
-    device = choose_device()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
-    return device
-
-
 def clusters(families: Families) -> list[tuple[Head, list[Head]]]:
     """Part heads where they begin alike; return the beginnings with their heads, and what is left behind none.
 
@@ -408,3 +390,21 @@ def clusters(families: Families) -> list[tuple[Head, list[Head]]]:
 
     alone = [head for each in found if not saves(*each) for head in each[1]]
     return [each for each in found if saves(*each)] + [((), alone)] * bool(alone)
+
+
+def check_settings(settings: Iterable[str]) -> None:
+    """Raise UserError where settings of generation are among these that nothing here follows."""
+    if unknown := sorted({*settings} - SETTINGS):
+        raise UserError(f"generation does not know {', '.join(unknown)}; it knows {', '.join(sorted(SETTINGS))}")
+
+
+def join_processes() -> torch.device:
+    """Connect this process to the others that torchrun started, if any, and return its device."""
+    device = choose_device()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    return device

@@ -15,7 +15,8 @@ range* is the same for the method's own best. A run that diverges keeps nothing.
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
@@ -102,19 +103,30 @@ def setup(
     with locked(out_dir, option="--out_dir"):
         remove_leftovers(out_dir)
         keep_settings(out_dir / SETTINGS, fixed)
-        runs = read_runs(out_dir / RUNS)
-        done = {(run["method"], run["rate"], run["seed"]) for run in runs}
         every = dict.fromkeys((method, rate, seed) for seed, rate, method in product(seeds, rates, methods))
-        wanted = [each for each in every if each not in done]
-        base = load_base(plan.base_dir, precision, None, device=choose_device()) if wanted else None
-        for number, (method, rate, seed) in enumerate(wanted, start=1):
-            print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
-            run = dict(method=method, rate=rate, seed=seed)
-            run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
-            write_json(out_dir / RUNS, [*runs, run | train_once(settings_of(method, rate, seed), base)])
-            runs = read_runs(out_dir / RUNS)
-            report(out_dir, runs)
-        print(f"\n{report(out_dir, runs)}\nwrote {out_dir}")
+        load = partial(load_base, plan.base_dir, precision, None, device=choose_device())
+        print(f"\n{run_missing(out_dir, every, settings_of, load)}\nwrote {out_dir}")
+
+
+def run_missing(
+    out_dir: Path,
+    every: Iterable[tuple[str, float, int]],
+    settings_of: Callable[..., Settings],
+    load: Callable[[], GPT],
+) -> str:
+    """Make the runs that are not noted yet, over one base in memory; return the table of all."""
+    runs = read_runs(out_dir / RUNS)
+    done = {(run["method"], run["rate"], run["seed"]) for run in runs}
+    wanted = [each for each in every if each not in done]
+    base = load() if wanted else None
+    for number, (method, rate, seed) in enumerate(wanted, start=1):
+        print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
+        run = dict(method=method, rate=rate, seed=seed)
+        run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
+        write_json(out_dir / RUNS, [*runs, run | train_once(settings_of(method, rate, seed), base)])
+        runs = read_runs(out_dir / RUNS)
+        report(out_dir, runs)
+    return report(out_dir, runs)
 
 
 def check_axes(**axes: Sequence[Any]) -> None:

@@ -36,7 +36,7 @@ from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprin
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
-from lit_gpt.errors import UserError, command, reading
+from lit_gpt.errors import Problems, UserError, command, reading
 from lit_gpt.files import atomic_write, file_sha256, remove_leftovers, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
@@ -106,6 +106,16 @@ def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[
         set_strength(adapter, strength)  # refuses what is no number
     chosen = {s: flags | {"strength": s} for s in (1.0, *others)}
     return [Line(name, s, given, f"{weights} {s}", {"trained": trained}) for s, given in chosen.items()]
+
+
+def open_models(models: Mapping[str, str], problems: Problems, **options: Any) -> list[Line]:
+    """Return the lines of all models, with ``open_model``'s options; note what is none, and what has another's name."""
+    opened = partial(problems.attempt, open_model, **options)
+    lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
+    labels = ["chance", *(line.label for line in lines)]
+    twice = {label for label in labels if labels.count(label) > 1}
+    problems.expect(not twice, f"--models: {', '.join(sorted(twice))} names two lines of the table; call one otherwise")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -331,11 +341,7 @@ def setup(
         plan[HELD_OUT] = ([precision, digest], partial(on_samples, val_data_dir, **common))
     problems.expect(bool(models and (plan or problems)), "give --models, and --eval_tasks, --text or --val_data_dir")
     problems.expect(text or val_data_dir or not strengths, "--strengths is of no use without --text or --val_data_dir")
-    opened = partial(problems.attempt, open_model, base=checkpoint_dir, strengths=strengths or ())
-    lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
-    labels = ["chance", *(line.label for line in lines)]
-    twice = {label for label in labels if labels.count(label) > 1}
-    problems.expect(not twice, f"--models: {', '.join(sorted(twice))} names two lines of the table; call one otherwise")
+    lines = open_models(models, problems, base=checkpoint_dir, strengths=strengths or ())
     problems.check()
     failures, results = [], out_dir / "results"
     with locked(out_dir, option="--out_dir"):
