@@ -317,8 +317,7 @@ def setup(
         text: files of documents that finetuning never saw: JSONL, "text" in each row, or plain, with blank lines
             between documents. What is longer than the context is cut.
         val_data_dir: prepared data, on whose held-out responses the loss is measured.
-        strengths: more strengths of the adapters, for a picture of learning against forgetting: there --text and
-            the held-out rows are measured, not the tasks.
+        strengths: more strengths of the adapters, on --text and held-out rows alone: learning against forgetting.
         data_dir: read the tasks' data from this folder, laid out like the Hub.
         num_fewshot: examples before each question; by default each task's own number.
         limit: only the first so many documents of each task. For trying out.
