@@ -79,15 +79,16 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
             f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
             f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
         )
-    family, modules = FAMILIES[config.architecture], {}
-    two_norms = {} if config.shared_attention_norm else family.two_norms
-    for ours, theirs in (family.modules | two_norms).items():
+    family = FAMILIES[config.architecture]
+    modules = {ours: (theirs,) for ours, theirs in family.top.items()}
+    block = family.block | ({} if config.shared_attention_norm else family.two_norms)
+    for i, (ours, theirs) in product(range(config.n_layer), block.items()):
         names = (theirs,) if isinstance(theirs, str) else theirs
-        layers, experts = config.n_layer if "{i}" in ours else 1, config.n_expert if "{e}" in ours else 1
         heads = range(config.n_head if ours.endswith("norm_q") else config.n_query_groups)
         names = [name.replace("{h}", str(h)) for name in names for h in (heads if "{h}" in name else (0,))]
-        for i, e in product(range(layers), range(experts)):
-            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e) for name in names)
+        for e in range(config.n_expert if "{e}" in ours else 1):
+            theirs_here = tuple(f"{family.layers}.{i}.{name.format(e=e)}" for name in names)
+            modules[f"transformer.h.{i}.{ours.format(e=e)}"] = theirs_here
     return modules
 
 
