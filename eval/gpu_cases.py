@@ -40,7 +40,7 @@ from lit_gpt.files import read_json, write_json
 from lit_gpt.lora import LoraConfig
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
-from lit_gpt.reflections import FORMS, reflect, reflect_plus, rotate, unit, use_form
+from lit_gpt.reflections import FORMS, reflect, rotate, unit, use_form
 from lit_gpt.report import read_metrics
 from lit_gpt.run_folder import METRICS, SUMMARY, checkpoint_folders
 from lit_gpt.train import compile_blocks
@@ -277,7 +277,7 @@ def kernel(card: Card, name: str) -> Found:
         LORA: (lora_branch, (d,), (8, d), (d, 8)),
         "OFT": (rotate, (8 * n, size // 8), (8 * n, size // 8, size // 8)),
         "ETHER": (reflect, (n, size), (n, size)),
-        "ETHER+": (written if form == "Inductor" else reflect_plus, (n, size), (n, size), (n, size)),
+        "ETHER+": (written if form == "Inductor" else reflect, (n, size), (n, size), (n, size)),
     }[kind]
     parameters = [torch.randn(each, device=card.device, requires_grad=True) for each in shapes]
     sets = range(2 if card.short else 16)  # 256 MiB, more than a cache holds

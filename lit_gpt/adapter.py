@@ -137,7 +137,13 @@ class SplitLinear(nn.Linear):
 
 
 class AdapterLayer(SplitLinear):
-    """A Linear with an adapter; subclasses say what the adapter does.
+    """A Linear with an adapter; subclasses say what the adapter does, by these methods:
+
+        make_parameters()          register the adapter's parameters, with the values that training starts from
+        adapted(x)                 return the output of each part, with its adapter in place
+        merged_rows(part, rows)    return the adapted weight of one part, from its (rows, in) weight in fp32 or fp64
+        low_rank(part, rows)       return A (r, in) and B (rows, r) with W' = W + B A of one part
+        elementwise_flops(n)       return the FLOPs outside of matrix products that a step adds at n positions
 
     ``active`` is false once merged, and while ``adapters_off``: the layer is then a plain Linear.
     """
@@ -167,26 +173,6 @@ class AdapterLayer(SplitLinear):
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Return the output of each part, with its adapter in place."""
         return self.adapted(x) if self.active else super().outputs(x)
-
-    def make_parameters(self) -> None:
-        """Register the adapter's parameters, with the values that training starts from."""
-        raise NotImplementedError
-
-    def adapted(self, x: Tensor) -> list[Tensor]:
-        """Return the output of each part with its adapter in place."""
-        raise NotImplementedError
-
-    def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
-        """Return the adapted weight of one part, from its (rows, in) weight in fp32 or fp64."""
-        raise NotImplementedError
-
-    def low_rank(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (rows, r) with W' = W + B A of one part, from its (rows, in) weight W."""
-        raise NotImplementedError
-
-    def elementwise_flops(self, positions: float) -> float:
-        """Return the FLOPs of a step that the adapter adds outside of matrix products; a multiply-add is two."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def merged_weight(self, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[tuple[float, float]]]:

@@ -13,14 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_gpt.adapter import (
-    AdapterConfig,
-    AdapterLayer,
-    Part,
-    mark_only_adapter_as_trainable,
-    merge_adapter_weights,
-    replace_targets,
-)
+from lit_gpt import adapter
+from lit_gpt.adapter import AdapterConfig, AdapterLayer, Part
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 
@@ -107,7 +101,7 @@ class LoraQKVLinear(LoraLayer, QKVLinear):
 
 def add_lora(model: GPT, config: LoraConfig) -> None:
     """Put LoRA layers in the place of the Linears that the config's targets name; works on the meta device."""
-    replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
+    adapter.replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
 
 
 def set_lora_strength(state: Mapping[str, Tensor], _: LoraConfig, strength: float) -> dict[str, Tensor]:
@@ -120,5 +114,5 @@ def lora_filter(name: str, _: Any = None) -> bool:
     return ".lora_" in name
 
 
-mark_only_lora_as_trainable = mark_only_adapter_as_trainable
-merge_lora_weights = merge_adapter_weights
+mark_only_lora_as_trainable = adapter.mark_only_adapter_as_trainable
+merge_lora_weights = adapter.merge_adapter_weights

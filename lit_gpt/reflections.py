@@ -99,35 +99,25 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def reflect(
-    x: Tensor, u: Tensor, *, center: Tensor | None = None, block_mask: Tensor | None = None, save_output: bool = False
+    x: Tensor,
+    *vectors: Tensor,
+    center: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    save_output: bool = False,
 ) -> Tensor:
-    """ETHER: x - 2 u^ (u^ . x), block by block.
+    """Reflect block by block; x itself, bit for bit, where v = -u.
+
+    ETHER is x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
 
     Args:
         x: (..., n, b).
-        u: (n, b), of any length but zero.
+        vectors: u for ETHER, u and v for ETHER+, (n, b) each, of any length but zero.
         center: (n, b), the point that R leaves where it is, so that the result is R(x - center) + center: a layer's
             bias, which is not transformed; the origin where it is None.
         block_mask: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
         save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _function(x).apply(x, center, block_mask, save_output, u)
-
-
-def reflect_plus(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    *,
-    center: Tensor | None = None,
-    block_mask: Tensor | None = None,
-    save_output: bool = False,
-) -> Tensor:
-    """ETHER+: x - u^ (u^ . x) + v^ (v^ . x), block by block; x itself, bit for bit, where v = -u.
-
-    Args: as for ``reflect``, with a second vector.
-    """
-    return _function(x).apply(x, center, block_mask, save_output, u, v)
+    return _function(x).apply(x, center, block_mask, save_output, *vectors)
 
 
 def cayley(a: Tensor) -> Tensor:
