@@ -83,37 +83,24 @@ class Samples:
 
 
 def encode_rows(
-    tokenizer: Tokenizer,
-    rows: Iterable[tuple[int, Mapping]],
-    *,
-    style: str,
-    mask_inputs: bool,
-    max_seq_length: int | None = None,
-    problems: BadRows | None = None,
-    samples: Samples | None = None,
-) -> Samples:
-    """Encode numbered rows of one kind, one by one; the rows of the samples are counted from 0.
+    tokenizer: Tokenizer, rows: Iterable[tuple[int, Mapping]], *, style: str, samples: Samples, problems: BadRows
+) -> None:
+    """Encode numbered rows of one kind, one by one.
 
     Args:
         tokenizer: the model's.
         rows: as `read_rows` gives them.
         style: the prompt style; "chat" for conversations.
-        mask_inputs: learn the response alone; of conversations only the answers are learned anyway.
-        max_seq_length: cut the samples to so many tokens.
-        problems: takes the rows that the chat template refuses, and those with the end of an answer inside one; without
-            it, they are raised at the end.
-        samples: those of another file, to which these are added.
+        samples: gets those of the rows, which are counted from 0; it may hold those of another file.
+        problems: gets the rows that the chat template refuses, and those with the end of an answer inside one.
     """
-    samples = Samples(max_seq_length) if samples is None else samples
-    refused = problems or BadRows("data")
     for number, row in rows:
-        samples.learn_all = not mask_inputs and "messages" not in row  # the same for all rows of one kind
         try:
             answers = find_answers(tokenizer, row, style)
             found = encode_answers(tokenizer, answers, style)
             check_stops(tokenizer, found)
         except UserError as error:
-            refused.rows.append((number, str(error)))
+            problems.rows.append((number, str(error)))
             continue
         for pieces in found:
             samples.add(samples.n_rows, pieces)
@@ -121,6 +108,3 @@ def encode_rows(
         samples.n_dropped += not found
         samples.notes.update(dict.fromkeys((note for answer in answers for note in answer.notes), 1))
         samples.notes.update([SEVERAL] * (len(found) > 1))
-    if problems is None and refused.rows:
-        raise UserError(str(refused))
-    return samples

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model, write_folder
+from helpers import encode_rows, tiny_model, write_folder
 
 from chat.base import Conversation, answer, encode, setup
 from lit_gpt.adapter import adapter_parameters
@@ -21,7 +21,6 @@ from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_prompt_style
 from lit_gpt.cli import main
-from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.prompts import alpaca

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, script, train
+from helpers import ADAPTER, ROOT, edit_json, refusal, sample_text, save_samples, script, train
 from lm_eval.api.instance import Instance
 
 from eval import lm_eval_harness, report, tasks
@@ -17,7 +17,7 @@ from eval.harness_model import HarnessModel
 from eval.report import TASKS, accuracy, read_documents, sample_numbers, task_numbers, with_mean
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
-from lit_gpt.data import load_split, save_split
+from lit_gpt.data import load_split
 from lit_gpt.merge import merge_adapter
 from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def test_rows_without_a_response_count_for_nothing(work, runs, tmp_path, capsys)
     found = []
     for samples in (rows, rows + blank, blank):
         (data / "test.pt").unlink()
-        save_split(samples, data / "test.pt")
+        save_samples(samples, data / "test.pt")
         arguments = flags(work, runs, tmp_path / str(len(found)), "--val_data_dir", str(data), "--batch_size", "1")
         if samples is blank:
             assert "untuned on held-out rows: there is no token to predict" in refusal(capsys, REPORT, arguments)

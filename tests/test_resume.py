@@ -17,6 +17,7 @@ from helpers import (
     losses_of,
     refusal,
     same_result,
+    save_samples,
     script,
     train,
     two_processes,
@@ -28,7 +29,7 @@ from helpers import (
 from lit_gpt import train as train_module
 from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
-from lit_gpt.data import load_split, save_split
+from lit_gpt.data import load_split
 from lit_gpt.files import file_sha256, read_json, write_json
 from lit_gpt.run_folder import (
     REPEATED,
@@ -226,7 +227,7 @@ def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsy
     for file in (work / "data").iterdir():
         (data / file.name).write_bytes(file.read_bytes())
     same = ["--io.train_data_dir", str(data), "--resume", "true"]
-    save_split(load_split(work / "data" / "train.pt")[1:], data / "train.pt")
+    save_samples(load_split(work / "data" / "train.pt")[1:], data / "train.pt")
     name, arguments = command(work, "ether", out, *same)
     assert "train.pt was" in refusal(capsys, name, arguments)
     other = write_base(tmp_path / "other", bpe_dir, n_embd=64)
