@@ -244,23 +244,17 @@ class Config:
             stored = read_json(path)
             if not isinstance(stored, dict):
                 raise UserError(f"{path} is not a JSON object; convert the checkpoint again")
-            return cls.from_dict(stored)
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "Config":
-        """Build from ``to_dict``'s output or from the original code's fields."""
-        stored = dict(stored)
-        if "_mlp_class" in stored:
-            for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
-                stored[new] = stored.pop(old)
-            stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
-            if stored.get("scale_embeddings"):  # Gemma
-                stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
-            stored["architecture"] = _original_architecture(stored)
-            if stored.get("rope_condense_ratio", 1) != 1:
-                stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
-        known = {each.name for each in fields(cls)}
-        return cls(**{key: value for key, value in stored.items() if key in known})
+            if "_mlp_class" in stored:
+                for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
+                    stored[new] = stored.pop(old)
+                stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
+                if stored.get("scale_embeddings"):  # Gemma
+                    stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
+                stored["architecture"] = _original_architecture(stored)
+                if stored.get("rope_condense_ratio", 1) != 1:
+                    stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
+            known = {each.name for each in fields(cls)}
+            return cls(**{key: value for key, value in stored.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -94,7 +95,7 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
             trainer.set_up()
             trainer.begin(checkpoint)
             if trainer.train():
-                with run_folder.StopSignal():  # nothing stops a run that is done while its result is written
+                with run_folder.stop_signal():  # nothing stops a run that is done while its result is written
                     trainer.finish()
 
 
@@ -166,10 +167,6 @@ class Position:
     best_step: int = 0
     since_best: int = 0
     """Number of validations in a row without a lower loss, under --train.patience."""
-
-
-STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_losses", "worse": "since_best"}
-"""Names of a ``Position``'s fields in the checkpoints of earlier versions."""
 
 
 class Trainer:
@@ -248,7 +245,7 @@ class Trainer:
             load_result(self.model.module, checkpoint, self.settings)
             self.optimizer.load_state_dict(state["optimizer"])
             self.fabric.strategy.precision.load_state_dict(state["precision"])
-            self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
+            self.position = Position(**state["position"])
             run_folder.restore_random_state(state["random"][self.fabric.global_rank])
             self.fabric.print(f"going on from {checkpoint}")
         else:
@@ -271,7 +268,7 @@ class Trainer:
         Return True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.train_args, self.plan.n_steps
-        with run_folder.StopSignal() as stop:
+        with run_folder.stop_signal() as stop:
             if position.step == 0:
                 with nullcontext() if self.settings.init_from else adapters_off(self.model):
                     position.first_losses = position.last_losses = self.validate()
@@ -427,7 +424,7 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, stop: run_folder.StopSignal) -> int | None:
+    def reason_to_leave(self, stop: SimpleNamespace) -> int | None:
         """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
         asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()

@@ -120,14 +120,6 @@ def test_an_unknown_flag_is_told_with_the_one_that_may_be_meant(flag, capsys):
     assert "did you mean" not in refusal(capsys, "finetune/ether.py", ["--io.train_data_dir", "data", "--zzz", "1"])
 
 
-def test_a_path_with_a_nul_is_refused_by_its_flag(tmp_path, capsys):
-    """Python's `embedded null byte` was a bug of ours with a traceback."""
-    (tmp_path / "c.yaml").write_text('checkpoint_dir: "a\\0b"')
-    assert "--checkpoint_dir 'a\\x00b' holds a NUL" in refusal(
-        capsys, "scripts/convert_hf_checkpoint.py", ["--config", str(tmp_path / "c.yaml")]
-    )
-
-
 def test_printed_commands_can_be_pasted(tmp_path):
     words = shlex.split(command("scripts/merge_ether.py", checkpoint_dir=tmp_path / "my model", ether_path="it's.pth"))
     assert words[:2] == ["python", "scripts/merge_ether.py"]
