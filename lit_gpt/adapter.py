@@ -194,19 +194,17 @@ class AdapterLayer(SplitLinear):
             kept, before = merged[part.rows], weight[part.rows]
             if not part.adapted:
                 kept.copy_(before)
-                if not is_finite(kept):
-                    raise UserError(f"{name} has values too large for {dtype}; --precision bf16-true can hold them")
-                continue
-            before = before.to(working_dtype(before.dtype))
-            after = self.merged_rows(part, before)
-            kept.copy_(after)
+            else:
+                before = before.to(working_dtype(before.dtype))
+                after = self.merged_rows(part, before)
+                kept.copy_(after)
+                size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
+                moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))
             if not is_finite(kept):
                 raise UserError(
-                    f"{name}: merging gives NaN, infinity or values too large for {dtype}: --precision bf16-true holds "
-                    "larger values; else the adapter holds a zero vector, or its run diverged"
+                    f"{name} has values too large for {dtype}; --precision bf16-true can hold them. Or it has NaN: the "
+                    "adapter holds a zero vector, or its run diverged"
                 )
-            size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
-            moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))
         return merged, moved
 
 

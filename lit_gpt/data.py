@@ -242,11 +242,7 @@ def read_data_config(data_dir: Path | str) -> dict:
     path = Path(data_dir) / DATA_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{data_dir} holds no {DATA_CONFIG}; {HOW_TO_PREPARE}")
-    settings = read_json(path)
-    texts = ("prompt_style", "checkpoint_dir", "tokenizer_sha256")
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), str) for name in texts):
-        raise UserError(f"{path} does not say what prepared data is; {HOW_TO_PREPARE}")
-    return settings
+    return read_json(path)
 
 
 def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sample]) -> None:

@@ -33,11 +33,6 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 # Buffers that older transformers wrote beside the weights: constants the model computes for itself.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
 
-# Parts of names that tell how weights are quantized.
-_QUANTIZED = {
-    "qweight": "GPTQ or AWQ", "quant_state": "bitsandbytes", "SCB": "bitsandbytes", "absmax": "bitsandbytes",
-    "_blocks": "MXFP4", "weight_packed": "compressed-tensors",
-}  # fmt: skip
 # Weights are the first four; the others are buffers.
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 
@@ -46,9 +41,7 @@ def check_unquantized_weights(weights: State) -> None:
     """Raise where the tensors of a Hugging Face checkpoint are quantized, whatever its config.json says."""
     for key, tensor in weights.items():
         if tensor.dtype not in _PLAIN and not _BUFFERS.search(key):
-            known = (kind for part, kind in _QUANTIZED.items() if any(part in key for key in weights))
-            kind = next(known, str(tensor.dtype).removeprefix("torch."))
-            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized ({kind}); {UNQUANTIZED}")
+            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized; {UNQUANTIZED}")
 
 
 class Piece(NamedTuple):

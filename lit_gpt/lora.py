@@ -35,8 +35,6 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"the rank must be at least 1, got {self.r}")
-        if not math.isfinite(self.alpha) or self.r >= 2**31:
-            raise UserError(f"rank {self.r} and alpha {self.alpha} make no scale")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
 

@@ -69,22 +69,19 @@ class Tokenizer:
             self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Return the ids of a text.
 
         Args:
             text: any text; special tokens written in it become their ids.
             bos: put BOS in front; None does what the model's own tokenizer does.
-            eos: put EOS at the end.
 
         Raises:
-            ValueError: a BOS or EOS is asked for that the tokenizer does not have.
+            ValueError: a BOS is asked for that the tokenizer does not have.
         """
         head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
-        tail = tail + [self.eos_id] * eos
-        if None in head + tail:
-            name = "BOS" if None in head else "EOS"
-            raise UserError(f"the tokenizer of {self.dir} has no {name} token; name one in tokenizer_config.json")
+        if None in head:
+            raise UserError(f"the tokenizer of {self.dir} has no BOS token; name one in tokenizer_config.json")
         (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
         return head + ids + tail
 

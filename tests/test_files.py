@@ -31,7 +31,6 @@ from lit_gpt.data import prepare
 from lit_gpt.files import (
     TEMPORARY,
     Progress,
-    atomic_write,
     map_or_read,
     move,
     prepare_out_dir,
@@ -346,19 +345,6 @@ def test_where_nothing_can_be_renamed_files_are_copied(tmp_path, monkeypatch, nu
     own_files(tmp_path / "folder", "one", "sub/two")
     move(tmp_path / "folder", tmp_path / "other")
     assert entries(tmp_path / "other") == {"one", "sub", "sub/two"}
-
-
-def test_files_have_the_mode_that_the_umask_gives(tmp_path):
-    """Also where the writer puts a file of its own in the place of ours, as safetensors does."""
-    for umask, expected in ((0o022, 0o644), (0o077, 0o600)):
-        before = os.umask(umask)
-        try:
-            with atomic_write(tmp_path / f"{umask}") as temporary:
-                temporary.unlink()
-                temporary.touch(mode=0o600)
-        finally:
-            os.umask(before)
-        assert (tmp_path / f"{umask}").stat().st_mode & 0o777 == expected
 
 
 @pytest.mark.parametrize(
