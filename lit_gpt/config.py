@@ -290,20 +290,12 @@ def check_supported(hf: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
-def _names(pattern: str) -> list[str]:
-    """Return what a shell makes of braces: ``a{,b}c`` stands for ``ac`` and ``abc``."""
-    before, brace, rest = pattern.partition("{")
-    choices, _, after = rest.partition("}")
-    return [before + choice + end for choice in choices.split(",") for end in _names(after)] if brace else [pattern]
-
-
 def _read_known_models() -> dict[str, dict[str, Any]]:
     table = read_json(Path(__file__).with_name("known_models.json"))
     models = {}
     for group in table["groups"]:
-        for pattern, sizes in group["models"].items():
-            told = dict(zip(group.get("columns", table["columns"]), sizes, strict=True))
-            models |= {repo_id: {**group["shared"], **told} for repo_id in _names(pattern)}
+        for repo_id, sizes in group["models"].items():
+            models[repo_id] = group["shared"] | dict(zip(group.get("columns", table["columns"]), sizes, strict=True))
     return models
 
 
