@@ -27,8 +27,8 @@ import torch
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, load_prompt_style
 from lit_gpt.cli import main
-from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
 from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.encoding import LEFT_OUT, hidden_roles, written
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT

@@ -64,9 +64,7 @@ def check_launch(settings: Settings) -> None:
             " give --devices the processes on each machine and --num_nodes the machines"
         )
     needed = ["MASTER_ADDR", "MASTER_PORT"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        needed = ["RANK", "LOCAL_RANK", "WORLD_SIZE", *needed]
-    elif num_nodes > 1:
+    if num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         needed = ["NODE_RANK", *needed]
     missing = [name for name in needed if name not in said]
     if missing and processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):  # else Fabric starts the others itself

@@ -33,7 +33,6 @@ from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import Sample, length, prepare
-from lit_gpt.encoding import Samples
 from lit_gpt.errors import UserError
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.files import write_json
@@ -267,11 +266,13 @@ def assert_same_step(one, other) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-def encode_rows(tokenizer, rows, *, style: str, mask_inputs: bool, max_seq_length: int | None = None) -> Samples:
+def encode_rows(
+    tokenizer, rows, *, style: str, mask_inputs: bool, max_seq_length: int | None = None
+) -> encoding.Samples:
     """Return the samples of numbered rows; raise what is wrong with them."""
     rows = iter(rows)
     first, problems = next(rows), BadRows("data")
-    samples = Samples(max_seq_length, learn_all=not mask_inputs and "messages" not in first[1])
+    samples = encoding.Samples(max_seq_length, learn_all=not mask_inputs and "messages" not in first[1])
     encoding.encode_rows(tokenizer, chain([first], rows), style=style, samples=samples, problems=problems)
     if problems.rows:
         raise UserError(str(problems))
