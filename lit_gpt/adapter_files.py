@@ -5,6 +5,7 @@ An adapter file carries itself, ``{"model": {...}, "config": {...}}``: its tenso
 "config" is one of the original code's; what it is follows from its keys and shapes.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,8 +92,10 @@ def set_strength(adapter: AdapterFile, strength: float) -> AdapterFile:
     """Return an adapter at a strength: 0 is the base model exactly, 1 the adapter as it was saved.
 
     Raises:
-        ValueError: the adapter is an ETHER one.
+        ValueError: the adapter is an ETHER one, or the strength is no finite number.
     """
+    if not math.isfinite(strength):
+        raise UserError(f"--strength {strength}: expected a number; 0 is the base model, 1 the whole adapter")
     if strength == 1:
         return adapter
     state = KINDS[adapter.kind].set_strength(adapter.state, adapter.config, strength)

@@ -409,6 +409,9 @@ def test_strength_is_refused_where_it_means_nothing(strength):
     with pytest.raises(ValueError, match="an ETHER reflection has no way to the identity; ETHER"):
         set_strength(adapter, strength)
     assert set_strength(adapter, 1.0) is adapter
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a number; 0 is the base model"):
+            set_strength(adapter, number)
 
 
 CASES = sorted(path.parent for path in GOLDEN.glob("*/*/hparams.json"))
