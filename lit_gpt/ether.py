@@ -41,12 +41,13 @@ class Method:
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0; None where the parameters are the
-            vectors of ``reflections.reflect``.
+        reflect: R x from x and vectors (n, b), for a symmetric R; options as in ``reflections.reflect``. Or
+        rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0.
     """
 
     tensors: int
     two_sided: bool = False
+    reflect: Callable[..., Tensor] = reflections.reflect
     rotation: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -62,7 +63,7 @@ class Method:
     def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
         """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
         if not self.matrices:
-            return reflections.reflect(x, *parameters, **options)
+            return self.reflect(x, *parameters, **options)
         r = self.rotations(parameters, options.get("block_mask"))
         return reflections.rotate(x, r.mT if transposed else r, center=options.get("center"))
 
