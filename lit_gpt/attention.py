@@ -157,7 +157,7 @@ class Forest:
         for own_q, own_k, own_v, mask in zip(q.split(self.lengths, dim=2), ks, vs, self.masks, strict=True):
             if start:
                 own_k, own_v = torch.cat([before_k, own_k], dim=2), torch.cat([before_v, own_v], dim=2)
-            found.append(attend(own_q, own_k, own_v, mask, cap, is_causal=True))
+            found.append(attend(own_q, own_k, own_v, mask, cap, is_causal=own_q.size(2) > 1))
         return torch.cat(found, dim=2)
 
 

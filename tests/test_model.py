@@ -97,7 +97,7 @@ def test_packed_samples_have_the_logits_of_each_alone(pair):
 def test_branches_of_a_tree_have_the_logits_of_each_path_alone(pair, held):
     """Trunks go on from what the cache holds, which stays; longer paths than windows, a trunk of nothing, of one."""
     _, ours = pair
-    trees = [(8, [5, 1, 9]), (0, [4, 2]), (1, [3, 3]), (16, [])]
+    trees = [(8, [5, 1, 9]), (0, [4, 2]), (1, [3, 3]), (16, []), (1, [])]
     before, row = prompts(1, held), prompts(1, sum(trunk + sum(branches) for trunk, branches in trees))
     if held:
         ours.set_kv_cache(1, held)
