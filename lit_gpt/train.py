@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
@@ -284,7 +283,7 @@ class Trainer:
                     improved = options.patience is not None and self.compare_with_best()
                 if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
                     self.show_sample(self.tokenizer)
-                reason = self.reason_to_leave(stop)
+                reason = self.reason_to_leave(stop.received)
                 due = options.save_interval and position.step % options.save_interval == 0
                 if due or improved or reason is not None:
                     with self.clock("seconds"):
@@ -424,9 +423,9 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, stop: SimpleNamespace) -> int | None:
-        """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
-        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+    def reason_to_leave(self, received: int) -> int | None:
+        """Return the signal that came, to this or any other process; 0 where --train.max_time is over; None to go on."""
+        asked = torch.tensor([received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
         return received or (0 if over else None)
 
