@@ -424,7 +424,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- saving and leaving
     def reason_to_leave(self, received: int) -> int | None:
-        """Return the signal that came, to this or any other process; 0 where --train.max_time is over; None to go on."""
+        """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
         asked = torch.tensor([received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
         return received or (0 if over else None)
