@@ -7,7 +7,7 @@ An adapter file carries itself, ``{"model": {...}, "config": {...}}``: its tenso
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,9 @@ def load_adapter(path: Path | str, kind: str | None = None) -> AdapterFile:
         if meta.get("kind") != kind:
             found = names.get(meta.get("kind"), "an unknown")
             raise UserError(f"{path} holds {found} adapter; {names[kind]} one was expected")
-        config = KINDS[kind].config_class(**meta[kind])
+        config_class = KINDS[kind].config_class
+        known = {field.name for field in fields(config_class)}  # an older version may have had others
+        config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
         return AdapterFile(Path(path), kind, config, state, {**meta["base"]}, meta["prompt_style"])
 
 

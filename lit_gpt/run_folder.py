@@ -46,6 +46,8 @@ RESUME_MAY_CHANGE = (
     "io.", "eval.sample_", "train.save_interval", "train.keep_checkpoints", "train.max_time", "train.skip_nonfinite",
 )  # fmt: skip
 """Beginnings of the names of settings that a resumed run may change: they do not alter its result."""
+REMOVED = {"train.group_by_length": False}
+"""Options of earlier versions, which their checkpoints hold, with the value that every run has now."""
 REPEATED = 2.0
 """Seconds after which the same signal ends the run; one that comes earlier is a launcher's echo."""
 
@@ -294,6 +296,7 @@ def check_finished(run_dir: Path, settings: dict[str, Any], input_hashes: dict[s
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return which settings changed that decide a run's result, with both values; empty where none did."""
+    now = REMOVED | now
     return "; ".join(  # an option that the earlier run does not know is newer than it
         f"{name} was {then}, is {now.get(name)}"
         for name, then in before.items()

@@ -168,6 +168,10 @@ class Position:
     """Number of validations in a row without a lower loss, under --train.patience."""
 
 
+STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_losses", "worse": "since_best"}
+"""Names of a ``Position``'s fields in the checkpoints of earlier versions."""
+
+
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
@@ -244,7 +248,7 @@ class Trainer:
             load_result(self.model.module, checkpoint, self.settings)
             self.optimizer.load_state_dict(state["optimizer"])
             self.fabric.strategy.precision.load_state_dict(state["precision"])
-            self.position = Position(**state["position"])
+            self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
             run_folder.restore_random_state(state["random"][self.fabric.global_rank])
             self.fabric.print(f"going on from {checkpoint}")
         else:

@@ -27,9 +27,10 @@ from helpers import (
 )
 
 from lit_gpt import train as train_module
-from lit_gpt.checkpoint import load_model, save_state
+from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split
+from lit_gpt.files import file_sha256, read_json, write_json
 from lit_gpt.run_folder import (
     REPEATED,
     check_same_run,
@@ -198,6 +199,25 @@ def test_a_resumed_run_refuses_what_would_change_its_result(work, tmp_path, caps
     assert "adapter.nb was 2, is 4; train.learning_rate was 0.01, is 0.5; seed was 1337, is 7. Set them" in line
     assert "jobnum" not in line
     train(work, "ether", out, "--train.save_interval", "2", "--eval.sample_interval", "3", "--resume", "true")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(work, tmp_path):
+    """Its position had short names, and its settings an option that is gone."""
+    out, names = tmp_path / "run", {name: old for old, name in train_module.STORED_NAMES.items()}
+    train(work, "ether", tmp_path / "whole", "--train.save_interval", "3")
+    unfinished(work, out)
+    folder = checkpoint_folders(out)[0]
+    state = load_state(folder / "state.pth")
+    state["position"] = {names.get(name, name): value for name, value in state["position"].items()}
+    state["settings"]["train"]["group_by_length"] = False
+    save_state(state, folder / "state.pth")
+    manifest = read_json(folder / "manifest.json")
+    manifest["state.pth"] = {
+        "bytes": (folder / "state.pth").stat().st_size, "sha256": file_sha256(folder / "state.pth")
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
+    train(work, "ether", out, "--train.save_interval", "3", "--resume", "true")
+    assert same_result(out, tmp_path / "whole")
 
 
 def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsys, bpe_dir):
