@@ -347,6 +347,14 @@ def test_where_nothing_can_be_renamed_files_are_copied(tmp_path, monkeypatch, nu
     assert entries(tmp_path / "other") == {"one", "sub", "sub/two"}
 
 
+def test_an_export_has_the_mode_that_the_umask_gives(tmp_path, bpe_dir):
+    """safetensors puts a file of its own, for the owner alone, in the place of the one that it is given."""
+    out = export_adapter(make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
+
+
 @pytest.mark.parametrize(
     "error",
     [
