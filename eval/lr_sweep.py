@@ -12,7 +12,6 @@ of all methods, along straight lines between the measured rates (mean over seeds
 range* is the same for the method's own best. A run that diverges keeps nothing.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,16 +19,18 @@ from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from eval.costs import METHOD_NAMES, table
 from lit_gpt.cli import main
 from lit_gpt.devices import choose_device
 from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig
-from lit_gpt.files import atomic_write, read_json, remove_leftovers, write_json
+from lit_gpt.files import atomic_write, finite, read_json, remove_leftovers, write_json
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
@@ -49,6 +50,7 @@ COLUMNS = ("method", "rate", "seed", "degrees_per_step", "response_loss", "loss"
 KEPT = 0.9
 """Share of the best loss reduction that a usable rate keeps."""
 NAMES = METHOD_NAMES | {"lora": "LoRA"}
+Method = Literal["ether", "etherplus", "etherplusHH", "oft", "lora"]
 Run = Mapping[str, Any]
 
 
@@ -57,9 +59,9 @@ def setup(
     data_dir: str,
     out_dir: Path,
     checkpoint_dir: str | None = None,
-    methods: tuple[str, ...] = ("ether", "etherplusHH", "oft", "lora"),
-    rates: tuple[float, ...] = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    methods: tuple[Method, ...] = ("ether", "etherplusHH", "oft", "lora"),
+    rates: tuple[PositiveFloat, ...] = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1),
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2),
     max_steps: int = 150,
     batch_size: int = 8,
     ether_nb: int = 4,
@@ -83,7 +85,7 @@ def setup(
         lora_r: Rank of LoRA.
         precision: As in finetune/ether.py.
     """
-    check_axes(methods=methods, rates=rates, seeds=seeds)
+    rates, seeds = [*map(float, rates)], [*map(int, seeds)]  # YAML does not know jsonargparse's kinds of number
     adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
@@ -102,7 +104,10 @@ def setup(
     fixed = dict(precision=precision, **train) | plan.input_hashes | {name: vars(adapters[name]) for name in methods}
     with locked(out_dir, option="--out_dir"):
         remove_leftovers(out_dir)
-        keep_settings(out_dir / SETTINGS, fixed)
+        before = read_own(out_dir / SETTINGS, {})
+        if changed := changes(flatten(before), flatten(before | fixed)):
+            raise UserError(f"{out_dir} was begun with other settings: {changed}. Choose another --out_dir")
+        write_json(out_dir / SETTINGS, before | fixed)
         every = dict.fromkeys((method, rate, seed) for seed, rate, method in product(seeds, rates, methods))
         load = partial(load_base, plan.base_dir, precision, None, device=choose_device())
         print(f"\n{run_missing(out_dir, every, settings_of, load)}\nwrote {out_dir}")
@@ -115,7 +120,7 @@ def run_missing(
     load: Callable[[], GPT],
 ) -> str:
     """Make the runs that are not noted yet, over one base in memory; return the table of all."""
-    runs = read_runs(out_dir / RUNS)
+    runs = read_own(out_dir / RUNS, [])
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [each for each in every if each not in done]
     base = load() if wanted else None
@@ -123,45 +128,15 @@ def run_missing(
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
         run = dict(method=method, rate=rate, seed=seed)
         run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
-        write_json(out_dir / RUNS, [*runs, run | train_once(settings_of(method, rate, seed), base)])
-        runs = read_runs(out_dir / RUNS)
+        runs.append(finite(run | train_once(settings_of(method, rate, seed), base)))
+        write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     return report(out_dir, runs)
 
 
-def check_axes(**axes: Sequence[Any]) -> None:
-    """Raise UserError where the methods, rates and seeds cannot all be swept."""
-    problems = Problems()
-    for name, fits, expected in (
-        ("methods", NAMES.__contains__, f"choices are {', '.join(NAMES)}"),
-        ("rates", lambda rate: 0 < rate < math.inf, "expected positive numbers"),
-        ("seeds", lambda seed: 0 <= seed < 2**32, "expected 0 or more and below 2^32"),
-    ):
-        wrong = [str(value) for value in axes[name] if not fits(value)] or ["none"] * (not axes[name])
-        problems.expect(not wrong, f"--{name} {', '.join(wrong)}: {expected}")
-    problems.check()
-
-
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new sweep; of one that was begun, raise UserError where they were others."""
-    before = read_own(path, dict.items) or {}
-    if changed := changes(flatten(before), flatten(before | settings)):
-        raise UserError(f"{path.parent} was begun with other settings: {changed}. Choose another --out_dir")
-    write_json(path, before | settings)
-
-
-def read_runs(path: Path) -> list[Run]:
-    """Return the runs that were noted, none where there is no file."""
-    return read_own(path, lambda runs: (as_csv(runs), summarise(runs))) or []
-
-
-def read_own(path: Path, use: Callable[[Any], Any]) -> Any:
-    """Return what a file of the sweep holds, None where there is none; raise UserError where ``use`` cannot use it."""
-    if not path.exists():
-        return None
-    with reading(path, "move it away: the same command makes it anew, from what runs/ holds"):
-        use(content := json.loads(path.read_text(encoding="utf-8")))
-    return content
+def read_own(path: Path, default: Any) -> Any:
+    """Return what a file of the sweep holds; the default where there is none."""
+    return read_json(path) if path.exists() else default
 
 
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
