@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import handle_non_serializable, make_table
@@ -60,9 +61,9 @@ def evaluate(
     tasks: Sequence[str] | dict[str, Any],
     data_dir: Path | str | None = None,
     include_path: Path | str | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    batch_size: int | Literal["auto"] = 8,
+    num_fewshot: NonNegativeInt | None = None,
+    limit: PositiveFloat | None = None,
+    batch_size: PositiveInt | Literal["auto"] = 8,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     gen_kwargs: dict[str, Any] | None = None,
@@ -136,18 +137,6 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
 
 
-def problems_of(
-    *, limit: float | None, num_fewshot: int | None, batch_size: int | str, gen_kwargs: dict[str, Any] | None, **_: Any
-) -> Problems:
-    """Return what is wrong with options of ``evaluate``."""
-    problems = Problems()
-    problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
-    problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
-    problems.expect(batch_size == "auto" or batch_size >= 1, f"--batch_size {batch_size}: expected auto, 1 or more")
-    problems.attempt(check_settings, gen_kwargs or ())
-    return problems
-
-
 def setup(
     *,
     checkpoint_dir: Path,
@@ -178,7 +167,8 @@ def setup(
     """
     # A caller in Python may leave out what the command line fills in.
     options = {name: default for name, default in evaluate.__kwdefaults__.items() if name not in TAKEN} | options
-    limit, problems = options["limit"], problems_of(**options)
+    limit, problems = options["limit"], Problems()
+    problems.attempt(check_settings, options["gen_kwargs"] or ())
     problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
     problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
     problems.attempt(weights_dtype, precision)

@@ -906,8 +906,9 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--limit", "0", "--batch_size", "0"], "--limit 0.0: expected .*; --batch_size 0: expected auto, 1 or more"),
-        (["--num_fewshot", "-1"], "--num_fewshot -1: expected 0 or more"),
+        (["--limit", "0"], '"limit": .*does not conform to restriction v>0'),
+        (["--batch_size", "0"], '"batch_size": .*does not conform to restriction v>0'),
+        (["--num_fewshot", "-1"], '"num_fewshot": .*does not conform to restriction v>=0'),
         (["--precision", "fp8"], "--precision fp8 is unknown here; choices: 32-true, bf16-true, 16-true"),
         (["--save_filepath", "."], r" is a folder, and a file of that name is to be written"),
         (["--log_samples", "true"], "--log_samples true: give --save_filepath, too"),
@@ -922,7 +923,7 @@ def test_the_script_refuses_in_one_line(checkpoint, data_dir, capsys, more, mess
     with pytest.raises(SystemExit) as caught:
         main(setup, command(checkpoint, data_dir, *more))
     shown = capsys.readouterr().err
-    assert caught.value.code == 1
+    assert caught.value.code in (1, 2)
     assert shown.count("\n") == 1
     assert re.search(message, shown), shown
 
