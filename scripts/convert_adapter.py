@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -146,20 +146,15 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
 
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
-    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt"):
-        pass  # its header is whole
+    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        style = (file.metadata() or {}).get(STYLE) or None
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
         kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
         if kind != "ETHER":
             raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
-        config = EtherPeftConfig.from_pretrained(folder)
-    try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            return config, tensors, (file.metadata() or {}).get(STYLE) or None
-    except SafetensorError as error:
-        raise UserError(f"{folder / TENSORS} is damaged ({error}); get it, or make it, again") from error
+        return EtherPeftConfig.from_pretrained(folder), tensors, style
 
 
 def base_name(base: Path) -> str:

@@ -118,7 +118,7 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, RuntimeError, errors.HFValidationError, json.JSONDecodeError, *transport)
+    failures = (OSError, errors.HFValidationError, json.JSONDecodeError, *transport)
     try:
         info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
         here = options | {"revision": info.sha}  # all files of one commit
@@ -195,8 +195,6 @@ def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | No
         errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}",
         errors.HFValidationError: f"{repo_id} is no name that the Hub gives ({said})",
         ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT, {by_hand}",
-        # hf_xet's, which moves large files in chunks.
-        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}, {by_hand}",
         Exception: f"the Hub could not be reached ({kind}): check the network and {again} {kept}, {by_hand}",
     }
     return next(line for one, line in lines.items() if isinstance(error, one))

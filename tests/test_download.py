@@ -351,13 +351,11 @@ if "BROKEN" in os.environ:
         raise eval(os.environ["BROKEN"])
     huggingface_hub.snapshot_download = broken
 """
-XET = "RuntimeError('Data processing error: the content service answered 500')"
 LOCAL = {
     "disk full": ("OSError(28, 'No space left on device')", "cannot write .*checkpoints/tiny/both: No space left"),
     "no right": ("PermissionError(13, 'Permission denied', 'x/y')", "cannot write x/y: Permission denied"),
     "read only": ("OSError(30, 'Read-only file system', 'x')", "Read-only file system; .*another --checkpoint_dir"),
     "quota": ("OSError(122, 'Disk quota exceeded')", "Disk quota exceeded"),
-    "transfer": (XET, "transfer failed .Data processing error.*HF_HUB_DISABLE_XET=1.*by hand and go on"),
     "network": ("OSError(101, 'Network is unreachable')", "could not be reached.*check the network"),
     "reset": ("ConnectionResetError(104, 'Connection reset')", "could not be reached.*check the network"),
     "file in the way": ("", "cannot write .*checkpoints.*: (Not a directory|File exists)"),
