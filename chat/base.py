@@ -205,20 +205,13 @@ def chat_terminal(conversation: Conversation) -> None:
 
 def read_prompts() -> Iterator[str]:
     """Yield what is typed or pasted; lines that wait when the first one ends belong to it."""
-    text = ""
-    try:
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             text = input(PROMPT)
             while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
                 text += "\n" + input()
             if text.strip():
                 yield text
-            text = ""
-    except EOFError:
-        if text:  # it ended within a paste
-            yield text
-    except KeyboardInterrupt:
-        pass
     print()
 
 

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,14 @@ PUBLISHED_TFLOPS = {
     "Llama-2-7b-hf": (256, (6.85, 25.26, 25.26, 12.07, 8.22, 51.65, 18.66, 9.04)),
     "phi-1_5": (1045, (6.04, 9.13, 9.13, 7.07, 6.71, 10.78, 7.69, 6.79)),
 }
-# What the FLOPs of a model follow from; its name may differ.
-SIZES = attrgetter("mlp_class", "n_layer", "n_embd", "q_size", "kv_size", "intermediate_size", "padded_vocab_size")
-
 RESULTS, PICTURE = "efficiency.json", "flops.png"
 
 
 def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict[str, float]]:
     """Return the paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
     for name, (length, figures) in PUBLISHED_TFLOPS.items():
-        if SIZES(config) == SIZES(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
+        whole = config == replace(Config.from_name(name), name=config.name)
+        if whole and {*targets} == {*PUBLISHED_TARGETS}:
             return length, dict(zip(PUBLISHED_LABELS, figures, strict=True))
     return 0, {}
 
