@@ -68,9 +68,7 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
             list_answer_end(staging, style)
         notes = serving_notes(staging, style, main_dtype(hf_weights))
         if style:
-            about = (
-                f"{config.name}, finetuned with prompt style {style}. Its weights are exactly those that were saved."
-            )
+            about = f"{config.name}, finetuned with prompt style {style}. Weights are exactly those that were saved."
             load = commands(MODEL, folder=Path())
             write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
