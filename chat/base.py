@@ -69,58 +69,6 @@ class Reply:
         return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{ENDS[self.end]}]"
 
 
-def answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    messages: str | Sequence[Message],
-    *,
-    style: str = CHAT,
-    max_new_tokens: int = 512,
-    write: Callable[[str], Any] = lambda piece: None,
-    **sampling: Any,
-) -> Reply:
-    """Answer a prompt or a conversation; for other programs as much as for the terminal.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        messages: the prompt, or a conversation whose last turn is the user's.
-        style: the prompt style; a conversation of several messages needs "chat".
-        max_new_tokens: the most tokens of an answer.
-        write: called with each piece of text as soon as it is known.
-        sampling: temperature, top_k, top_p, seed or generator, cached of ``generate``.
-
-    Raises:
-        ValueError: a prompt that does not fit the context, a style or a setting that does not exist.
-    """
-    prompt = encode(tokenizer, style, messages)
-    tokenizer.check_ids(prompt, model.config.padded_vocab_size)
-    context = model.config.block_size
-    if len(prompt) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
-        )
-    text, times = "", [time.perf_counter()]
-
-    def timed(tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
-            times.append(time.perf_counter())
-            yield token
-
-    ids = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
-    full = {context - len(prompt): "context", max_new_tokens: "length"}
-    with closing(ids):  # gives the model back at once, whatever ended the stream
-        try:
-            for piece in stream_text(tokenizer, timed(ids)):
-                text += piece
-                write(piece)
-            end = full.get(len(times) - 1, "done")
-        except KeyboardInterrupt:
-            end = "interrupted"
-    start, first, last = times[0], times[:2][-1], times[-1]
-    return Reply(text, len(times) - 1, len(prompt), last - first, first - start, end)
-
-
 def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
     """Return the ids of a prompt, or of a conversation up to the beginning of the next answer."""
     if isinstance(messages, str):
@@ -152,21 +100,47 @@ class Conversation:
     cached: list[int] = field(default_factory=list)
     """The ids that the model's cache holds: a turn costs its own tokens and not the whole conversation's."""
 
-    def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
+    def ask(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
         """Answer the next prompt, and remember both where the style is "chat".
+
+        Args:
+            text: the prompt.
+            write: called with each piece of the answer as soon as it is known.
 
         Raises:
             ValueError: the prompt alone does not fit the context; the conversation stays as it was.
         """
         turns = self.fitting([*self.turns, {"role": "user", "content": text}])
-        messages = with_system(self.system, turns)
-        settings = {**self.sampling, "style": self.style, "cached": self.cached}
-        reply = answer(self.model, self.tokenizer, messages, write=write, **settings)
-        if self.style == CHAT and (reply.text or reply.end != "interrupted"):
+        messages, context = with_system(self.system, turns), self.model.config.block_size
+        prompt = encode(self.tokenizer, self.style, messages)
+        self.tokenizer.check_ids(prompt, self.model.config.padded_vocab_size)
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
+            )
+        answer, times = "", [time.perf_counter()]
+
+        def timed(tokens: Iterator[int]) -> Iterator[int]:
+            for token in tokens:
+                times.append(time.perf_counter())
+                yield token
+
+        ids = generate(self.model, prompt, stop_ids=self.tokenizer.stop_ids, cached=self.cached, **self.sampling)
+        full = {context - len(prompt): "context", self.sampling["max_new_tokens"]: "length"}
+        with closing(ids):  # gives the model back at once, whatever ended the stream
+            try:
+                for piece in stream_text(self.tokenizer, timed(ids)):
+                    answer += piece
+                    write(piece)
+                end = full.get(len(times) - 1, "done")
+            except KeyboardInterrupt:
+                end = "interrupted"
+        if self.style == CHAT and (answer or end != "interrupted"):
             # The next prompt is the one of a training row with this answer.
-            content = written(self.tokenizer, messages, reply.text)
+            content = written(self.tokenizer, messages, answer)
             self.turns = [*turns, {"role": "assistant", "content": content}]
-        return reply
+        start, first, last = times[0], times[:2][-1], times[-1]
+        return Reply(answer, len(times) - 1, len(prompt), last - first, first - start, end)
 
     def fitting(self, turns: list[Message]) -> list[Message]:
         """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""

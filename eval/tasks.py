@@ -77,8 +77,6 @@ def load_tasks(
             task that can't be loaded, or that runs code unasked.
         FileNotFoundError: a data set that is not there, with the command that gets it.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
     if include_path is not None:
         check_own_tasks(Path(include_path))
     if run_code:

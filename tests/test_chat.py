@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import tiny_model, write_folder
 
-from chat.base import Conversation, answer, encode, setup
+from chat.base import Conversation, encode, setup
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
@@ -100,26 +100,27 @@ def test_a_model_trained_on_messages_ends_its_turn_and_carries_the_conversation(
     assert sum(computed[-third.tokens - 1 :]) < second.prompt_tokens
     del talk.turns[-2:]
     # without the first turn the model does not know the second: it was the conversation that told it
-    alone = answer(talk.model, tokenizer, TALK[2]["content"], **sampling)
+    alone = Conversation(talk.model, tokenizer, "chat", sampling=sampling).ask(TALK[2]["content"])
     assert alone.text != second.text
 
 
 def test_answer_says_why_it_ended(trained_dir, endless_dir):
     model, tokenizer = load_model(trained_dir), Tokenizer(trained_dir)
-    reply = answer(model, tokenizer, TALK[0]["content"], max_new_tokens=3)
+    reply = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": 3}).ask(TALK[0]["content"])
     assert (reply.tokens, reply.end) == (3, "length") and TALK[1]["content"].startswith(reply.text)
     assert "--max_new_tokens" in reply.summary() and "tokens/s" in reply.summary()
     model = load_model(endless_dir)
     model.config.block_size = 80
-    reply = answer(model, tokenizer, "Hi", style="plain", max_new_tokens=500)
+    talk = Conversation(model, tokenizer, "plain", sampling={"max_new_tokens": 500})
+    reply = talk.ask("Hi")
     assert reply.end == "context" and reply.tokens + reply.prompt_tokens == 80
 
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
 
-    reply = answer(model, tokenizer, "Hi", style="plain", write=interrupt)
-    assert reply.end == "interrupted" and reply.tokens >= 1
-    assert model.transformer.h[0].attn.kv_cache is None
+    stopped = talk.ask("Hi", write=interrupt)
+    assert stopped.end == "interrupted" and stopped.tokens >= 1
+    assert talk.ask("Hi").text == reply.text, "the model was not given back as it was"
 
 
 def test_a_prompt_style_keeps_no_conversation(trained_dir):

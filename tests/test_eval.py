@@ -510,7 +510,7 @@ def test_a_missing_split_is_named_with_those_there_are(data_dir, tmp_path):
 def test_without_internet_and_data_folder_the_message_says_what_to_do():
     with pytest.raises(FileNotFoundError, match=r"allenai/ai2_arc .*give --data_dir DIR.*hf download allenai/ai2_arc"):
         eval_tasks.load_tasks(["arc_challenge"])
-    with pytest.raises(FileNotFoundError, match="--data_dir nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="data set folder nowhere/allenai/ai2_arc is missing"):
         eval_tasks.load_tasks(["arc_challenge"], data_dir="nowhere")
 
 
@@ -916,7 +916,7 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
         (["--include_path", "nowhere"], "--include_path nowhere: expected a folder with the .yaml files of tasks"),
         (["--checkpoint_dir", "nowhere"], "nowhere is not a folder"),
         (["--eval_tasks", "[]"], "no tasks to evaluate"),
-        (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),
+        (["--data_dir", "nowhere"], "data set folder nowhere/allenai/ai2_arc is missing"),
     ],
 )
 def test_the_script_refuses_in_one_line(checkpoint, data_dir, capsys, more, message):
