@@ -10,13 +10,10 @@ weights, one after the other, are appended to a part file here, and huggingface_
 """
 
 import difflib
-import errno
 import fnmatch
 import json
 import os
 import re
-import socket
-import ssl
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import Secret, main
+from lit_gpt.cli import Secret, main, one_line
 from lit_gpt.config import KNOWN_MODELS, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import TEMPORARY, Progress, check_space
@@ -135,7 +132,9 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
             fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
         snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
     except failures as error:
-        raise OSError(explanation(error, repo_id, folder, **options)) from error
+        if getattr(error, "errno", None):  # the disk's or the network's, which says all by itself
+            raise
+        raise OSError(explanation(error, repo_id, folder, has_token=bool(options["token"]))) from error
 
 
 def refuse_unsupported(repo_id: str, origins: list[str], **options: Any) -> None:
@@ -169,35 +168,22 @@ def fetch_rest(part: Path, file: Any, url: str, token: str | None) -> None:
     part.replace(part.with_name(file.rfilename))
 
 
-def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | None, revision: str | None) -> str:
-    """Return one line on what went wrong and what to do."""
+def explanation(error: Exception, repo_id: str, folder: Path, *, has_token: bool) -> str:
+    """Return one line on what went wrong, mostly in huggingface_hub's words, and what to do."""
     from huggingface_hub import errors
 
-    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-    unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    said, kind = " ".join(str(error).split()), type(error).__name__
-    again, kept = "run the command again", "(what is there is kept)"
-    if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
-        advice = f"clear that up, or choose another --checkpoint_dir, and {again} {kept}"
-        return f"cannot write {error.filename or folder}: {error.strerror}; {advice}"
-    access = "your token has no access" if token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
-    private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
-    status = getattr(getattr(error, "response", None), "status_code", "no answer")
-    reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
-    hub, convert = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "scripts/convert_hf_checkpoint.py"
-    by_hand = f"or copy the files of {hub}/{repo_id} into {folder} by hand and go on with: "
-    by_hand += command(convert, checkpoint_dir=folder)
-    lines = {
-        errors.GatedRepoError: f"{repo_id} is gated: accept its licence on its page on the Hub; {access}",
-        errors.RepositoryNotFoundError: f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}",
-        errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
-        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}",
-        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}",
-        errors.HFValidationError: f"{repo_id} is no name that the Hub gives ({said})",
-        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT, {by_hand}",
-        Exception: f"the Hub could not be reached ({kind}): check the network and {again} {kept}, {by_hand}",
-    }
-    return next(line for one, line in lines.items() if isinstance(error, one))
+    if isinstance(error, errors.GatedRepoError):
+        access = "your token has no access" if has_token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
+        return f"{repo_id} is gated: accept its licence on its page on the Hub; {access}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        private = "" if has_token else " (or it is private: give --access_token=<HF_TOKEN>)"
+        return f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return (
+        f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): clear that up and run the "
+        f"command again (what is there is kept), or copy the files into {folder} by hand and go on with: "
+        + command("scripts/convert_hf_checkpoint.py", checkpoint_dir=folder)
+    )
 
 
 if __name__ == "__main__":
