@@ -36,7 +36,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 from eval.harness_model import HarnessModel, check_settings, join_processes
 from eval.tasks import isolated_harness, load_tasks
-from lit_gpt.adapter_files import AdapterFile, load_adapted_model, open_adapter
+from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
 from lit_gpt.devices import weights_dtype
@@ -50,8 +50,6 @@ from lit_gpt.tokenizer import Tokenizer
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """The harness's own."""
-TAKEN = ("use_cache", "tracker")
-"""Options of ``evaluate`` that its script fills in itself."""
 
 
 def evaluate(
@@ -165,10 +163,9 @@ def setup(
         log_samples: write each document with its prompts and answers beside it, too, a JSONL file a task.
         overwrite: let it replace files that are there.
     """
+    problems = Problems()
     # A caller in Python may leave out what the command line fills in.
-    options = {name: default for name, default in evaluate.__kwdefaults__.items() if name not in TAKEN} | options
-    limit, problems = options["limit"], Problems()
-    problems.attempt(check_settings, options["gen_kwargs"] or ())
+    problems.attempt(check_settings, options.get("gen_kwargs") or ())
     problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
     problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
     problems.attempt(weights_dtype, precision)
@@ -177,33 +174,29 @@ def setup(
     adapter = problems.attempt(open_adapter, ether_path, lora_path, strength)
     problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
-    if options["apply_chat_template"] and tokenizer.chat_template is None:
+    if options.get("apply_chat_template") and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    folders = {name: options[name] for name in ("data_dir", "include_path")}
-    tasks = load_tasks(eval_tasks, **folders, run_code=options["confirm_run_unsafe_code"])
+    folders = {name: options.get(name) for name in ("data_dir", "include_path")}
+    tasks = load_tasks(eval_tasks, **folders, run_code=options.get("confirm_run_unsafe_code", False))
     device, tracker = join_processes(), EvaluationTracker()
     writes = save_filepath and os.environ.get("RANK", "0") == "0"
     lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}
     with locked(save_filepath.parent, **lock) if writes else nullcontext():
         model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
         model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, **describe(model, adapter)}
+        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256}
+        adapted = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
+        model_args |= {"adapter": adapted, "fingerprint": fingerprint(model.state_dict())}
         # Beside the model, a seed decides answers that are drawn.
         decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
-        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options["seed"]})
+        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options.get("seed")})
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
-            adapted = f"with {adapter.path}" if adapter else "no adapter"
-            print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
+            used, limit = f"with {adapter.path}" if adapter else "no adapter", options.get("limit")
+            print(f"{checkpoint_dir}, {used}" + (f", --limit {limit:g}" if limit else ""))
             print_results(results)
             if save_filepath is not None:
                 save_results(save_filepath, results, tracker, log_samples)
-
-
-def describe(model: GPT, adapter: AdapterFile | None) -> dict[str, Any]:
-    """Return the adapter's settings and a fingerprint of all weights."""
-    settings = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
-    return {"adapter": settings, "fingerprint": fingerprint(model.state_dict())}
 
 
 def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:

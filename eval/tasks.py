@@ -73,9 +73,8 @@ def load_tasks(
         What the harness's ``TaskManager.load`` returns: ``tasks`` and ``groups`` by name.
 
     Raises:
-        ValueError: names that match nothing, with the nearest that exist; no names; data that doesn't fit the task; a
-            task that can't be loaded, or that runs code unasked.
-        FileNotFoundError: a data set that is not there, with the command that gets it.
+        ValueError: names that match nothing, with the nearest that exist; no names; data that is not there, with the
+            command that gets it, or doesn't fit the task; a task that can't be loaded, or that runs code unasked.
     """
     if include_path is not None:
         check_own_tasks(Path(include_path))
@@ -103,8 +102,7 @@ class Factory(TaskFactory):
         try:
             return super()._build_task(entry, overrides)
         except Exception as error:  # tasks are code of others, which raises anything for want of a package or a file
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else UserError
-            raise kind(f"task {entry.name} can't be loaded: {one_line(error)}") from error
+            raise UserError(f"task {entry.name} can't be loaded: {one_line(error)}") from error
 
 
 def check_own_tasks(folder: Path) -> None:

@@ -115,12 +115,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
     metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
-        try:
+        with reading(part):
             reader = gguf.GGUFReader(part)
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # NumPy's, of a short file
-            raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
     return metadata, tensors
 
 

@@ -510,7 +510,7 @@ def test_a_missing_split_is_named_with_those_there_are(data_dir, tmp_path):
 def test_without_internet_and_data_folder_the_message_says_what_to_do():
     with pytest.raises(ValueError, match=r"allenai/ai2_arc .*internet.* for --data_dir.*hf download allenai/ai2_arc"):
         eval_tasks.load_tasks(["arc_challenge"])
-    with pytest.raises(FileNotFoundError, match="data set folder nowhere/allenai/ai2_arc is missing"):
+    with pytest.raises(ValueError, match="data set folder nowhere/allenai/ai2_arc is missing"):
         eval_tasks.load_tasks(["arc_challenge"], data_dir="nowhere")
 
 
@@ -549,7 +549,7 @@ def test_tasks_that_run_code_are_refused_before_they_are_loaded_and_run_when_ask
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     with pytest.raises(ValueError, match=r"task humaneval runs the code .*--confirm_run_unsafe_code true"):
         eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"task humaneval can't be loaded: .*code_eval"):  # it is on the Hub
+    with pytest.raises(ValueError, match=r"task humaneval can't be loaded: .*code_eval"):  # it is on the Hub
         eval_tasks.load_tasks(["humaneval"], data_dir=tmp_path, run_code=True)
     (tmp_path / "code_eval").mkdir()
     (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)

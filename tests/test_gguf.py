@@ -388,11 +388,14 @@ def cut(share: float):
 
 REFUSALS = {
     "no file": (lambda path, bpe_dir: None, "m.gguf not found; a .gguf file was expected"),
-    "empty": (lambda path, bpe_dir: path.write_bytes(b""), "m.gguf is not a GGUF file, or cut short"),
-    "text": (lambda path, bpe_dir: path.write_text("<html>not found</html>" * 50), "m.gguf is not a GGUF file"),
-    "cut in the metadata": (cut(0.05), "m.gguf is not a GGUF file, or cut short"),
-    "cut in the tensors": (cut(0.7), "m.gguf is not a GGUF file, or cut short"),
-    "cut at the end": (cut(0.999), "m.gguf is not a GGUF file, or cut short"),
+    "empty": (lambda path, bpe_dir: path.write_bytes(b""), "m.gguf does not hold"),
+    "text": (
+        lambda path, bpe_dir: path.write_text("<html>not found</html>" * 50),
+        "m.gguf does not hold",
+    ),
+    "cut in the metadata": (cut(0.05), "m.gguf does not hold"),
+    "cut in the tensors": (cut(0.7), "m.gguf does not hold"),
+    "cut at the end": (cut(0.999), "m.gguf does not hold"),
     "architecture": (
         changed_tokenizer({"arch": "gemma"}),
         "architecture gemma is not supported .llama, qwen2, qwen3 are.*download.py",
@@ -406,8 +409,8 @@ REFUSALS = {
         "yarn_log_multiplier of its yarn rope scaling is not supported",
     ),
     "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
-    "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold what it should"),
-    "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold what it should"),
+    "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold"),
+    "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),
 }
 
