@@ -11,11 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from eval import costs
@@ -89,30 +90,18 @@ def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: in
     return config if n_layer is None else replace(config, n_layer=n_layer)
 
 
-def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int, fits: bool) -> None:
-    """Raise, with everything that is wrong, where the settings make no step of this model."""
-    problems, longest = Problems(), config.block_size
-    problems.expect(rounds >= 1, f"--rounds {rounds}: expected 1 or more")
-    problems.expect(1 <= seq_length <= longest, f"--seq_length {seq_length}: {config.name} takes 1 to {longest} tokens")
-    known = targets and {*targets} <= {*TARGETS}
-    problems.expect(known, f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
-    # On a CPU the system would end the process without a word.
-    problems.expect(fits, "--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
-    problems.check()
-
-
 def setup(
     *,
     model_name: str | None = None,
     checkpoint_dir: Path | None = None,
-    seq_length: int = 256,
+    seq_length: PositiveInt = 256,
     n_layer: int | None = None,
-    targets: tuple[str, ...] = PUBLISHED_TARGETS,
+    targets: tuple[Literal[TARGETS], ...] = PUBLISHED_TARGETS,
     blocks: tuple[int, ...] = (1, 4, 32),
     oft_blocks: tuple[int, ...] = (256,),
     precision: str = "32-true",
     time: bool = False,
-    rounds: int = 15,
+    rounds: PositiveInt = 15,
     compile: bool = False,
     out_dir: Path | None = None,
     overwrite: bool = False,
@@ -135,8 +124,12 @@ def setup(
         overwrite: let it replace an efficiency.json and a flops.png that are there.
     """
     config, dtype, device = read_config(model_name, checkpoint_dir, n_layer), weights_dtype(precision), choose_device()
+    problems, longest = Problems(), config.block_size
+    problems.expect(seq_length <= longest, f"--seq_length {seq_length}: {config.name} takes at most {longest} tokens")
+    # On a CPU the system would end the process without a word.
     fits = not time or costs.fitting(config, dtype, device) >= 1
-    check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds, fits=fits)
+    problems.expect(fits, "--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
+    problems.check()
     folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
     variants, left_out = costs.choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
     length, published = published_figures(config, targets)

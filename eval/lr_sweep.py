@@ -50,7 +50,7 @@ COLUMNS = ("method", "rate", "seed", "degrees_per_step", "response_loss", "loss"
 KEPT = 0.9
 """Share of the best loss reduction that a usable rate keeps."""
 NAMES = METHOD_NAMES | {"lora": "LoRA"}
-Method = Literal["ether", "etherplus", "etherplusHH", "oft", "lora"]
+Method = Literal[tuple(NAMES)]
 Run = Mapping[str, Any]
 
 

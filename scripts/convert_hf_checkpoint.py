@@ -67,8 +67,6 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
     again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
-    if not checkpoint_dir.is_dir():
-        raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))

@@ -639,7 +639,7 @@ def only_an_index(folder: Path, content: object) -> None:
 
 
 REFUSALS = {
-    "no folder": (lambda d: shutil.rmtree(d), "is not a folder.*download.py"),
+    "no folder": (lambda d: shutil.rmtree(d), "has no config.json.*download.py"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json.*download.py --repo_id"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
