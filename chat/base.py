@@ -36,14 +36,8 @@ from lit_gpt.prompts import CHAT, encode_prompt
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPT = ">> "
+CONTEXT_ENDS, INTERRUPTED = "cut where the model's context ends", "interrupted"
 PASTE_SECONDS = 0.05  # between two lines of a paste; by hand nobody is so quick
-ENDS = {
-    "done": "",
-    "length": "; cut at --max_new_tokens",
-    "context": "; cut where the model's context ends",
-    "interrupted": "; interrupted",
-}
-"""Reasons for which an answer ended (by the model, its length, a full context, Ctrl-C), with the words that tell it."""
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -60,13 +54,13 @@ class Reply:
     first_seconds: float
     """Up to the first token."""
     end: str
-    """A key of ``ENDS``."""
+    """Why it ended; empty where the model ended it."""
 
     def summary(self) -> str:
         """Return one line on the speed, and on an end that was not the model's."""
         rate = (self.tokens - 1) / self.seconds if self.tokens > 1 else self.tokens / max(self.first_seconds, 1e-9)
         prompt = f"prompt: {self.prompt_tokens} tokens, {self.first_seconds:.2f} s"
-        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{ENDS[self.end]}]"
+        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{self.end and f'; {self.end}'}]"
 
 
 def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
@@ -126,16 +120,16 @@ class Conversation:
                 yield token
 
         ids = generate(self.model, prompt, stop_ids=self.tokenizer.stop_ids, cached=self.cached, **self.sampling)
-        full = {context - len(prompt): "context", self.sampling["max_new_tokens"]: "length"}
+        ends = {context - len(prompt): CONTEXT_ENDS, self.sampling["max_new_tokens"]: "cut at --max_new_tokens"}
         with closing(ids):  # gives the model back at once, whatever ended the stream
             try:
                 for piece in stream_text(self.tokenizer, timed(ids)):
                     answer += piece
                     write(piece)
-                end = full.get(len(times) - 1, "done")
+                end = ends.get(len(times) - 1, "")
             except KeyboardInterrupt:
-                end = "interrupted"
-        if self.style == CHAT and (answer or end != "interrupted"):
+                end = INTERRUPTED
+        if self.style == CHAT and (answer or end != INTERRUPTED):
             # The next prompt is the one of a training row with this answer.
             content = written(self.tokenizer, messages, answer)
             self.turns = [*turns, {"role": "assistant", "content": content}]

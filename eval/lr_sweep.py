@@ -113,13 +113,15 @@ def setup(
         print(f"\n{run_missing(out_dir, every, settings_of, load)}\nwrote {out_dir}")
 
 
-def run_missing(
-    out_dir: Path,
-    every: Iterable[tuple[str, float, int]],
-    settings_of: Callable[..., Settings],
-    load: Callable[[], GPT],
-) -> str:
-    """Make the runs that are not noted yet, over one base in memory; return the table of all."""
+def run_missing(out_dir: Path, every: Iterable[Any], settings_of: Callable, load: Callable[[], GPT]) -> str:
+    """Make the runs that are not noted yet, over one base in memory; return the table of all.
+
+    Args:
+        out_dir: of the sweep.
+        every: method, rate and seed of each run that is asked for.
+        settings_of: gives the settings of one.
+        load: gives the base.
+    """
     runs = read_own(out_dir / RUNS, [])
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [each for each in every if each not in done]

@@ -85,12 +85,12 @@ def test_a_model_trained_on_messages_ends_its_turn_and_carries_the_conversation(
     talk = Conversation(load_model(trained_dir), tokenizer, "chat", sampling=sampling)
     pieces: list[str] = []
     first = talk.ask(TALK[0]["content"], pieces.append)
-    assert (first.text, first.end) == (TALK[1]["content"], "done")
+    assert (first.text, first.end) == (TALK[1]["content"], "")
     assert "".join(pieces) == first.text and len(pieces) > 5
     computed: list[int] = []
     talk.model.transformer.wte.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].size(1)))
     second = talk.ask(TALK[2]["content"], pieces.append)
-    assert (second.text, second.end) == (TALK[3]["content"], "done")
+    assert (second.text, second.end) == (TALK[3]["content"], "")
     assert talk.turns == TALK
     whole = tokenizer.render_chat(TALK[:3], add_generation_prompt=True)
     assert TALK[0]["content"] in whole and TALK[1]["content"] in whole
@@ -107,13 +107,13 @@ def test_a_model_trained_on_messages_ends_its_turn_and_carries_the_conversation(
 def test_answer_says_why_it_ended(trained_dir, endless_dir):
     model, tokenizer = load_model(trained_dir), Tokenizer(trained_dir)
     reply = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": 3}).ask(TALK[0]["content"])
-    assert (reply.tokens, reply.end) == (3, "length") and TALK[1]["content"].startswith(reply.text)
+    assert (reply.tokens, reply.end) == (3, "cut at --max_new_tokens") and TALK[1]["content"].startswith(reply.text)
     assert "--max_new_tokens" in reply.summary() and "tokens/s" in reply.summary()
     model = load_model(endless_dir)
     model.config.block_size = 80
     talk = Conversation(model, tokenizer, "plain", sampling={"max_new_tokens": 500})
     reply = talk.ask("Hi")
-    assert reply.end == "context" and reply.tokens + reply.prompt_tokens == 80
+    assert reply.end == "cut where the model's context ends" and reply.tokens + reply.prompt_tokens == 80
 
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, t
     model.lm_head = Parrot()
     model.lm_head.n = 0
     talk = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": end - begin + 1, "temperature": 0.0})
-    assert talk.ask(TALK[0]["content"], lambda piece: None).end == "done"
+    assert talk.ask(TALK[0]["content"], lambda piece: None).end == ""
     assert talk.turns == messages[:2]
     asked = [*talk.turns, TALK[2]]
     assert encode(tokenizer, "chat", asked) == ids[: learned.index(True, end)]
