@@ -30,7 +30,7 @@ from lit_gpt.cli import main
 from lit_gpt.devices import choose_device
 from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig
-from lit_gpt.files import atomic_write, finite, read_json, remove_leftovers, write_json
+from lit_gpt.files import finite, read_json, remove_leftovers, write_json, write_text
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
@@ -189,9 +189,8 @@ def usable_decades(curve: Mapping[float, float], limit: float) -> float:
 def report(out_dir: Path, runs: Sequence[Run]) -> str:
     """Write table, CSV file and pictures of the runs there are; return the table."""
     summary = summarise(runs)
-    for name, text in {CSV: as_csv(runs), TABLE: summary}.items():
-        with atomic_write(out_dir / name) as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+    write_text(out_dir / CSV, as_csv(runs) + "\n")
+    write_text(out_dir / TABLE, summary + "\n")
     kept = [run for run in runs if not run["diverged"]]
     for column, (name, label) in PICTURES.items() if kept else ():
         draw(out_dir / name, runs, column=column, label=label, top=kept[0]["untuned"])

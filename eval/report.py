@@ -38,7 +38,7 @@ from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import choose_device, weights_dtype
 from lit_gpt.errors import Problems, UserError, command, reading
-from lit_gpt.files import atomic_write, file_sha256, remove_leftovers, write_json
+from lit_gpt.files import file_sha256, remove_leftovers, write_json, write_text
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
 from lit_gpt.plots import compare_runs
@@ -271,8 +271,7 @@ def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], 
     text = "\n".join([table(rows), "", NOTES, "", *(f"- not measured: {failure}" for failure in failures)])
     models = [asdict(line) | {"flags": {name: str(value) for name, value in line.flags.items()}} for line in lines]
     write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})
-    with atomic_write(out_dir / "report.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(out_dir / "report.md", text + "\n")
     curves, x, y = {}, f"change on {TEXT}", f"change on {HELD_OUT}"
     for line in sorted(lines, key=lambda line: line.strength):
         if {x, y} <= line.numbers.keys():

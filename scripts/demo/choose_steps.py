@@ -23,7 +23,7 @@ from lit_gpt.cli import main
 from lit_gpt.data import load_split, read_data_config
 from lit_gpt.devices import choose_device
 from lit_gpt.ether import EtherConfig
-from lit_gpt.files import atomic_write
+from lit_gpt.files import write_text
 
 TRAINING_SECONDS = 240  # of ten minutes; the rest is for the evaluations, the answers, the validations and the merge
 ROWS_PER_STEP = 16
@@ -64,8 +64,7 @@ def setup(*, data_dir: str, out_file: str, short: bool = False) -> None:
     steps = SHORT_STEPS if short else max(10, min(one_epoch, fitting))
     print(f"   {precision} is the faster precision on {device}; a row takes {cost:.2f} s")
     print(f"   {steps} steps of {ROWS_PER_STEP} rows ({one_epoch} steps would be one epoch)")
-    with atomic_write(Path(out_file)) as path:
-        path.write_text(f"{precision} {steps}\n", encoding="utf-8")
+    write_text(out_file, f"{precision} {steps}\n")
 
 
 if __name__ == "__main__":
