@@ -409,6 +409,7 @@ REFUSALS = {
         "yarn_log_multiplier of its yarn rope scaling is not supported",
     ),
     "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
+    "a merge of no token": (changed_tokenizer({"merges": ["\u0120 nowhere"]}), "m.gguf does not hold .*vocabulary"),
     "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold"),
     "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold"),
     "layers missing": (changed_tokenizer({"block_count": 3}), "9 missing .*layers.2"),
