@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -28,7 +28,7 @@ from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, load_prompt_style
 from lit_gpt.cli import main
 from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
-from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.devices import PRECISIONS, choose_device
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
@@ -191,11 +191,10 @@ def read_pipe() -> str:
     return text
 
 
-def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
+def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, **sampling: Any) -> None:
     """Raise one ValueError with all that is wrong before weights are loaded; say if the template hides ``system``."""
     problems, asked = Problems(), with_system(system if style == CHAT else None, [{"role": "user", "content": "?"}])
     problems.expect(system is None or style == CHAT, f"--system needs --prompt_style chat, the prompt style is {style}")
-    problems.attempt(weights_dtype, precision)
     problems.attempt(check_sampling, **sampling)
     problems.attempt(encode, tokenizer, style, asked)  # finds out if there is such a style, and runs the template
     problems.check()
@@ -209,7 +208,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     strength: float = 1.0,
-    precision: str | None = None,
+    precision: Literal[tuple(PRECISIONS)] | None = None,
     quantize: str | None = None,
     prompt_style: str | None = None,
     system: str | None = None,
@@ -243,7 +242,7 @@ def setup(
     adapter = open_adapter(ether_path, lora_path, strength)
     style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
+    check_settings(tokenizer, style=style, system=system, seed=seed, **sampling)
     sys.stdin.reconfigure(errors="replace")  # every tokenizer takes U+FFFD
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers

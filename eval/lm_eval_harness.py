@@ -39,7 +39,7 @@ from eval.tasks import isolated_harness, load_tasks
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
-from lit_gpt.devices import weights_dtype
+from lit_gpt.devices import PRECISIONS
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import TEMPORARY, finite, move, refuse_existing
 from lit_gpt.generate import evaluation_mode
@@ -142,7 +142,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     strength: float = 1.0,
-    precision: str = "32-true",
+    precision: Literal[tuple(PRECISIONS)] = "32-true",
     quantize: str | None = None,
     save_filepath: Path | None = None,
     log_samples: bool = False,
@@ -163,12 +163,10 @@ def setup(
         log_samples: write each document with its prompts and answers beside it, too, a JSONL file a task.
         overwrite: let it replace files that are there.
     """
-    problems = Problems()
-    # A caller in Python may leave out what the command line fills in.
+    problems = Problems()  # a caller in Python may leave out options that the command line fills in
     problems.attempt(check_settings, options.get("gen_kwargs") or ())
     problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
     problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
-    problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
     problems.attempt(check_checkpoint_dir, checkpoint_dir)
     adapter = problems.attempt(open_adapter, ether_path, lora_path, strength)
@@ -220,7 +218,6 @@ def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
 def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker, log_samples: bool) -> None:
     """Let the harness write the results, and each task's samples beside them; the answers of unfinished calls go."""
     samples = results.pop("samples")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=TEMPORARY) as folder:
         tracker.output_path = f"{folder}/results.json"
         tracker.save_results_aggregated(finite(results), samples)

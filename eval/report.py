@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -36,7 +36,7 @@ from lit_gpt.batches import Batching, n_targets
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
-from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.devices import PRECISIONS, choose_device
 from lit_gpt.errors import Problems, UserError, command, reading
 from lit_gpt.files import file_sha256, remove_leftovers, write_json, write_text
 from lit_gpt.loss import IGNORE_INDEX
@@ -293,7 +293,7 @@ def setup(
     data_dir: Path | None = None,
     num_fewshot: NonNegativeInt | None = None,
     limit: PositiveFloat | None = None,
-    precision: str = "32-true",
+    precision: Literal[tuple(PRECISIONS)] = "32-true",
     batch_size: PositiveInt = 8,
 ) -> None:
     """Compare finetuned models on tasks, by what they forgot, and over their adapters' strengths.
@@ -318,7 +318,6 @@ def setup(
     harness = {"data_dir": data_dir and str(data_dir.resolve()), "num_fewshot": num_fewshot, "limit": limit}
     common = {"precision": precision, "batch_size": batch_size}
     problems = Problems()
-    problems.attempt(weights_dtype, precision)
     if eval_tasks:
         problems.attempt(resolve_names, eval_tasks)
     on_task = partial(lm_eval_harness.setup, **harness, **common)

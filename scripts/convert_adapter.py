@@ -42,11 +42,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """A key in the metadata of a PEFT folder's tensors, ours alone: the style of prompts."""
 ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
-NOTES = {
-    "peft": ["`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"],
-    "lora": ["it computes the same function, exactly in fp32; PEFT loads it as any LoRA"],
-}
-"""Sentences of the folder's page."""
+"""The beginning of the folder's page, and a note on it."""
+NOTES = {"peft": "`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"}
+NOTES |= {"lora": "it computes the same function, exactly in fp32; PEFT loads it as any LoRA"}
 ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
@@ -72,7 +70,7 @@ def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, 
             head = "library_name: peft" + ("" if Path(base).is_absolute() else f"\nbase_model: {json.dumps(base)}")
             about = f"{ABOUT[to]} of {base}, made of {adapter_path.name}."
             load = {"PEFT": "AutoPeftModelForCausalLM.from_pretrained('.')"}
-            write_card(staging, out_dir, head=head, about=about, notes=NOTES[to], load=load)
+            write_card(staging, out_dir, head=head, about=about, notes=[NOTES[to]], load=load)
     print(f"{adapter_path} -> {out_dir}")
 
 

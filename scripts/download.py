@@ -111,7 +111,7 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
@@ -123,7 +123,10 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
         if not tokenizer_only:
             origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
-            refuse_unsupported(repo_id, origins, **here)
+            with tempfile.TemporaryDirectory() as aside:  # fetched alone: what cannot be converted leaves nothing
+                described = Path(hf_hub_download(repo_id, "config.json", local_dir=aside, **here)).read_bytes()
+            with reading(f"config.json of {repo_id}"):
+                check_supported(json.loads(described), " made of ".join([repo_id, *origins]))
         folder.mkdir(parents=True, exist_ok=True)
         large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
         parts = {part_file(file, folder): file for file in large}
@@ -135,16 +138,6 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         if getattr(error, "errno", None):  # the disk's or the network's, which says all by itself
             raise
         raise OSError(explanation(error, repo_id, folder, has_token=bool(options["token"]))) from error
-
-
-def refuse_unsupported(repo_id: str, origins: list[str], **options: Any) -> None:
-    """Raise where the repo's config.json, which is fetched alone and not kept, tells of what cannot be converted."""
-    from huggingface_hub import hf_hub_download
-
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
-    with reading(f"config.json of {repo_id}"):
-        check_supported(json.loads(text), " made of ".join([repo_id, *origins]))
 
 
 def part_file(file: Any, folder: Path) -> Path:

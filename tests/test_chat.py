@@ -280,7 +280,7 @@ def test_each_mistake_is_one_line_and_ends_with_an_error(trained_dir, spm_dir, t
         ("Hi", ("--checkpoint_dir", tmp_path / "odd"), "unknown prompt style 'odd'"),
         ("Hi", ("--checkpoint_dir", plain_dir, "--prompt_style", "chat"), "has no chat template"),
         ("Hi", (*ok, "--prompt_style", "alpaca", "--system", "Be kind"), "--system needs --prompt_style chat"),
-        ("Hi", (*ok, "--precision", "fp8", "--top_p", "2"), "--precision fp8 .*; top_p must be"),
+        ("Hi", (*ok, "--top_p", "2", "--top_k", "0"), "top_k must be .*; top_p must be"),
         ("river " * 400, ok, r"the prompt has \d+ tokens, the model's context holds 256"),
         (" \n", ok, "stdin is empty"),
     ):
