@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(work, runs, tmp_path, ca
         (["--text", "null"], "give --models, and --eval_tasks, --text or --val_data_dir"),
         (["--text", f"['{tmp_path / 'rows.jsonl'}']"], "rows.jsonl does not hold what it should (KeyError: 'text')"),
         (["--text", f"['{tmp_path / 'blank.txt'}']"], "blank.txt: there is no text in it"),
-        (["--text", "['none.txt']"], "none.txt: "),
+        (["--text", "['none.txt']"], "No such file or directory: 'none.txt'"),
         (["--val_data_dir", str(tmp_path)], "holds no data_config.json; make it with"),
         (["--checkpoint_dir", "null"], "is an adapter: give the folder of its base model"),
     ):
