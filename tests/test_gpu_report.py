@@ -25,6 +25,14 @@ CPU = Card(torch.device("cpu"), "32-true", short=True)
 GPU_CARD = Card(torch.device("cuda"), "bf16-true", short=False)
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Give SIGTERM back: the report's handler, left in this process, kept the pools of later tests from ending."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def two_rows(card, name):
     """A case that works."""
     yield "", "first", {"ms": 1234.5}
