@@ -273,10 +273,15 @@ def _take(folder: Path) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, content: Any) -> None:
     """Write JSON, atomically; what JSON has no number for (NaN, an infinity) becomes null."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def finite(content: Any) -> Any:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lit_gpt import monitor
 from lit_gpt.errors import UserError
-from lit_gpt.files import atomic_write, write_json
+from lit_gpt.files import write_json, write_text
 from lit_gpt.plots import draw_losses
 from lit_gpt.run_folder import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
 
@@ -45,8 +45,7 @@ class Metrics:
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
         self.path, self.rows = path, parse_metrics(text)
-        with atomic_write(path) as temporary:
-            temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
+        write_text(path, text or ",".join(columns) + "\n")
         # Stays open: a run goes on also where its folder is renamed.
         self._file = path.open("a", newline="", encoding="utf-8", buffering=1)  # a row is written with its end of line
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")

@@ -623,7 +623,7 @@ def only_an_index(folder: Path, content: object) -> None:
 
 
 REFUSALS = {
-    "no folder": (lambda d: shutil.rmtree(d), "is not a folder.*download.py"),
+    "no folder": (lambda d: shutil.rmtree(d), "has no config.json.*download.py"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json.*download.py --repo_id"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -651,8 +651,14 @@ REFUSALS = {
         "rope scaling 'longrope' has no long_factor",
     ),
     "alibi": (lambda d: edit_config(d, architectures=["FalconForCausalLM"], alibi=True), "falcon-rw"),
-    "truncated safetensors": (lambda d: cut(d / "model.safetensors"), r"model.safetensors is corrupt or truncated"),
-    "empty safetensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is corrupt"),
+    "truncated safetensors": (
+        lambda d: cut(d / "model.safetensors"),
+        r"model.safetensors does not hold",
+    ),
+    "empty safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        "model.safetensors does not hold",
+    ),
     "truncated bin": (lambda d: cut(bin_instead(d)), "pytorch_model.bin is corrupt"),
     "text for bin": (lambda d: bin_instead(d).write_text("<html>not found</html>"), "pytorch_model.bin is corrupt"),
     "pickled object": (lambda d: torch.save({"a": Path}, bin_instead(d)), "pytorch_model.bin is corrupt"),
@@ -667,12 +673,18 @@ REFUSALS = {
         f"bin holds '{NORM}', expected names and dense",
     ),
     "shard missing": (lambda d: first_shard(d).unlink(), "names files that are not there .model-00001.*download.py"),
-    "shard truncated": (lambda d: cut(first_shard(d)), "model-00001-of-.*.safetensors is corrupt or truncated"),
+    "shard truncated": (lambda d: cut(first_shard(d)), "model-00001-of-.*.safetensors does not hold"),
     "shard outside": (lambda d: only_an_index(d, {"weight_map": {"a": "../x"}}), f"{INDEX} names ../x, outside the"),
     "shard elsewhere": (lambda d: only_an_index(d, {"weight_map": {"a": "/etc/x"}}), f"{INDEX} names /etc/x, outside"),
-    "sizes that lie": (lambda d: lie(d / "model.safetensors", "[24]", "[25]"), "safetensors is corrupt or truncated"),
-    "offsets that lie": (lambda d: lie(d / "model.safetensors", "[0,", "[8,"), "safetensors is corrupt or truncated"),
-    "a header too long": (lambda d: lie(d / "model.safetensors", "", "", longer=2**40), "safetensors is corrupt"),
+    "sizes that lie": (
+        lambda d: lie(d / "model.safetensors", "[24]", "[25]"),
+        "safetensors does not hold",
+    ),
+    "offsets that lie": (
+        lambda d: lie(d / "model.safetensors", "[0,", "[8,"),
+        "safetensors does not hold",
+    ),
+    "a header too long": (lambda d: lie(d / "model.safetensors", "", "", longer=2**40), "safetensors does not hold"),
     "tensor twice": (
         lambda d: change(d, **{f"language_model.{NORM}": torch.ones(24)}),
         f"holds {NORM}, which is there",

@@ -44,7 +44,7 @@ from lit_gpt.run_folder import (
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
-LONG += ["--eval.interval", "7"]
+LONG += ["--eval.interval", "7", "--deterministic", str(torch.cuda.is_available()).lower()]
 
 
 def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int]:
