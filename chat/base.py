@@ -54,7 +54,7 @@ class Reply:
     first_seconds: float
     """Up to the first token."""
     end: str
-    """Why it ended; empty where the model ended it."""
+    """The reason for its end; empty where the model ended it."""
 
     def summary(self) -> str:
         """Return one line on the speed, and on an end that was not the model's."""

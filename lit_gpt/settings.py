@@ -38,7 +38,7 @@ MAY_BE_ZERO = ("train.weight_decay", "train.skip_nonfinite", "train.lr_warmup_st
 # -------------------------------------------------------------------------------------------------------- options
 @dataclass
 class IOArgs:
-    """Where things are."""
+    """Files and folders of a run."""
 
     train_data_dir: str
     """Folder that a prepare script wrote: train.pt, test.pt, data_config.json."""
@@ -60,7 +60,7 @@ class IOArgs:
 
 @dataclass
 class TrainArgs:
-    """How to train."""
+    """The course of training."""
 
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up; then a cosine to zero."""
@@ -69,7 +69,7 @@ class TrainArgs:
     micro_batch_size: int = 4
     """Samples of one forward and backward pass; changes memory and speed, not the result (of loss_average token)."""
     epochs: int = 1
-    """How often to go through epoch_size samples."""
+    """Passes over epoch_size samples."""
     epoch_size: int | None = None
     """Samples of an epoch; all of the training data by default."""
     max_steps: int | None = None
@@ -94,7 +94,7 @@ class TrainArgs:
     save_interval: int | None = None
     """Write a checkpoint, from which --resume true goes on, every so many steps."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay, the newest ones; and the best one's under --train.patience."""
+    """Checkpoints to keep, the newest ones; and the best one's under --train.patience."""
     patience: int | None = None
     """End after this many validations in a row without a lower response loss, and keep the best step's result."""
     max_time: str | float | None = None
@@ -103,7 +103,7 @@ class TrainArgs:
 
 @dataclass
 class EvalArgs:
-    """When to validate, before and after training in any case, and to show what the model writes."""
+    """Validations, besides those before and after training, and answers shown on the way."""
 
     interval: int = 100
     """Validate every so many steps."""
