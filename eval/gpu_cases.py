@@ -252,7 +252,6 @@ def lora_branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2
 
 
-@torch.compile
 def written(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return ETHER+ as its formula is written, with autograd's backward pass and Inductor's kernels."""
     u, v = (w * (w * x.float()).sum(-1, keepdim=True) for w in (unit(u), unit(v)))
@@ -277,7 +276,7 @@ def kernel(card: Card, name: str) -> Found:
         LORA: (lora_branch, (d,), (8, d), (d, 8)),
         "OFT": (rotate, (8 * n, size // 8), (8 * n, size // 8, size // 8)),
         "ETHER": (reflect, (n, size), (n, size)),
-        "ETHER+": (written if form == "Inductor" else reflect_plus, (n, size), (n, size), (n, size)),
+        "ETHER+": (torch.compile(written) if form == "Inductor" else reflect_plus, (n, size), (n, size), (n, size)),
     }[kind]
     parameters = [torch.randn(each, device=card.device, requires_grad=True) for each in shapes]
     sets = range(2 if card.short else 16)  # 256 MiB, more than a cache holds

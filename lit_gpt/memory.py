@@ -9,9 +9,9 @@ counted, so that a process on a CPU takes more.
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_gpt.adapter_files import make_trainable
@@ -21,6 +21,9 @@ from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.quantize import quantization_saves
 from lit_gpt.settings import Plan
+
+if TYPE_CHECKING:  # see devices.py
+    from lightning.fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Memory:
         return f"{known} {total} GiB (frozen {parts[0]}, trained {parts[1]}, working {parts[2]})"
 
 
-def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric) -> Memory | None:
+def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: "Fabric") -> Memory | None:
     """Return what a run needs in one process.
 
     Args:
@@ -88,7 +91,7 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
 
 
 def working_bytes(
-    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: Fabric
+    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: "Fabric"
 ) -> int:
     """Return the peak of a step on fake tensors, above weights, gradients and moments.
 
@@ -131,7 +134,7 @@ def frozen_bytes(model: GPT, n_shards: int) -> int:
     return total // n_shards + total - sum(blocks) + 2 * max(blocks)
 
 
-def remedies(plan: Plan, *, fabric: Fabric) -> str:
+def remedies(plan: Plan, *, fabric: "Fabric") -> str:
     """Return in words what takes less memory than this run does; what changes nothing else comes first."""
     settings, train = plan.settings, plan.settings.train
     same = ["lower --train.micro_batch_size"] if train.micro_batch_size > 1 else []

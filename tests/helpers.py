@@ -383,7 +383,7 @@ def same_result(one: Path, other: Path) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- runs in processes
 PROCESSES = multiprocessing.get_context("forkserver")  # a fresh process in a moment: the imports are done in the server
-PROCESSES.set_forkserver_preload(["lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
+PROCESSES.set_forkserver_preload(["lit_gpt.launch", "lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
 
 
 class Training:
