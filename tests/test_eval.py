@@ -514,6 +514,7 @@ def test_without_internet_and_data_folder_the_message_says_what_to_do():
         eval_tasks.load_tasks(["arc_challenge"], data_dir="nowhere")
 
 
+@pytest.mark.parametrize("checkpoint", ["bpe"], indirect=True)  # the index of all tasks takes seconds in a process
 def test_a_data_set_with_a_loading_script_is_one_line_and_its_parquet_copy_is_read(ours, tmp_path):
     folder = tmp_path / "EleutherAI" / "logiqa"
     folder.mkdir(parents=True)

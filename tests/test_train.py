@@ -354,7 +354,7 @@ def test_out_of_memory_is_one_line(work, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     save_split(data * 60, tmp_path / "data" / "train.pt")
     limit = (
-        "import resource, sys; import lit_gpt.train; from helpers import main, script;"
+        "import resource, sys; import lit_gpt.launch, lit_gpt.train; from helpers import main, script;"
         "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(script(sys.argv[1]), sys.argv[2:])"
     )
