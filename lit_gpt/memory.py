@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # see devices.py
     from lightning.fabric import Fabric
 
 
+_counted: dict[str, tuple[GPT, int]] = {}
+"""A model without data and the bytes that its step works with, by all they follow from: a sweep has few such cases."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of tensors.
@@ -66,21 +70,23 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
     """
     base = meta_model(plan.config, weights_dtype(plan.settings.precision, mixed=True))
     idx, targets, lengths = batch
-    n_losses = int((targets != IGNORE_INDEX).sum())
-    accumulates = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
+    step = dict(lengths=lengths, n_losses=int((targets != IGNORE_INDEX).sum()))
+    step["accumulates"] = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
+    checkpointing, precision = plan.settings.train.activation_checkpointing, plan.settings.precision
+    facts = repr((plan.config, plan.settings.adapter, precision, checkpointing, idx.shape, step, fabric.device))
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, like those of live_bytes.py
 
         # Without a fallback: it would run an operator that needs data on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
-            model = share_weights(base, fabric.device)
-            make_trainable(model, plan.settings.adapter)
-            model.activation_checkpointing = plan.settings.train.activation_checkpointing
-            spread_evenly(model)
-            idx = torch.zeros(idx.shape, dtype=torch.long)
-            working = working_bytes(
-                model.train(), idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
-            )
+            if facts not in _counted:
+                model = share_weights(base, fabric.device)
+                make_trainable(model, plan.settings.adapter)
+                model.activation_checkpointing = checkpointing
+                spread_evenly(model)
+                idx = torch.zeros(idx.shape, dtype=torch.long)
+                _counted[facts] = model, working_bytes(model.train(), idx, fabric=fabric, **step)
+        model, working = _counted[facts]
     except (ImportError, RuntimeError) as error:  # what fake tensors raise are RuntimeErrors
         fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
         return None
