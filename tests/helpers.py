@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -224,10 +224,10 @@ def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
     return {"ether": lambda: eye - 2 * outer[0], "etherplus": plus, "etherplusHH": plus}[method]()
 
 
-def etherplus_model(**overrides) -> GPT:
-    """Return a tiny model with two-sided ETHER+ on every Linear, its head included."""
+def etherplus_model(*, targets: Sequence[str] = TARGETS, **overrides) -> GPT:
+    """Return a tiny model with two-sided ETHER+ on every Linear, its head included, or on the targets given."""
     model = tiny_model(**overrides)
-    add_ether(model, EtherConfig(Htype="etherplusHH", nb=2, **dict.fromkeys(TARGETS, True)))
+    add_ether(model, EtherConfig(Htype="etherplusHH", nb=2, **{target: target in targets for target in TARGETS}))
     mark_only_adapter_as_trainable(model)
     with torch.no_grad():
         for parameter in model.parameters():
