@@ -44,12 +44,16 @@ def spm_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_datasets_cache(tmp_path_factory):
-    """Keep `datasets` offline and out of the home folder."""
+    """Keep `datasets` offline and out of the home folder, and the harness's bootstrap in this process.
+
+    Its draws are the same; a pool would fork a process of a million objects for every metric, half a second each time.
+    """
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setenv("DISABLE_MULTIPROC", "1")
         yield
 
 

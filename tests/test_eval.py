@@ -838,7 +838,8 @@ def test_memory_that_ends_halves_the_automatic_batch(ours, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoint", ["bpe"], indirect=True)
-def test_several_processes_give_what_one_gives(checkpoint, own_tasks, tmp_path):
+def test_several_processes_give_what_one_gives(checkpoint, own_tasks, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISABLE_MULTIPROC")  # as users have it
     script = Path(__file__).resolve().parents[1] / "eval/lm_eval_harness.py"
     options = ["--checkpoint_dir", checkpoint, "--include_path", own_tasks, "--eval_tasks", json.dumps([*OWN_TASKS])]
     paths = [tmp_path / "1.json", tmp_path / "2.json"]
