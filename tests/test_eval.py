@@ -726,7 +726,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(checkpoint, own_tasks, tmp_p
 def test_answers_are_of_one_model_and_seed_alone(change, checkpoint, own_tasks, tmp_path, monkeypatch, capsys):
     """A model whose config alone had changed, and draws with another seed, got the answers of before."""
     base, path = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "out [1]" / "r [2].json"
-    options = dict(checkpoint_dir=base, eval_tasks=["own_answer", "own_word"], include_path=own_tasks)
+    options = dict(checkpoint_dir=base, eval_tasks=["own_answer", "own_choice"], include_path=own_tasks)
     options |= dict(gen_kwargs={"temperature": 5.0}, seed=1, save_filepath=path, log_samples=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lm_eval_harness, "print_results", lambda results: (_ for _ in ()).throw(KeyboardInterrupt))
