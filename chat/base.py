@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -27,8 +27,8 @@ import torch
 from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, load_prompt_style
 from lit_gpt.cli import main
-from lit_gpt.conversations import LEFT_OUT, hidden_roles, written
-from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.devices import PRECISIONS, choose_device
+from lit_gpt.encoding import LEFT_OUT, hidden_roles, written
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.generate import check_sampling, generate, stream_text
 from lit_gpt.model import GPT
@@ -36,14 +36,8 @@ from lit_gpt.prompts import CHAT, encode_prompt
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPT = ">> "
+CONTEXT_ENDS, INTERRUPTED = "cut where the model's context ends", "interrupted"
 PASTE_SECONDS = 0.05  # between two lines of a paste; by hand nobody is so quick
-ENDS = {
-    "done": "",
-    "length": "; cut at --max_new_tokens",
-    "context": "; cut where the model's context ends",
-    "interrupted": "; interrupted",
-}
-"""Reasons for which an answer ended (by the model, its length, a full context, Ctrl-C), with the words that tell it."""
 Message = dict[str, str]  # "role" and "content"
 
 
@@ -60,65 +54,13 @@ class Reply:
     first_seconds: float
     """Up to the first token."""
     end: str
-    """A key of ``ENDS``."""
+    """Why it ended; empty where the model ended it."""
 
     def summary(self) -> str:
         """Return one line on the speed, and on an end that was not the model's."""
         rate = (self.tokens - 1) / self.seconds if self.tokens > 1 else self.tokens / max(self.first_seconds, 1e-9)
         prompt = f"prompt: {self.prompt_tokens} tokens, {self.first_seconds:.2f} s"
-        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{ENDS[self.end]}]"
-
-
-def answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    messages: str | Sequence[Message],
-    *,
-    style: str = CHAT,
-    max_new_tokens: int = 512,
-    write: Callable[[str], Any] = lambda piece: None,
-    **sampling: Any,
-) -> Reply:
-    """Answer a prompt or a conversation; for other programs as much as for the terminal.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        messages: the prompt, or a conversation whose last turn is the user's.
-        style: the prompt style; a conversation of several messages needs "chat".
-        max_new_tokens: the most tokens of an answer.
-        write: called with each piece of text as soon as it is known.
-        sampling: temperature, top_k, top_p, seed or generator, cached of ``generate``.
-
-    Raises:
-        ValueError: a prompt that does not fit the context, a style or a setting that does not exist.
-    """
-    prompt = encode(tokenizer, style, messages)
-    tokenizer.check_ids(prompt, model.config.padded_vocab_size)
-    context = model.config.block_size
-    if len(prompt) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
-        )
-    text, times = "", [time.perf_counter()]
-
-    def timed(tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
-            times.append(time.perf_counter())
-            yield token
-
-    ids = generate(model, prompt, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling)
-    full = {context - len(prompt): "context", max_new_tokens: "length"}
-    with closing(ids):  # gives the model back at once, whatever ended the stream
-        try:
-            for piece in stream_text(tokenizer, timed(ids)):
-                text += piece
-                write(piece)
-            end = full.get(len(times) - 1, "done")
-        except KeyboardInterrupt:
-            end = "interrupted"
-    start, first, last = times[0], times[:2][-1], times[-1]
-    return Reply(text, len(times) - 1, len(prompt), last - first, first - start, end)
+        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{self.end and f'; {self.end}'}]"
 
 
 def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
@@ -152,21 +94,47 @@ class Conversation:
     cached: list[int] = field(default_factory=list)
     """The ids that the model's cache holds: a turn costs its own tokens and not the whole conversation's."""
 
-    def ask(self, text: str, write: Callable[[str], Any]) -> Reply:
+    def ask(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
         """Answer the next prompt, and remember both where the style is "chat".
+
+        Args:
+            text: the prompt.
+            write: called with each piece of the answer as soon as it is known.
 
         Raises:
             ValueError: the prompt alone does not fit the context; the conversation stays as it was.
         """
         turns = self.fitting([*self.turns, {"role": "user", "content": text}])
-        messages = with_system(self.system, turns)
-        settings = {**self.sampling, "style": self.style, "cached": self.cached}
-        reply = answer(self.model, self.tokenizer, messages, write=write, **settings)
-        if self.style == CHAT and (reply.text or reply.end != "interrupted"):
+        messages, context = with_system(self.system, turns), self.model.config.block_size
+        prompt = encode(self.tokenizer, self.style, messages)
+        self.tokenizer.check_ids(prompt, self.model.config.padded_vocab_size)
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
+            )
+        answer, times = "", [time.perf_counter()]
+
+        def timed(tokens: Iterator[int]) -> Iterator[int]:
+            for token in tokens:
+                times.append(time.perf_counter())
+                yield token
+
+        ids = generate(self.model, prompt, stop_ids=self.tokenizer.stop_ids, cached=self.cached, **self.sampling)
+        ends = {context - len(prompt): CONTEXT_ENDS, self.sampling["max_new_tokens"]: "cut at --max_new_tokens"}
+        with closing(ids):  # gives the model back at once, whatever ended the stream
+            try:
+                for piece in stream_text(self.tokenizer, timed(ids)):
+                    answer += piece
+                    write(piece)
+                end = ends.get(len(times) - 1, "")
+            except KeyboardInterrupt:
+                end = INTERRUPTED
+        if self.style == CHAT and (answer or end != INTERRUPTED):
             # The next prompt is the one of a training row with this answer.
-            content = written(self.tokenizer, messages, reply.text)
+            content = written(self.tokenizer, messages, answer)
             self.turns = [*turns, {"role": "assistant", "content": content}]
-        return reply
+        start, first, last = times[0], times[:2][-1], times[-1]
+        return Reply(answer, len(times) - 1, len(prompt), last - first, first - start, end)
 
     def fitting(self, turns: list[Message]) -> list[Message]:
         """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""
@@ -205,20 +173,13 @@ def chat_terminal(conversation: Conversation) -> None:
 
 def read_prompts() -> Iterator[str]:
     """Yield what is typed or pasted; lines that wait when the first one ends belong to it."""
-    text = ""
-    try:
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             text = input(PROMPT)
             while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
                 text += "\n" + input()
             if text.strip():
                 yield text
-            text = ""
-    except EOFError:
-        if text:  # it ended within a paste
-            yield text
-    except KeyboardInterrupt:
-        pass
     print()
 
 
@@ -230,11 +191,10 @@ def read_pipe() -> str:
     return text
 
 
-def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, precision: str, **sampling: Any) -> None:
+def check_settings(tokenizer: Tokenizer, *, style: str, system: str | None, **sampling: Any) -> None:
     """Raise one ValueError with all that is wrong before weights are loaded; say if the template hides ``system``."""
     problems, asked = Problems(), with_system(system if style == CHAT else None, [{"role": "user", "content": "?"}])
     problems.expect(system is None or style == CHAT, f"--system needs --prompt_style chat, the prompt style is {style}")
-    problems.attempt(weights_dtype, precision)
     problems.attempt(check_sampling, **sampling)
     problems.attempt(encode, tokenizer, style, asked)  # finds out if there is such a style, and runs the template
     problems.check()
@@ -248,7 +208,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     strength: float = 1.0,
-    precision: str | None = None,
+    precision: Literal[tuple(PRECISIONS)] | None = None,
     quantize: str | None = None,
     prompt_style: str | None = None,
     system: str | None = None,
@@ -282,7 +242,7 @@ def setup(
     adapter = open_adapter(ether_path, lora_path, strength)
     style = prompt_style or (adapter and adapter.prompt_style) or load_prompt_style(folder)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_settings(tokenizer, style=style, system=system, precision=precision, seed=seed, **sampling)
+    check_settings(tokenizer, style=style, system=system, seed=seed, **sampling)
     sys.stdin.reconfigure(errors="replace")  # every tokenizer takes U+FFFD
     text = None if sys.stdin.isatty() else read_pipe()
     with redirect_stdout(sys.stderr):  # stdout is for answers

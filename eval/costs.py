@@ -154,19 +154,18 @@ def timed(calls: Mapping[Any, Callable[[], Any]], device: torch.device, *, round
     The calls take turns, in another order each round; a round before the first is discarded.
     """
     found: dict[Any, dict[str, Any]] = {label: {"seconds": []} for label in calls}
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     for turn in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
         for label in random.Random(turn).sample(list(calls), len(calls)):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-            start = perf_counter()
+            held, start = torch.cuda.memory_allocated(), perf_counter()
             calls[label]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = perf_counter() - start
-            found[label]["seconds"] += [seconds] * (turn > 0)
-            if device.type == "cuda":
+            wait()
+            found[label]["seconds"] += [perf_counter() - start] * (turn > 0)
+            if on_gpu:
                 found[label]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
     return found
 

@@ -10,13 +10,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from eval import costs
@@ -25,8 +25,8 @@ from lit_gpt.adapter import TARGETS
 from lit_gpt.checkpoint import check_checkpoint_dir, load_config
 from lit_gpt.cli import main
 from lit_gpt.config import Config
-from lit_gpt.devices import choose_device, warn_of_slow_products, weights_dtype
-from lit_gpt.errors import Problems, UserError
+from lit_gpt.devices import PRECISIONS, choose_device, warn_of_slow_products
+from lit_gpt.errors import UserError
 from lit_gpt.files import prepare_out_dir, write_json
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
@@ -39,16 +39,14 @@ PUBLISHED_TFLOPS = {
     "Llama-2-7b-hf": (256, (6.85, 25.26, 25.26, 12.07, 8.22, 51.65, 18.66, 9.04)),
     "phi-1_5": (1045, (6.04, 9.13, 9.13, 7.07, 6.71, 10.78, 7.69, 6.79)),
 }
-# What the FLOPs of a model follow from; its name may differ.
-SIZES = attrgetter("mlp_class", "n_layer", "n_embd", "q_size", "kv_size", "intermediate_size", "padded_vocab_size")
-
 RESULTS, PICTURE = "efficiency.json", "flops.png"
 
 
 def published_figures(config: Config, targets: Sequence[str]) -> tuple[int, dict[str, float]]:
     """Return the paper's length and TFLOPs by label; nothing where this is not a model, whole, that it counted."""
     for name, (length, figures) in PUBLISHED_TFLOPS.items():
-        if SIZES(config) == SIZES(Config.from_name(name)) and {*targets} == {*PUBLISHED_TARGETS}:
+        whole = config == replace(Config.from_name(name), name=config.name)
+        if whole and {*targets} == {*PUBLISHED_TARGETS}:
             return length, dict(zip(PUBLISHED_LABELS, figures, strict=True))
     return 0, {}
 
@@ -84,38 +82,28 @@ def draw_flops(path: Path, rows: Rows, *, title: str, published: bool) -> None:
         axes.margins(x=0.1, y=0.01)
 
 
-def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None) -> Config:
-    """Return the sizes of the model that is asked for."""
+def read_config(model_name: str | None, checkpoint_dir: Path | None, n_layer: int | None, length: int) -> Config:
+    """Return the sizes of the model that is asked for; raise UserError where there is none that takes the length."""
     if (model_name is None) == (checkpoint_dir is None):
         raise UserError("give --model_name NAME (`python scripts/download.py` lists them) or --checkpoint_dir DIR")
     config = Config.from_name(model_name) if model_name else load_config(check_checkpoint_dir(checkpoint_dir))
+    if length > config.block_size:
+        raise UserError(f"--seq_length {length}: {config.name} takes at most {config.block_size} tokens")
     return config if n_layer is None else replace(config, n_layer=n_layer)
-
-
-def check_settings(config: Config, *, seq_length: int, targets: Sequence[str], rounds: int, fits: bool) -> None:
-    """Raise, with everything that is wrong, where the settings make no step of this model."""
-    problems, longest = Problems(), config.block_size
-    problems.expect(rounds >= 1, f"--rounds {rounds}: expected 1 or more")
-    problems.expect(1 <= seq_length <= longest, f"--seq_length {seq_length}: {config.name} takes 1 to {longest} tokens")
-    known = targets and {*targets} <= {*TARGETS}
-    problems.expect(known, f"--targets {list(targets)}: expected some of {', '.join(TARGETS)}")
-    # On a CPU the system would end the process without a word.
-    problems.expect(fits, "--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
-    problems.check()
 
 
 def setup(
     *,
     model_name: str | None = None,
     checkpoint_dir: Path | None = None,
-    seq_length: int = 256,
+    seq_length: PositiveInt = 256,
     n_layer: int | None = None,
-    targets: tuple[str, ...] = PUBLISHED_TARGETS,
+    targets: tuple[Literal[TARGETS], ...] = PUBLISHED_TARGETS,
     blocks: tuple[int, ...] = (1, 4, 32),
     oft_blocks: tuple[int, ...] = (256,),
-    precision: str = "32-true",
+    precision: Literal[tuple(PRECISIONS)] = "32-true",
     time: bool = False,
-    rounds: int = 15,
+    rounds: PositiveInt = 15,
     compile: bool = False,
     out_dir: Path | None = None,
     overwrite: bool = False,
@@ -137,19 +125,18 @@ def setup(
         out_dir: gets efficiency.json and flops.png; by default logs/efficiency/NAME.
         overwrite: let it replace an efficiency.json and a flops.png that are there.
     """
-    config, dtype, device = read_config(model_name, checkpoint_dir, n_layer), weights_dtype(precision), choose_device()
-    fits = not time or costs.fitting(config, dtype, device) >= 1
-    check_settings(config, seq_length=seq_length, targets=targets, rounds=rounds, fits=fits)
+    config = read_config(model_name, checkpoint_dir, n_layer, seq_length)
+    dtype, device = PRECISIONS[precision], choose_device()
+    if time and costs.fitting(config, dtype, device) < 1:  # on a CPU the system would end the process without a word
+        raise UserError("--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
     folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
     variants, left_out = costs.choose_variants(config, targets=targets, blocks=blocks, oft_blocks=oft_blocks)
     length, published = published_figures(config, targets)
     title = f"{config.name}, layers: {config.n_layer}, T = {seq_length}, {' and '.join(targets)} adapted"
     print("\n".join((f"{title}, {precision}", *left_out, "")))
-    rows: Rows = {
-        label: {"label": label, "published_tflops": published.get(label)}
-        | costs.count(config, adapter, seq_length=seq_length, dtype=dtype)
-        for label, adapter in variants.items()
-    }
+    rows: Rows = {label: {"label": label, "published_tflops": published.get(label)} for label in variants}
+    for label, adapter in variants.items():
+        rows[label] |= costs.count(config, adapter, seq_length=seq_length, dtype=dtype)
     beside = {label: {f"published, T = {length}": f"{published.get(label, '')}"} if length else {} for label in rows}
     print(costs.table({x: cost_columns(row, rows[FLOOR], rows[LORA]) | beside[x] for x, row in rows.items()}))
     settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": list(targets), "precision": precision}
@@ -158,10 +145,10 @@ def setup(
         warn_of_slow_products(precision, device)
         models = costs.random_models(config, variants, dtype=dtype, device=device, compiled=compile)
         idx = torch.randint(config.vocab_size, (1, seq_length), device=device)
-        times = time_steps(models, idx, rounds, how="compiled" if compile else "eager")
-        rows = {label: row | times[label] for label, row in rows.items()}
-    results = {**settings, "published_length": length, "left_out": left_out, "rows": list(rows.values())}
-    write_json(folder / RESULTS, results)
+        for label, its in time_steps(models, idx, rounds, how="compiled" if compile else "eager").items():
+            rows[label] |= its
+    settings |= {"published_length": length, "left_out": left_out, "rows": list(rows.values())}
+    write_json(folder / RESULTS, settings)
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
 

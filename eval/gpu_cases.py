@@ -6,9 +6,7 @@
 - Optional libraries are imported in the case that needs them.
 """
 
-import copy
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from time import sleep
 from typing import Any
 
 import torch
@@ -28,31 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval import costs
-from eval.costs import LORA, attach, random_base
-from lit_gpt.adapter import TARGETS, adapter_parameters
-from lit_gpt.batches import Batching
-from lit_gpt.checkpoint import load_state, save_state
+from eval.costs import LORA, random_base
+from lit_gpt.checkpoint import save_state
 from lit_gpt.config import Config
 from lit_gpt.data import prepare
 from lit_gpt.devices import PRECISIONS, choose_device
-from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import read_json, write_json
-from lit_gpt.lora import LoraConfig
-from lit_gpt.loss import IGNORE_INDEX
-from lit_gpt.model import GPT
-from lit_gpt.reflections import FORMS, reflect, reflect_plus, rotate, unit, use_form
+from lit_gpt.reflections import FORMS, reflect, rotate, use_form
 from lit_gpt.report import read_metrics
-from lit_gpt.run_folder import METRICS, SUMMARY, checkpoint_folders
-from lit_gpt.train import compile_blocks
+from lit_gpt.run_folder import METRICS, SUMMARY
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-REQUESTS = SCRIPTS / "demo" / "requests" / "train.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+REQUESTS = ROOT / "scripts" / "demo" / "requests" / "train.jsonl"
 TINY = Config(
     name="a tiny model", n_layer=2, n_head=4, n_embd=64, n_query_groups=2, intermediate_size=96, vocab_size=4096,
     block_size=256,
 )  # fmt: skip
-BARS = {"32-true": 2e-5, "bf16-true": 0.05, "16-true": 0.01}
-"""Largest relative error of logits and gradients: some roundings, far below a wrong formula's."""
 Found = Iterator[tuple[str, str, dict[str, float | str]]]
 
 
@@ -158,7 +146,7 @@ def finetune(card: Card, name: str, *more: str) -> list[str]:
     flags = f"--Htype etherplusHH --ether_nb {n} --train.micro_batch_size {micro} --train.global_batch_size {batch}"
     flags += f" --precision {card.precision} --train.epochs 9 --train.max_steps {n_steps} --eval.interval 1000"
     folders = ["--io.train_data_dir", str(card.folder / "data"), "--io.out_dir", str(card.folder / name)]
-    return [sys.executable, str(SCRIPTS.parent / "finetune" / "ether.py"), *flags.split(), *folders, *more]
+    return [sys.executable, str(ROOT / "finetune" / "ether.py"), *flags.split(), *folders, *more]
 
 
 def train(card: Card, name: str) -> Found:
@@ -176,25 +164,6 @@ def train(card: Card, name: str) -> Found:
         measured, estimated = summary["run_memory_bytes"], summary["estimated_memory_bytes"] or 0
         values |= {"padding": f"{summary['padding']:.0%}", "peak, GB": measured / 1e9, "estimated": estimated / 1e9}
     yield f"finetune/ether.py, {card.precision}", name, values
-
-
-def kill_and_resume(card: Card, name: str) -> Found:
-    """Kill a run that cannot notice, let it go on, and compare with an unbroken one, bit by bit."""
-    n_steps = "24" if card.short else "8"  # enough that it does not end before it is killed
-    flags = ("--deterministic", "true", "--train.max_steps", n_steps, "--train.save_interval", "2")
-    subprocess.run(finetune(card, "unbroken", *flags), check=True)
-    killed = subprocess.Popen(finetune(card, "killed", *flags))
-    while killed.poll() is None and not checkpoint_folders(card.folder / "killed"):
-        sleep(0.005)
-    killed.kill()
-    if killed.wait() != -signal.SIGKILL:
-        raise RuntimeError("the run ended before it could be killed")
-    subprocess.run(finetune(card, "killed", *flags, "--resume", "true"), check=True)
-    paths = [card.folder / name / "lit_model_ether_finetuned.pth" for name in ("unbroken", "killed")]
-    one, other = (load_state(path)["model"] for path in paths)
-    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
-        raise RuntimeError("WRONG: the adapter is not an unbroken run's")
-    yield "finetune/ether.py, killed with SIGKILL and resumed", "adapter", {"": "an unbroken run's, bit by bit"}
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -252,12 +221,6 @@ def lora_branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return x + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * 2
 
 
-def written(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Return ETHER+ as its formula is written, with autograd's backward pass and Inductor's kernels."""
-    u, v = (w * (w * x.float()).sum(-1, keepdim=True) for w in (unit(u), unit(v)))
-    return (x.float() + v - u).to(x.dtype)
-
-
 def kernel(card: Card, name: str) -> Found:
     """Time a reflection, LoRA's branch, OFT's rotation or a copy of an activation, forward and backward.
 
@@ -276,7 +239,7 @@ def kernel(card: Card, name: str) -> Found:
         LORA: (lora_branch, (d,), (8, d), (d, 8)),
         "OFT": (rotate, (8 * n, size // 8), (8 * n, size // 8, size // 8)),
         "ETHER": (reflect, (n, size), (n, size)),
-        "ETHER+": (torch.compile(written) if form == "Inductor" else reflect_plus, (n, size), (n, size), (n, size)),
+        "ETHER+": (reflect, (n, size), (n, size), (n, size)),
     }[kind]
     parameters = [torch.randn(each, device=card.device, requires_grad=True) for each in shapes]
     sets = range(2 if card.short else 16)  # 256 MiB, more than a cache holds
@@ -294,65 +257,30 @@ def kernel(card: Card, name: str) -> Found:
     yield f"x ({T}, {d}), {card.precision}, n = {n}, of OFT {8 * n}", name, values
 
 
-# ---------------------------------------------------------------------------------------------------------- exactness
-EVERY = dict.fromkeys(TARGETS, True)
-WAYS = {"": {}, " published": {"block_layout": "published"}, " flipped": {"flip_side": True}}
-ADAPTERS = {"LoRA": LoraConfig(r=4, **EVERY)} | {
-    method + way: EtherConfig(method, nb=4, **EVERY, **options)
-    for method, kind in METHODS.items()
-    for way, options in WAYS.items()
-    if not (kind.two_sided and "flip_side" in options)
+# -------------------------------------------------------------------------------------------------------------- tests
+TESTS = {  # a package that they need, arguments of pytest
+    "logits and gradients against fp64": ("pytest", "tests/test_gpu.py", "--noconftest"),
+    "killed and resumed": ("jsonargparse", "tests/test_resume.py", "-k", "killed_again_and_again"),
 }
 
 
-def compare(card: Card, name: str) -> Found:
-    """Compare a tiny model with itself in fp64 on the CPU; raise where logits or gradients differ too much.
-
-    Errors are relative to the largest value of each tensor.
-    """
-    label, precision, how = name.split(", ")
-    if card.short and how == "compiled" and label != "etherplusHH":
-        return  # each takes as long as all the rest
-    torch.manual_seed(0)
-    model = GPT(replace(TINY, sliding_window=32, qkv_bias=True)).to(PRECISIONS[precision])
-    for parameter in adapter_parameters(attach(model, ADAPTERS[label])).values():
-        # away from the start, where several terms are zero
-        parameter.data += 0.3 * parameter.std() + 0.05 * torch.randn_like(parameter)
-    exact = copy.deepcopy(model).double()
-    if how == "compiled":
-        compile_blocks(model)
-    ids, results = [torch.randint(TINY.vocab_size, (n,)) for n in (40, 17, 64, 5)], []
-    for one, n_tokens in ((exact, None), (model.to(card.device), 128 if how == "packed" else None)):
-        samples = [{"input_ids": row, "labels": row} for row in ids]
-        idx, targets, lengths = Batching(4, n_tokens).collate(samples, one.lm_head.weight.device)
-        with use_form(how if how in FORMS else FORMS[0]):
-            logits = one(idx, lengths=lengths)[targets != IGNORE_INDEX]  # (N, V), the same padded and packed
-            logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape).to(logits))
-        results.append([logits, *(p.grad for p in adapter_parameters(one).values())])
-    errors = [largest_error(results[0][part], results[1][part]) for part in (slice(1), slice(1, None))]
-    yield "Errors of logits / gradients", label, {f"{precision}, {how}": " / ".join(f"{e:.0e}" for e in errors)}
-    if not all(error <= BARS[precision] for error in errors):
-        raise RuntimeError(f"WRONG by {' and '.join(f'{error:.2g}' for error in errors)}")
+def run_tests(card: Card, name: str) -> Found:
+    """Run tests on this device, on a CPU the first ones; raise where one fails. The log has them by name."""
+    package, *arguments = TESTS[name]
+    import_module(package)
+    if card.short and package != "pytest":
+        return
+    if subprocess.run([sys.executable, "-m", "pytest", "-vs", *arguments], cwd=ROOT).returncode:
+        raise RuntimeError("WRONG: tests failed, the log says which")
+    yield "Tests on this device", name, {"": "passed"}
 
 
-def largest_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the largest error of any tensor, relative to the largest value of each; NaN where there is one."""
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(exact, found, strict=True)]
-    return torch.stack([(b - a).abs().max() / a.abs().max() for a, b in pairs]).max().item()
-
-
-KERNELS = ["copy", LORA, "OFT", "ETHER+, Inductor"]
-KERNELS += [f"{kind}, {form}" for form in FORMS for kind in ("ETHER", "ETHER+")]
-EXACT = [f"{label}, {precision}, eager" for precision in PRECISIONS for label in ADAPTERS]
-EXACT += [f"{label}, {precision}, packed" for precision in PRECISIONS for label in ("LoRA", *METHODS)]
-EXACT += [f"{label}, bf16-true, products" for label, kind in METHODS.items() if not kind.matrices]
-EXACT += [f"{label}, bf16-true, compiled" for label in ("etherplusHH", "LoRA", "ether", "oft")]
-TRAINING = {"base and data": make_base_and_data, "packed": train, "kill and resume": kill_and_resume}
+KERNELS = ["copy", LORA, "OFT", *(f"{kind}, {form}" for form in FORMS for kind in ("ETHER", "ETHER+"))]
 PARTS: dict[str, tuple[float, dict[str, Callable[[Card, str], Found]]]] = {
     "machine": (2, {"rates": machine}),
-    "training": (42, TRAINING | dict.fromkeys(RUNS, train)),
+    "training": (38, {"base and data": make_base_and_data} | dict.fromkeys(RUNS, train)),
     "steps": (42, dict.fromkeys(STEPS, our_steps) | dict.fromkeys(PEFT, peft_steps)),
     "kernels": (6, dict.fromkeys(KERNELS, kernel)),
-    "exactness": (12, dict.fromkeys(EXACT, compare)),
+    "exactness": (16, dict.fromkeys(TESTS, run_tests)),
 }
 """By name of a part, its share of the time and its cases."""

@@ -4,9 +4,9 @@ Knows nothing of tasks and their data (``tasks.py``). Notable choices:
 - Text is cut into tokens by the rules of the harness's Hugging Face backend (a context's trailing spaces belong to the
   answer, BOS where the tokenizer adds it, too long a text loses its beginning), so that the numbers are the same.
 - The head runs on the scored positions alone, and log-probabilities are fp32 whatever the model's precision.
-- What prompts have in common is computed once: requests whose input is the same share one row, and the answers to one
-  question, and questions behind the same examples, share the keys and values of their common beginning. Several
-  questions are a batch: few tokens at a time would wait for the weights to come from memory.
+- What prompts have in common is computed once: requests whose input is the same share one row, the answers to a
+  question are branches of one tree, and questions behind the same examples share their cached keys and values.
+- A batch is one long row of such trees: nothing is padded, and few tokens at a time would wait for the weights.
 
 Shapes: B batch, T tokens, d n_embd, V padded vocabulary.
 """
@@ -16,10 +16,10 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
-from itertools import chain, groupby, islice, zip_longest
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,8 @@ HEAD_ROWS = 512
 
 WORTH_A_PASS = 256
 """Tokens that a common beginning has to save: the passes behind it hold its own rows alone, and may be small."""
-CACHED_TOKENS = 512
-"""Tokens that a row of the cache may have before there are fewer rows; a token of Llama-2-7B is 0.5 MB in 16 bits."""
+BRANCHES_TOKENS = 512
+"""Tokens that the branches of a tree may have more than its trunk: attention compares all of them, to hide them."""
 AUTO_ROWS = {"cuda": 64}
 """Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -52,8 +52,6 @@ SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p
 CONTINUE_HERE = "CONTINUE_HERE "
 """Marks the end of an answer's beginning in a rendered conversation; its space tells whether the template strips."""
 
-
-T = TypeVar("T")
 Head = tuple[int, ...]
 
 
@@ -65,8 +63,8 @@ class Row(NamedTuple):
     requests: list[int]
 
 
-Families = dict[Head, list[Row]]
-"""Rows by their head: the answers to a question."""
+Tree = list[Row]
+"""Rows with one head: the answers to a question."""
 
 
 class HarnessModel(TemplateLM):
@@ -75,7 +73,7 @@ class HarnessModel(TemplateLM):
     Args:
         model: with or without adapters, in evaluation mode.
         tokenizer: the model's.
-        batch_size: rows in a batch; auto halves a large one where memory ends.
+        batch_size: rows whose tokens a batch may have; auto takes fewer where memory ends.
         seed: of drawn answers.
     """
 
@@ -185,11 +183,8 @@ class HarnessModel(TemplateLM):
         self.n_requests += len(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         rows = self.make_rows(requests)
-        # Where the angles of all positions depend on how long the text is, nothing can be shared.
-        shared, separate = split_by_gain([row for row in rows if not self.stretch(row)])
-        separate += filter(self.stretch, rows)
         with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
-            for row_states in chain(self.run_shared(shared), self.run_separate(separate)):
+            for row_states in self.run(rows):
                 # The last states of a row predict a request's continuation.
                 wanted = [(states, number) for row, states in row_states for number in row.requests]
                 continuations = [requests[number][2] for _, number in wanted]
@@ -216,86 +211,71 @@ class HarnessModel(TemplateLM):
         cuts = {tokens: len(tokens) - length for tokens, length in tail_length.items()}
         return [Row(tokens[:cut], tokens[cut:], requests_of[tokens]) for tokens, cut in cuts.items()]
 
-    def run_separate(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Yield batches of (row, the states (T, d) of all its tokens); rows of like length together, longest first."""
-        rows = sorted(rows, key=lambda row: -len(row.head) - len(row.tail))
-        for _, alike in groupby(rows, key=self.stretch):
-            yield from self.in_batches(list(alike), self.run_rows)
-
-    def run_rows(self, rows: list[Row]) -> list[tuple[Row, Tensor]]:
-        """Return the states of a batch."""
-        hidden = self.model.hidden(self.pad([row.head + row.tail for row in rows]))  # (B, T, d)
-        return [(row, found[: len(row.head) + len(row.tail)]) for row, found in zip(rows, hidden, strict=True)]
-
-    def run_shared(self, families: Families) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Yield batches of (row, its tail's states (T, d)) of rows grouped by their head, which is computed once."""
+    def run(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Yield batches of (row, the states (T, d) of its tail or of more); what rows begin with is computed once."""
+        # Where the angles of all positions depend on how long the text is, nothing can be shared.
+        alone = [Row(row.head + row.tail, (), row.requests) for row in rows if self.stretch(row)]
+        groups = [((), make_trees(alone)), *clusters(make_trees([row for row in rows if not self.stretch(row)]))]
         try:
-            for prefix, heads in clusters(families):
+            for prefix, trees in groups:
                 self.model.clear_kv_cache()
-                for head in heads:
-                    families[head].sort(key=lambda row: -len(row.tail))  # those of one pass are alike
-                heads = sorted(heads, key=lambda head: (-len(head), -len(families[head][0].tail)))
-                longest = max(len(head) + len(families[head][0].tail) for head in heads)
-                compute = partial(self.run_families, prefix, families, longest)
-                yield from self.in_batches(heads, compute, cached=longest)
+                yield from self.in_batches(prefix, sorted(trees, key=longest, reverse=True))
         finally:
             self.model.clear_kv_cache()
 
-    def run_families(
-        self, prefix: Head, families: Families, longest: int, heads: list[Head]
-    ) -> list[tuple[Row, Tensor]]:
-        """Return the states of the tails behind these heads, each of which has a row of the cache, ``longest`` tokens.
+    def in_batches(self, prefix: Head, trees: list[Tree]) -> Iterator[list[tuple[Row, Tensor]]]:
+        """Yield the states of one batch of trees after another; smaller ones where memory ends.
 
-        The cache holds the prefix, and of each head as much as the shortest has; the rest is computed with each tail.
-        """
-        if self.model.transformer.h[0].attn.kv_cache is None:
-            self.model.set_kv_cache(len(heads), longest)
-            if prefix:  # one sequence, stored in every row of the cache
-                self.model.hidden(self.pad([prefix]), input_pos=0)
-        heads = sorted(heads, key=lambda head: -len(families[head]))  # a pass of tails is for the first rows
-        cut = min(map(len, heads))
-        if cut > len(prefix):
-            self.model.hidden(self.pad([head[len(prefix) : cut] for head in heads]), input_pos=len(prefix))
-        found = []
-        for rows in zip_longest(*(families[head] for head in heads)):
-            rows = list(filter(None, rows))
-            tails = [row.head[cut:] + row.tail for row in rows]
-            hidden = self.model.hidden(self.pad(tails), input_pos=cut)  # (B, T, d)
-            ends = zip(rows, hidden, map(len, tails), strict=True)
-            found += [(row, states[length - len(row.tail) : length]) for row, states, length in ends]
-        return found
-
-    def in_batches(self, items: list[T], compute: Callable[[list[T]], list], cached: int = 0) -> Iterator[list]:
-        """Yield what is computed of one batch of items after another; smaller ones where memory ends.
-
-        Args:
-            items: rows or heads.
-            compute: gives the results of a batch.
-            cached: tokens of an item that the cache holds; many make the batch smaller.
+        A batch has no more tokens behind the prefix than ``batch_size`` rows of the longest length would have.
         """
         start = 0
-        while start < len(items):
-            size = min(self.batch_size, self.batch_size * CACHED_TOKENS // max(cached, 1))
-            batch = items[start:][: max(size, 1)]
+        while start < len(trees):
+            batch, room = [], self.batch_size * (longest(trees[start]) - len(prefix))
+            for tree in islice(trees, start, None):
+                room -= len(tree[0].head) - len(prefix) + sum(len(row.tail) for row in tree)
+                if batch and room < 0:
+                    break
+                batch.append(tree)
             try:
-                found = compute(batch)
+                found = self.run_trees(prefix, batch)
             except (RuntimeError, MemoryError) as error:
-                if not (self.may_halve and out_of_memory(error) and len(batch) > 1):
+                if not (self.may_halve and out_of_memory(error) and len(batch) + len(batch[0]) > 2):
                     raise
                 self.model.clear_kv_cache()
-                self.batch_size //= 2  # not to half of this batch, which a long cache may have made small already
+                if len(batch) > 1:
+                    self.batch_size //= 2
+                else:
+                    trees[start : start + 1] = batch[0][::2], batch[0][1::2]
                 continue
             yield found
             start += len(batch)
+
+    def run_trees(self, prefix: Head, trees: list[Tree]) -> list[tuple[Row, Tensor]]:
+        """Return the states of the rows of these trees, one after another behind the prefix, which the cache keeps."""
+        if prefix and self.model.transformer.h[0].attn.kv_cache is None:
+            self.model.set_kv_cache(1, len(prefix))
+            self.model.hidden(self.ids(prefix), input_pos=0)
+        parts, lengths = [], []
+        for rows in trees:
+            trunk = rows[0].head[len(prefix) :]
+            if len(rows) == 1:
+                own = [(rows[0], trunk + rows[0].tail)]
+            else:
+                own = [(None, trunk), *((row, row.tail) for row in rows)]
+            lengths.append((len(own[0][1]), [len(tokens) for _, tokens in own[1:]]))
+            parts += own
+        ids = self.ids(list(chain.from_iterable(tokens for _, tokens in parts)))
+        hidden = self.model.hidden(ids, input_pos=len(prefix) or None, trees=lengths)[0]  # (T, d)
+        states = hidden.split([len(tokens) for _, tokens in parts])
+        return [(row, found) for (row, _), found in zip(parts, states, strict=True) if row is not None]
 
     def stretch(self, row: Row) -> int:
         """Return the same number for all rows whose positions are rotated alike; 0 as short ones are."""
         return self.model.config.rope_stretch(len(row.head) + len(row.tail))
 
-    def pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return (B, T) ids, padded on the right, where a causal model's other positions don't see it."""
-        T = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=self._device)
+    def ids(self, tokens: Sequence[int]) -> Tensor:
+        """Return (1, T) ids."""
+        return torch.tensor([tokens], device=self._device)
 
     def score(self, hidden: Tensor, continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """Return log-probability and greediness of each continuation, whose tokens (N, d) states predict in turn."""
@@ -352,44 +332,42 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(self.tokenizer.decode(tokens), stop=stops, think_end_token=None)
 
 
-def split_by_gain(rows: list[Row]) -> tuple[Families, list[Row]]:
-    """Part rows into families with one head, where sharing it at least halves the tokens to compute, and the rest.
+def longest(tree: Tree) -> int:
+    """Return the length of a tree's longest row."""
+    return max(len(row.head) + len(row.tail) for row in tree)
 
-    Sharing pays less where it saves less than that: it takes more passes, each of fewer tokens.
-    """
-    families = defaultdict(list)
-    for row in rows:
-        families[row.head].append(row)
-    shared, separate = {}, []
-    heads = sorted(families)
-    for head, before, behind in zip(heads, [(), *heads], [*heads[1:], ()], strict=False):
-        known = max(common_length(head, before), common_length(head, behind))
-        tails = sum(len(row.tail) for row in families[head])
-        if 2 * (len(head) - known + tails) <= len(families[head]) * len(head) + tails:
-            shared[head] = families[head]
+
+def make_trees(rows: list[Row]) -> list[Tree]:
+    """Part rows into those with the same head, in lexicographic order; many tokens of tails are several trees."""
+    trees: list[Tree] = []
+    for row in sorted(rows, key=lambda row: row.head):
+        same = row.head and trees and trees[-1][0].head == row.head
+        if same and sum(len(other.tail) for other in (*trees[-1], row)) <= len(row.head) + BRANCHES_TOKENS:
+            trees[-1].append(row)
         else:
-            separate += families[head]
-    return shared, separate
+            trees.append([row])
+    return trees
 
 
-def clusters(families: Families) -> list[tuple[Head, list[Head]]]:
-    """Part heads where they begin alike; return the beginnings with their heads, and what is left behind none.
+def clusters(trees: list[Tree]) -> list[tuple[Head, list[Tree]]]:
+    """Part trees where their heads begin alike; return the beginnings with their trees, and what is left behind none.
 
     In lexicographic order neighbours have most in common. A beginning is half of its heads or more.
     """
-    found: list[tuple[Head, list[Head]]] = []
-    for head in sorted(families):
+    found: list[tuple[Head, list[Tree]]] = []
+    for tree in trees:
+        head = tree[0].head
         common = common_length(found[-1][0], head) if found else 0
         joins = common > 0 and 2 * common >= len(head)
         members = found.pop()[1] if joins else []
-        members.append(head)
+        members.append(tree)
         found.append((head[:common] if joins else head, members))
 
-    def saves(prefix: Head, heads: list[Head]) -> bool:
-        return len(prefix) * (len(heads) - 1) >= WORTH_A_PASS
+    def saves(prefix: Head, members: list[Tree]) -> bool:
+        return len(prefix) * (len(members) - 1) >= WORTH_A_PASS
 
-    alone = [head for each in found if not saves(*each) for head in each[1]]
-    return [each for each in found if saves(*each)] + [((), alone)] * bool(alone)
+    alone = [tree for each in found if not saves(*each) for tree in each[1]]
+    return [((), alone), *(each for each in found if saves(*each))]
 
 
 def check_settings(settings: Iterable[str]) -> None:

@@ -29,16 +29,17 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import handle_non_serializable, make_table
 
 from eval.harness_model import HarnessModel, check_settings, join_processes
 from eval.tasks import isolated_harness, load_tasks
-from lit_gpt.adapter_files import AdapterFile, load_adapted_model, open_adapter
+from lit_gpt.adapter_files import load_adapted_model, open_adapter
 from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
-from lit_gpt.devices import weights_dtype
+from lit_gpt.devices import PRECISIONS
 from lit_gpt.errors import Problems, UserError
 from lit_gpt.files import TEMPORARY, finite, move, refuse_existing
 from lit_gpt.generate import evaluation_mode
@@ -49,8 +50,6 @@ from lit_gpt.tokenizer import Tokenizer
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """The harness's own."""
-TAKEN = ("use_cache", "tracker")
-"""Options of ``evaluate`` that its script fills in itself."""
 
 
 def evaluate(
@@ -60,9 +59,9 @@ def evaluate(
     tasks: Sequence[str] | dict[str, Any],
     data_dir: Path | str | None = None,
     include_path: Path | str | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    batch_size: int | Literal["auto"] = 8,
+    num_fewshot: NonNegativeInt | None = None,
+    limit: PositiveFloat | None = None,
+    batch_size: PositiveInt | Literal["auto"] = 8,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     gen_kwargs: dict[str, Any] | None = None,
@@ -136,18 +135,6 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
 
 
-def problems_of(
-    *, limit: float | None, num_fewshot: int | None, batch_size: int | str, gen_kwargs: dict[str, Any] | None, **_: Any
-) -> Problems:
-    """Return what is wrong with options of ``evaluate``."""
-    problems = Problems()
-    problems.expect(limit is None or limit > 0, f"--limit {limit}: expected a number of documents or a share below 1")
-    problems.expect(num_fewshot is None or num_fewshot >= 0, f"--num_fewshot {num_fewshot}: expected 0 or more")
-    problems.expect(batch_size == "auto" or batch_size >= 1, f"--batch_size {batch_size}: expected auto, 1 or more")
-    problems.attempt(check_settings, gen_kwargs or ())
-    return problems
-
-
 def setup(
     *,
     checkpoint_dir: Path,
@@ -155,7 +142,7 @@ def setup(
     ether_path: Path | None = None,
     lora_path: Path | None = None,
     strength: float = 1.0,
-    precision: str = "32-true",
+    precision: Literal[tuple(PRECISIONS)] = "32-true",
     quantize: str | None = None,
     save_filepath: Path | None = None,
     log_samples: bool = False,
@@ -176,44 +163,38 @@ def setup(
         log_samples: write each document with its prompts and answers beside it, too, a JSONL file a task.
         overwrite: let it replace files that are there.
     """
-    # A caller in Python may leave out what the command line fills in.
-    options = {name: default for name, default in evaluate.__kwdefaults__.items() if name not in TAKEN} | options
-    limit, problems = options["limit"], problems_of(**options)
+    problems = Problems()  # a caller in Python may leave out options that the command line fills in
+    problems.attempt(check_settings, options.get("gen_kwargs") or ())
     problems.expect(save_filepath or not log_samples, "--log_samples true: give --save_filepath, too")
     problems.attempt(refuse_existing, [save_filepath] if save_filepath else [], overwrite)
-    problems.attempt(weights_dtype, precision)
     problems.attempt(check_quantize, quantize, precision)
     problems.attempt(check_checkpoint_dir, checkpoint_dir)
     adapter = problems.attempt(open_adapter, ether_path, lora_path, strength)
     problems.check()
     tokenizer = Tokenizer(checkpoint_dir)
-    if options["apply_chat_template"] and tokenizer.chat_template is None:
+    if options.get("apply_chat_template") and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
-    folders = {name: options[name] for name in ("data_dir", "include_path")}
-    tasks = load_tasks(eval_tasks, **folders, run_code=options["confirm_run_unsafe_code"])
+    folders = {name: options.get(name) for name in ("data_dir", "include_path")}
+    tasks = load_tasks(eval_tasks, **folders, run_code=options.get("confirm_run_unsafe_code", False))
     device, tracker = join_processes(), EvaluationTracker()
     writes = save_filepath and os.environ.get("RANK", "0") == "0"
     lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}
     with locked(save_filepath.parent, **lock) if writes else nullcontext():
         model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
         model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, **describe(model, adapter)}
+        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256}
+        adapted = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
+        model_args |= {"adapter": adapted, "fingerprint": fingerprint(model.state_dict())}
         # Beside the model, a seed decides answers that are drawn.
         decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
-        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options["seed"]})
+        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options.get("seed")})
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
-            adapted = f"with {adapter.path}" if adapter else "no adapter"
-            print(f"{checkpoint_dir}, {adapted}" + (f", --limit {limit:g}" if limit else ""))
+            used, limit = f"with {adapter.path}" if adapter else "no adapter", options.get("limit")
+            print(f"{checkpoint_dir}, {used}" + (f", --limit {limit:g}" if limit else ""))
             print_results(results)
             if save_filepath is not None:
                 save_results(save_filepath, results, tracker, log_samples)
-
-
-def describe(model: GPT, adapter: AdapterFile | None) -> dict[str, Any]:
-    """Return the adapter's settings and a fingerprint of all weights."""
-    settings = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
-    return {"adapter": settings, "fingerprint": fingerprint(model.state_dict())}
 
 
 def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
@@ -237,7 +218,6 @@ def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
 def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker, log_samples: bool) -> None:
     """Let the harness write the results, and each task's samples beside them; the answers of unfinished calls go."""
     samples = results.pop("samples")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=TEMPORARY) as folder:
         tracker.output_path = f"{folder}/results.json"
         tracker.save_results_aggregated(finite(results), samples)

@@ -12,7 +12,6 @@ of all methods, along straight lines between the measured rates (mean over seeds
 range* is the same for the method's own best. A run that diverges keeps nothing.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,16 +19,18 @@ from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from eval.costs import METHOD_NAMES, table
 from lit_gpt.cli import main
 from lit_gpt.devices import choose_device
 from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig
-from lit_gpt.files import atomic_write, read_json, remove_leftovers, write_json
+from lit_gpt.files import finite, read_json, remove_leftovers, write_json, write_text
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
@@ -49,6 +50,7 @@ COLUMNS = ("method", "rate", "seed", "degrees_per_step", "response_loss", "loss"
 KEPT = 0.9
 """Share of the best loss reduction that a usable rate keeps."""
 NAMES = METHOD_NAMES | {"lora": "LoRA"}
+Method = Literal[tuple(NAMES)]
 Run = Mapping[str, Any]
 
 
@@ -57,9 +59,9 @@ def setup(
     data_dir: str,
     out_dir: Path,
     checkpoint_dir: str | None = None,
-    methods: tuple[str, ...] = ("ether", "etherplusHH", "oft", "lora"),
-    rates: tuple[float, ...] = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    methods: tuple[Method, ...] = ("ether", "etherplusHH", "oft", "lora"),
+    rates: tuple[PositiveFloat, ...] = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1),
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2),
     max_steps: int = 150,
     batch_size: int = 8,
     ether_nb: int = 4,
@@ -83,7 +85,7 @@ def setup(
         lora_r: Rank of LoRA.
         precision: As in finetune/ether.py.
     """
-    check_axes(methods=methods, rates=rates, seeds=seeds)
+    rates, seeds = [*map(float, rates)], [*map(int, seeds)]  # YAML does not know jsonargparse's kinds of number
     adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
@@ -102,20 +104,25 @@ def setup(
     fixed = dict(precision=precision, **train) | plan.input_hashes | {name: vars(adapters[name]) for name in methods}
     with locked(out_dir, option="--out_dir"):
         remove_leftovers(out_dir)
-        keep_settings(out_dir / SETTINGS, fixed)
+        before = read_own(out_dir / SETTINGS, {})
+        if changed := changes(flatten(before), flatten(before | fixed)):
+            raise UserError(f"{out_dir} was begun with other settings: {changed}. Choose another --out_dir")
+        write_json(out_dir / SETTINGS, before | fixed)
         every = dict.fromkeys((method, rate, seed) for seed, rate, method in product(seeds, rates, methods))
         load = partial(load_base, plan.base_dir, precision, None, device=choose_device())
         print(f"\n{run_missing(out_dir, every, settings_of, load)}\nwrote {out_dir}")
 
 
-def run_missing(
-    out_dir: Path,
-    every: Iterable[tuple[str, float, int]],
-    settings_of: Callable[..., Settings],
-    load: Callable[[], GPT],
-) -> str:
-    """Make the runs that are not noted yet, over one base in memory; return the table of all."""
-    runs = read_runs(out_dir / RUNS)
+def run_missing(out_dir: Path, every: Iterable[Any], settings_of: Callable, load: Callable[[], GPT]) -> str:
+    """Make the runs that are not noted yet, over one base in memory; return the table of all.
+
+    Args:
+        out_dir: of the sweep.
+        every: method, rate and seed of each run that is asked for.
+        settings_of: gives the settings of one.
+        load: gives the base.
+    """
+    runs = read_own(out_dir / RUNS, [])
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
     wanted = [each for each in every if each not in done]
     base = load() if wanted else None
@@ -123,45 +130,15 @@ def run_missing(
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
         run = dict(method=method, rate=rate, seed=seed)
         run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
-        write_json(out_dir / RUNS, [*runs, run | train_once(settings_of(method, rate, seed), base)])
-        runs = read_runs(out_dir / RUNS)
+        runs.append(finite(run | train_once(settings_of(method, rate, seed), base)))
+        write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     return report(out_dir, runs)
 
 
-def check_axes(**axes: Sequence[Any]) -> None:
-    """Raise UserError where the methods, rates and seeds cannot all be swept."""
-    problems = Problems()
-    for name, fits, expected in (
-        ("methods", NAMES.__contains__, f"choices are {', '.join(NAMES)}"),
-        ("rates", lambda rate: 0 < rate < math.inf, "expected positive numbers"),
-        ("seeds", lambda seed: 0 <= seed < 2**32, "expected 0 or more and below 2^32"),
-    ):
-        wrong = [str(value) for value in axes[name] if not fits(value)] or ["none"] * (not axes[name])
-        problems.expect(not wrong, f"--{name} {', '.join(wrong)}: {expected}")
-    problems.check()
-
-
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new sweep; of one that was begun, raise UserError where they were others."""
-    before = read_own(path, dict.items) or {}
-    if changed := changes(flatten(before), flatten(before | settings)):
-        raise UserError(f"{path.parent} was begun with other settings: {changed}. Choose another --out_dir")
-    write_json(path, before | settings)
-
-
-def read_runs(path: Path) -> list[Run]:
-    """Return the runs that were noted, none where there is no file."""
-    return read_own(path, lambda runs: (as_csv(runs), summarise(runs))) or []
-
-
-def read_own(path: Path, use: Callable[[Any], Any]) -> Any:
-    """Return what a file of the sweep holds, None where there is none; raise UserError where ``use`` cannot use it."""
-    if not path.exists():
-        return None
-    with reading(path, "move it away: the same command makes it anew, from what runs/ holds"):
-        use(content := json.loads(path.read_text(encoding="utf-8")))
-    return content
+def read_own(path: Path, default: Any) -> Any:
+    """Return what a file of the sweep holds; the default where there is none."""
+    return read_json(path) if path.exists() else default
 
 
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
@@ -179,9 +156,6 @@ def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
     folder = Path(str(settings.io.out_dir))
     try:
         finetune(settings, base=base)  # a run that is done is not done again: the sweep was stopped before noting it
-    except SystemExit:  # after a signal, and its line for whoever started the run alone
-        print("the sweep goes on when its command is given again")
-        raise
     except Diverged as error:
         print(f"diverged: {error}")
         return dict.fromkeys((*LOSSES, "weight_change")) | {"diverged": True}
@@ -189,8 +163,6 @@ def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
         summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
         found = {name: summary[its] for name, its in LOSSES.items()}
         found["weight_change"] = fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"])
-    if found["untuned"] is None:
-        raise UserError(f"{folder}: the untuned model has no response loss; are there responses in the held-out rows?")
     return found | {"diverged": found["response_loss"] is None}  # no number, in the last step alone
 
 
@@ -217,9 +189,8 @@ def usable_decades(curve: Mapping[float, float], limit: float) -> float:
 def report(out_dir: Path, runs: Sequence[Run]) -> str:
     """Write table, CSV file and pictures of the runs there are; return the table."""
     summary = summarise(runs)
-    for name, text in {CSV: as_csv(runs), TABLE: summary}.items():
-        with atomic_write(out_dir / name) as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+    write_text(out_dir / CSV, as_csv(runs) + "\n")
+    write_text(out_dir / TABLE, summary + "\n")
     kept = [run for run in runs if not run["diverged"]]
     for column, (name, label) in PICTURES.items() if kept else ():
         draw(out_dir / name, runs, column=column, label=label, top=kept[0]["untuned"])

@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from eval import lm_eval_harness
 from eval.costs import table
@@ -35,9 +36,9 @@ from lit_gpt.batches import Batching, n_targets
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, check_checkpoint_dir, fingerprint, load_state
 from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
-from lit_gpt.devices import choose_device, weights_dtype
+from lit_gpt.devices import PRECISIONS, choose_device
 from lit_gpt.errors import Problems, UserError, command, reading
-from lit_gpt.files import atomic_write, file_sha256, remove_leftovers, write_json
+from lit_gpt.files import file_sha256, remove_leftovers, write_json, write_text
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
 from lit_gpt.plots import compare_runs
@@ -106,16 +107,6 @@ def open_model(name: str, path: Path, *, base: Path | None, strengths: Sequence[
         set_strength(adapter, strength)  # refuses what is no number
     chosen = {s: flags | {"strength": s} for s in (1.0, *others)}
     return [Line(name, s, given, f"{weights} {s}", {"trained": trained}) for s, given in chosen.items()]
-
-
-def open_models(models: Mapping[str, str], problems: Problems, **options: Any) -> list[Line]:
-    """Return the lines of all models, with ``open_model``'s options; note what is none, and what has another's name."""
-    opened = partial(problems.attempt, open_model, **options)
-    lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
-    labels = ["chance", *(line.label for line in lines)]
-    twice = {label for label in labels if labels.count(label) > 1}
-    problems.expect(not twice, f"--models: {', '.join(sorted(twice))} names two lines of the table; call one otherwise")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -280,8 +271,7 @@ def write_report(out_dir: Path, lines: Sequence[Line], failures: Sequence[str], 
     text = "\n".join([table(rows), "", NOTES, "", *(f"- not measured: {failure}" for failure in failures)])
     models = [asdict(line) | {"flags": {name: str(value) for name, value in line.flags.items()}} for line in lines]
     write_json(out_dir / "report.json", {"command": given, "models": models, "failures": failures})
-    with atomic_write(out_dir / "report.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(out_dir / "report.md", text + "\n")
     curves, x, y = {}, f"change on {TEXT}", f"change on {HELD_OUT}"
     for line in sorted(lines, key=lambda line: line.strength):
         if {x, y} <= line.numbers.keys():
@@ -301,10 +291,10 @@ def setup(
     val_data_dir: Path | None = None,
     strengths: list[float] | None = None,
     data_dir: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    precision: str = "32-true",
-    batch_size: int = 8,
+    num_fewshot: NonNegativeInt | None = None,
+    limit: PositiveFloat | None = None,
+    precision: Literal[tuple(PRECISIONS)] = "32-true",
+    batch_size: PositiveInt = 8,
 ) -> None:
     """Compare finetuned models on tasks, by what they forgot, and over their adapters' strengths.
 
@@ -327,8 +317,7 @@ def setup(
     given = command("eval/report.py", **{name: value for name, value in locals().items() if value is not None})
     harness = {"data_dir": data_dir and str(data_dir.resolve()), "num_fewshot": num_fewshot, "limit": limit}
     common = {"precision": precision, "batch_size": batch_size}
-    problems = lm_eval_harness.problems_of(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, gen_kwargs=None)
-    problems.attempt(weights_dtype, precision)
+    problems = Problems()
     if eval_tasks:
         problems.attempt(resolve_names, eval_tasks)
     on_task = partial(lm_eval_harness.setup, **harness, **common)
@@ -340,7 +329,8 @@ def setup(
         plan[HELD_OUT] = ([precision, digest], partial(on_samples, val_data_dir, **common))
     problems.expect(bool(models and (plan or problems)), "give --models, and --eval_tasks, --text or --val_data_dir")
     problems.expect(text or val_data_dir or not strengths, "--strengths is of no use without --text or --val_data_dir")
-    lines = open_models(models, problems, base=checkpoint_dir, strengths=strengths or ())
+    opened = partial(problems.attempt, open_model, base=checkpoint_dir, strengths=strengths or ())
+    lines = [line for name, path in models.items() for line in opened(name, Path(path)) or ()]
     problems.check()
     failures, results = [], out_dir / "results"
     with locked(out_dir, option="--out_dir"):

@@ -73,12 +73,9 @@ def load_tasks(
         What the harness's ``TaskManager.load`` returns: ``tasks`` and ``groups`` by name.
 
     Raises:
-        ValueError: names that match nothing, with the nearest that exist; no names; data that doesn't fit the task; a
-            task that can't be loaded, or that runs code unasked.
-        FileNotFoundError: a data set that is not there, with the command that gets it.
+        ValueError: names that match nothing, with the nearest that exist; no names; data that is not there, with the
+            command that gets it, or doesn't fit the task; a task that can't be loaded, or that runs code unasked.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"--data_dir {data_dir} is not a folder")
     if include_path is not None:
         check_own_tasks(Path(include_path))
     if run_code:
@@ -105,8 +102,7 @@ class Factory(TaskFactory):
         try:
             return super()._build_task(entry, overrides)
         except Exception as error:  # tasks are code of others, which raises anything for want of a package or a file
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else UserError
-            raise kind(f"task {entry.name} can't be loaded: {one_line(error)}") from error
+            raise UserError(f"task {entry.name} can't be loaded: {one_line(error)}") from error
 
 
 def check_own_tasks(folder: Path) -> None:
@@ -192,14 +188,18 @@ def load_data_set(
         copy = folder / (name or "default")
         if copy.is_dir() and not (folder / "README.md").is_file():  # the Hub's own parquet copy names nothing
             source, name = str(copy), None
+    what = f"data set {source}{f' ({name})' if name else ''}"
     try:
         found = original(source, name, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = f"{source}{f' (configuration {name})' if name else ''}"
-        raise explain(error, what, command, local=data_dir is not None) from error
+        if any(sign in str(error) for sign in ("ataset script", "trust_remote_code")):
+            command += " --revision refs/convert/parquet"  # the Hub's copy of data that a script makes
+        reason = one_line(error.__cause__ or error)  # `datasets` often says only that there was an error
+        advice = f"get it where there is internet, into an empty folder for --data_dir: `{command}`"
+        raise UserError(f"{what} can't be read: {reason}; {advice}") from error
     if isinstance(found, datasets.DatasetDict):
         found = Splits(found)
-        found.source = f"data set {source}{f' ({name})' if name else ''}"
+        found.source = what
     return found
 
 
@@ -212,23 +212,6 @@ def cache_of(folder: Path) -> str:
     files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
     key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
-
-
-def explain(error: Exception, what: str, command: str, *, local: bool) -> Exception:
-    """Return the error to raise where the data set `what` can't be read from its folder, or else from the Hub."""
-    if any(sign in str(error) for sign in ("ataset script", "trust_remote_code")):
-        return UserError(
-            f"data set {what} is a loading script, which `datasets` does not run any more; give a parquet copy under "
-            f"--data_dir where the Hub has one (into an empty folder: `{command} --revision refs/convert/parquet`), "
-            "or leave the task out"
-        )
-    if local:
-        reason = one_line(error.__cause__ or error)  # `datasets` says only that there was an error
-        return UserError(f"{what} can't be read: {reason}; get it again: `{command}`")
-    return FileNotFoundError(
-        f"data set {what} is not to be had from the Hub ({error}); on a machine without internet give "
-        f"--data_dir DIR, filled where there is internet: `{command}`"
-    )
 
 
 @contextmanager

@@ -30,11 +30,6 @@ from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.settings import TrainArgs
 from lit_gpt.train import learning_rate as rate
 
-FIXED = dict(
-    logging_steps=1, report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0
-)
-"""Arguments that the Trainer gets in any run; the rows are in our order already."""
-
 
 def setup(
     *,
@@ -79,10 +74,10 @@ def setup(
     samples = load_split(train_data_dir / TRAIN_FILE)
     n_samples = min(epochs * len(samples), (max_steps or math.inf) * global_batch_size)
     n_steps = math.ceil(n_samples / global_batch_size)
-    args = transformers.TrainingArguments(
-        str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size,
-        # Named only where it is wanted: newer versions of transformers warn of the name.
-        **FIXED, **({"gradient_checkpointing": True} if activation_checkpointing else {}),
+    more = {"gradient_checkpointing": True} if activation_checkpointing else {}  # newer versions warn of the name
+    args = transformers.TrainingArguments(  # the rows are in our order already
+        str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size, logging_steps=1,
+        report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0, **more,
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:

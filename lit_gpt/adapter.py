@@ -137,7 +137,13 @@ class SplitLinear(nn.Linear):
 
 
 class AdapterLayer(SplitLinear):
-    """A Linear with an adapter; subclasses say what the adapter does.
+    """A Linear with an adapter; subclasses say what the adapter does, by these methods:
+
+        make_parameters()          register the adapter's parameters, with the values that training starts from
+        adapted(x)                 return the output of each part, with its adapter in place
+        merged_rows(part, rows)    return the adapted weight of one part, from its (rows, in) weight in fp32 or fp64
+        low_rank(part, rows)       return A (r, in) and B (rows, r) with W' = W + B A of one part
+        elementwise_flops(n)       return the FLOPs outside of matrix products that a step adds at n positions
 
     ``active`` is false once merged, and while ``adapters_off``: the layer is then a plain Linear.
     """
@@ -168,26 +174,6 @@ class AdapterLayer(SplitLinear):
         """Return the output of each part, with its adapter in place."""
         return self.adapted(x) if self.active else super().outputs(x)
 
-    def make_parameters(self) -> None:
-        """Register the adapter's parameters, with the values that training starts from."""
-        raise NotImplementedError
-
-    def adapted(self, x: Tensor) -> list[Tensor]:
-        """Return the output of each part with its adapter in place."""
-        raise NotImplementedError
-
-    def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
-        """Return the adapted weight of one part, from its (rows, in) weight in fp32 or fp64."""
-        raise NotImplementedError
-
-    def low_rank(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (rows, r) with W' = W + B A of one part, from its (rows, in) weight W."""
-        raise NotImplementedError
-
-    def elementwise_flops(self, positions: float) -> float:
-        """Return the FLOPs of a step that the adapter adds outside of matrix products; a multiply-add is two."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def merged_weight(self, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[tuple[float, float]]]:
         """Return the adapted weight, computed in fp32 (fp64 for fp64) part by part and cast once.
@@ -208,19 +194,17 @@ class AdapterLayer(SplitLinear):
             kept, before = merged[part.rows], weight[part.rows]
             if not part.adapted:
                 kept.copy_(before)
-                if not is_finite(kept):
-                    raise UserError(f"{name} has values too large for {dtype}; --precision bf16-true can hold them")
-                continue
-            before = before.to(working_dtype(before.dtype))
-            after = self.merged_rows(part, before)
-            kept.copy_(after)
+            else:
+                before = before.to(working_dtype(before.dtype))
+                after = self.merged_rows(part, before)
+                kept.copy_(after)
+                size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
+                moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))
             if not is_finite(kept):
                 raise UserError(
-                    f"{name}: merging gives NaN, infinity or values too large for {dtype}: --precision bf16-true holds "
-                    "larger values; else the adapter holds a zero vector, or its run diverged"
+                    f"{name} has values too large for {dtype}; --precision bf16-true can hold them. Or it has NaN: the "
+                    "adapter holds a zero vector, or its run diverged"
                 )
-            size = before.norm().clamp(min=torch.finfo(before.dtype).tiny)
-            moved.append((((before - after).norm() / size).item(), ((after - kept).norm() / size).item()))
         return merged, moved
 
 

@@ -125,10 +125,7 @@ def load_adapter(path: Path | str, kind: str | None = None) -> AdapterFile:
         config_class = KINDS[kind].config_class
         known = {field.name for field in fields(config_class)}  # an older version may have had others
         config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
-        base = {**meta["base"]}  # refuses what is no mapping
-        if base and not {"name", "fingerprint"} <= base.keys():
-            raise UserError(f"{path} does not say which base model it belongs to; train it again")
-        return AdapterFile(Path(path), kind, config, state, base, meta["prompt_style"])
+        return AdapterFile(Path(path), kind, config, state, {**meta["base"]}, meta["prompt_style"])
 
 
 def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:

@@ -26,6 +26,11 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 HAS_GQA = torch.__version__ >= (2, 12)
 """PyTorch's attention of packed samples takes keys and values that several query heads share."""
 
+Lengths = Sequence[int] | None
+"""Of samples, one after another."""
+Trees = Sequence[tuple[int, Sequence[int]]] | None
+"""Of trees, one after another, the lengths of a trunk and of the branches that go on from it."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0, *, is_causal: bool) -> Tensor:
     """Return the attention of (B, H, T, S) queries to (B, G, T', S) keys and values; a mask replaces causality.
@@ -45,6 +50,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **flags)
 
 
+def attention_mask(
+    window: int | None, start: int, trunk: int, device: torch.device, branches: Sequence[int] = ()
+) -> Tensor | None:
+    """Return (T, start + T), true where a query may look; None where plain causal attention says the same.
+
+    T are the positions of a trunk from ``start`` on and then of its branches, which do not see one another.
+    """
+    fork = start + trunk
+    if not branches and (start == 0 or trunk == 1) and (window is None or fork <= window):
+        return None
+    spans = [(0, fork), *((fork, fork + length) for length in branches)]
+    parts = [torch.arange(*span, device=device) for span in spans]
+    positions = torch.cat(parts)  # (start + T,)
+    part = torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])  # 0 is the trunk
+    mask = (positions <= positions[start:, None]) & ((part == 0) | (part == part[start:, None]))
+    return mask if window is None else mask & (positions > positions[start:, None] - window)
+
+
 class KVCache:
     """Keys and values of the positions seen so far, of shape (B, G, longest, S) each."""
 
@@ -53,17 +76,18 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def update(self, k: Tensor, v: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, S) keys and values at ``start`` and return all up to ``start + T``, for B rows.
-
-        A single sequence is stored in every row of the cache, so that several can go on from it.
-        """
-        rows, end = k.size(0), start + k.size(2)
+        """Store (B, G, T, S) keys and values at ``start`` and return all up to ``start + T``."""
+        end = start + k.size(2)
         if end > self.k.size(2):
             raise UserError(f"position {end} does not fit the cache of {self.k.size(2)} positions")
-        stored = slice(None if rows == 1 else rows)
-        self.k[stored, :, start:end] = k
-        self.v[stored, :, start:end] = v
-        return self.k[:rows, :, :end].to(k.dtype), self.v[:rows, :, :end].to(v.dtype)
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
+
+    def followed_by(self, k: Tensor, v: Tensor, *, start: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``start`` keys and values and then (B, G, T, S) others, which are not stored."""
+        before = self.k[:, :, :start].to(k.dtype), self.v[:, :, :start].to(v.dtype)
+        return torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
 
 
 class Packing:
@@ -73,6 +97,8 @@ class Packing:
 
     Attributes:
         fused: one call attends in all samples, and needs no mask for a sliding window.
+        mask: of the longest sample, where it needs one.
+        spans: first position and end of each sample.
     """
 
     def __init__(
@@ -86,8 +112,10 @@ class Packing:
         self.window = (-1 if window is None else window - 1, 0)
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
+        self.mask = None if self.fused else attention_mask(window, 0, self.longest, device)
+        self.spans = [(0, length) for length in lengths]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0) -> Tensor:
         """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
@@ -101,8 +129,38 @@ class Packing:
             sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
             return varlen_attn(*rows, *sizes, window_size=self.window, **options).transpose(0, 1).unsqueeze(0)
         if torch.compiler.is_compiling():
-            return attend_packed(q, k, v, mask, cap, self.bounds)
-        return attend_each(q, k, v, mask, cap, lengths=self.lengths)
+            return attend_packed(q, k, v, self.mask, cap, self.bounds)
+        return attend_each(q, k, v, self.mask, cap, lengths=self.lengths)
+
+
+class Forest:
+    """Trees, one after another along T: each a trunk and branches that go on from it and do not see one another.
+
+    They say what the answers to a question share with it. All follow the same ``start`` positions of the cache.
+
+    Attributes:
+        lengths: of the trees.
+        spans: first position and end of each trunk and branch.
+    """
+
+    def __init__(self, trees: Trees, window: int | None, start: int, device: torch.device) -> None:
+        self.lengths = [trunk + sum(branches) for trunk, branches in trees]
+        self.masks = [attention_mask(window, start, trunk, device, branches) for trunk, branches in trees]
+        self.spans: list[tuple[int, int]] = []
+        for trunk, branches in trees:
+            fork = start + trunk
+            self.spans += [(start, fork), *((fork, fork + length) for length in branches)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0) -> Tensor:
+        """Return the attention inside each tree, (1, H, T, S), of q (1, H, T, S) to k and v (1, G, start + T, S)."""
+        start = k.size(2) - q.size(2)
+        (before_k, *ks), (before_v, *vs) = (tensor.split([start, *self.lengths], dim=2) for tensor in (k, v))
+        found = []
+        for own_q, own_k, own_v, mask in zip(q.split(self.lengths, dim=2), ks, vs, self.masks, strict=True):
+            if start:
+                own_k, own_v = torch.cat([before_k, own_k], dim=2), torch.cat([before_v, own_v], dim=2)
+            found.append(attend(own_q, own_k, own_v, mask, cap, is_causal=own_q.size(2) > 1))
+        return torch.cat(found, dim=2)
 
 
 def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -6,7 +6,6 @@
 """
 
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,23 +44,17 @@ def n_targets(samples: Sequence[Sample]) -> int:
 def packs(samples: Sequence[Sample], n_tokens: int, *, size: Callable[[Sample], int] = length) -> list[list[Sample]]:
     """Cut samples into packs of at most ``n_tokens`` together: the longest first, each where it leaves least room."""
     found: list[list[Sample]] = []
-    by_room: dict[int, list[list[Sample]]] = defaultdict(list)  # packs by the tokens that still fit into them
-    rooms: list[int] = []  # the sorted keys that have a pack: never more than n_tokens, however many samples
-    for sample in sorted(samples, key=length, reverse=True):
+    open_packs: list[tuple[int, int, list[Sample]]] = []  # sorted: room, -turn of its last sample, pack
+    for turn, sample in enumerate(sorted(samples, key=length, reverse=True)):
         needed = size(sample)
-        index = bisect_left(rooms, needed)
-        if index == len(rooms):
+        index = bisect_left(open_packs, (needed,))
+        if index == len(open_packs):
             room, pack = n_tokens, []
             found.append(pack)
         else:
-            room = rooms[index]
-            pack = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[index]
+            room, _, pack = open_packs.pop(index)
         pack.append(sample)
-        if not by_room[room - needed]:
-            insort(rooms, room - needed)
-        by_room[room - needed].append(pack)
+        insort(open_packs, (room - needed, -turn, pack))
     return found
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -109,8 +108,6 @@ def load_state(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, a dict of tensors was expected; make it again")
-    if not zipped:
-        warnings.warn(f"{path} is in torch's old format, which can't be memory-mapped: it was read whole", stacklevel=2)
     return state
 
 

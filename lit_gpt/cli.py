@@ -95,7 +95,6 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
-        check_encoding(args)
         parsed = parser.parse_args(args)
         values = parser.instantiate_classes(parsed).as_dict()
         check_values(parser, parsed)
@@ -146,23 +145,13 @@ def meant_flags(parser: ArgumentParser, args: Sequence[str]) -> str:
     return f"did you mean {', '.join(found)}? " if found else ""
 
 
-def check_encoding(args: Sequence[str]) -> None:
-    """Raise ArgumentError where an argument holds bytes that are no text: neither tokenizers nor JSON take them."""
-    for arg in args:
-        shown = arg.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        if shown != arg:
-            encoding = sys.getfilesystemencoding()
-            raise ArgumentError(None, f"argument {shown} is not valid {encoding}: give a name in that encoding")
-
-
 def check_values(parser: ArgumentParser, parsed: Namespace) -> None:
-    """Raise ValueError for what jsonargparse lets a --config say: null where the type has none, a path with a NUL."""
+    """Raise ValueError for a null, which jsonargparse lets a --config say, where the type has none."""
     problems = Problems()
     for action in parser._actions:
         name, value = action.dest, parsed.get(action.dest, action)
         nullable = action.default is None or type(None) in get_args(getattr(action, "_typehint", None))
         problems.expect(nullable or value is not None, f"null is no value of --{name}")
-        problems.expect("\0" not in str(value), f"--{name} {str(value)!r} holds a NUL, expected a name without")
     problems.check()
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 from lit_gpt.errors import UserError, reading
 from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
-from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, ROPE_TUNING, SIZES, Usual, read_config, write_config
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
 
 NOT_ZERO = (*SIZES, "sliding_window", "rope_base", "logits_scale")
 """Numbers that a model cannot have 0 of."""
@@ -161,13 +161,6 @@ class Config:
             raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
         if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
             raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
-        for key in (*ROPE_SCALING[kind], *(key for key in ROPE_TUNING if scaling.get(key))):
-            value, each_wave = scaling[key], key in ("short_factor", "long_factor")
-            numbers = value if each_wave and isinstance(value, list) else [value]
-            positive = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers)
-            if not positive or len(numbers) != (n // 2 if each_wave else 1):
-                expected = f"a list of {n // 2} positive numbers" if each_wave else "a positive number"
-                raise UserError(f"{name}: {key} of rope scaling '{kind}' is {value!r:.80}, expected {expected}")
 
     @property
     def layer_kinds(self) -> list[LayerKind]:
@@ -242,25 +235,17 @@ class Config:
         """Read a ``lit_config.json``, ours or one written by the original code (whose extra fields are dropped)."""
         with reading(path):
             stored = read_json(path)
-            if not isinstance(stored, dict):
-                raise UserError(f"{path} is not a JSON object; convert the checkpoint again")
-            return cls.from_dict(stored)
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "Config":
-        """Build from ``to_dict``'s output or from the original code's fields."""
-        stored = dict(stored)
-        if "_mlp_class" in stored:
-            for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
-                stored[new] = stored.pop(old)
-            stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
-            if stored.get("scale_embeddings"):  # Gemma
-                stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
-            stored["architecture"] = _original_architecture(stored)
-            if stored.get("rope_condense_ratio", 1) != 1:
-                stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
-        known = {each.name for each in fields(cls)}
-        return cls(**{key: value for key, value in stored.items() if key in known})
+            if "_mlp_class" in stored:
+                for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
+                    stored[new] = stored.pop(old)
+                stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
+                if stored.get("scale_embeddings"):  # Gemma
+                    stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
+                stored["architecture"] = _original_architecture(stored)
+                if stored.get("rope_condense_ratio", 1) != 1:
+                    stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
+            known = {each.name for each in fields(cls)}
+            return cls(**{key: value for key, value in stored.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
@@ -269,10 +254,6 @@ class Config:
 
 def _original_architecture(stored: dict[str, Any]) -> str:
     """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
-    if stored["mlp_class"] not in ("LLaMAMLP", "LLaMAMoE", "GptNeoxMLP", "GemmaMLP"):
-        raise UserError(
-            f"{stored.get('name')}: layers of the original code that are not supported here ({stored['mlp_class']})"
-        )
     telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias parallel_residual shared_attention_norm"
     plain = {name: getattr(Config, name) for name in [*telling.split(), "qk_norm", "post_norm"]}
     for architecture, family in FAMILIES.items():
@@ -309,20 +290,12 @@ def check_supported(hf: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
 
 
-def _names(pattern: str) -> list[str]:
-    """Return what a shell makes of braces: ``a{,b}c`` stands for ``ac`` and ``abc``."""
-    before, brace, rest = pattern.partition("{")
-    choices, _, after = rest.partition("}")
-    return [before + choice + end for choice in choices.split(",") for end in _names(after)] if brace else [pattern]
-
-
 def _read_known_models() -> dict[str, dict[str, Any]]:
     table = read_json(Path(__file__).with_name("known_models.json"))
     models = {}
     for group in table["groups"]:
-        for pattern, sizes in group["models"].items():
-            told = dict(zip(group.get("columns", table["columns"]), sizes, strict=True))
-            models |= {repo_id: {**group["shared"], **told} for repo_id in _names(pattern)}
+        for repo_id, sizes in group["models"].items():
+            models[repo_id] = group["shared"] | dict(zip(group.get("columns", table["columns"]), sizes, strict=True))
     return models
 
 

@@ -1,30 +1,166 @@
-"""Rows to samples: ids, the mask of what is learned, and which of it is a response.
+"""Rows to samples: what stands before each answer and what is learned of it, as ids with a mask.
 
-It knows rows and the tokenizer, and neither files nor models. Rows are encoded one by one, into arrays: beyond the
-result, a million rows take no more memory than one.
+It knows a row's texts, prompt styles and the tokenizer, and neither files nor models. Rows are encoded one by one, into
+arrays: beyond the result, a million rows take no more memory than one.
+
+- An answer is learned behind exactly the ids that the model gets when it is asked, and with the token that ends it. No
+  token reaches across its start (in one string, `Response:` and a response's first quotation mark are one token).
+- Templates rewrite the past: they drop reasoning, move the system message, open `<think>` in the prompt alone. So the
+  answers of a conversation share a sample only where each next prompt goes on from the last answer, id for id.
+- Not learned: an answer that its row marks so, and what the assistant says before the user does, since chat never asks
+  for that.
 """
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_gpt.conversations import Piece, check_stops, encode_answers, find_answers
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
-from lit_gpt.rows import BadRows
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.prompts import CHAT, encode_prompts, plain, render_prompt
+from lit_gpt.rows import LEARN_KEYS, BadRows
+from lit_gpt.tokenizer import PROBE, Tokenizer, render_tail
 
+Piece = tuple[list[int], bool]  # ids, and whether they are a response's
 Sample = dict[str, Tensor]
-
 NAMES = ("input_ids", "labels", "response")
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets keep reasoning apart from the content."""
+OPENING_TAG = re.compile(r"<[^<>\s]+>\s*$")
+AS_WRITTEN = (
+    "the chat template shows answers otherwise than they stand here (its prompt opens the reasoning, or it leaves text "
+    "out); they are learned as they stand here, behind the prompt that chat sends"
+)
 SEVERAL = (
     "an answer each is a sample, since the chat template does not render earlier turns as it did when they were last"
 )
+LEFT_OUT = "the chat template leaves out what the {} says, in training as in chat"
 
 
+class Answer(NamedTuple):
+    """An answer that is learned."""
+
+    prompt: str
+    """The text that the model gets when it is asked for the answer."""
+    text: str
+    """The text that the model is to write, with the token that ends the turn."""
+    eos: bool
+    """EOS comes behind the text, since the template ends the turn with no token."""
+    notes: tuple[str, ...] = ()
+    """Notes on what the chat template does to the conversation."""
+
+
+def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> list[Answer]:
+    """Return the answers of a row that are learned.
+
+    Raises:
+        ValueError: the template refuses the conversation, or leaves out reasoning that is kept apart from the content;
+            an answer to be learned stands right behind another.
+    """
+    if style != CHAT:
+        return [Answer(render_prompt(style, row["instruction"], row["input"]), row["output"], eos=True)]
+    messages = row.get("messages") or [
+        {"role": "user", "content": plain(row["instruction"], row["input"])},
+        {"role": "assistant", "content": row["output"]},
+    ]
+    answers, asked = [], False
+    for i, message in enumerate(messages):
+        asked |= message["role"] == "user"
+        marked = any(message.get(key) not in (None, 1) for key in LEARN_KEYS)
+        if message["role"] != "assistant" or not asked or marked:
+            continue
+        if messages[i - 1]["role"] == "assistant":
+            raise UserError(
+                f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer: join "
+                'them, or mark the second "weight": 0'
+            )
+        answers.append(_make_answer(tokenizer, messages[:i], message))
+    return answers
+
+
+def hidden_roles(messages: Sequence[dict], prompt: str) -> set[str]:
+    """Return whose messages, the system's or the user's, do not stand in a prompt."""
+    shown = _squeeze(prompt)
+    return {m["role"] for m in messages if m["role"] != "assistant" and _squeeze(m["content"]) not in shown}
+
+
+def written(tokenizer: Tokenizer, before: Sequence[dict], text: str) -> str:
+    """Return a decoded answer without what the template itself writes around one, as its row would have it."""
+    answer = _make_answer(tokenizer, before, {"role": "assistant", "content": PROBE})
+    ((_, (ids, _)),) = encode_answers(tokenizer, [answer], CHAT)
+    # Decoded, since that drops special tokens, and SentencePiece's first space
+    head, _, tail = tokenizer.decode(ids).partition(PROBE)
+    return text.removeprefix(head).removesuffix(tail)
+
+
+def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) -> Answer:
+    """Return the answer behind its prompt: as the template shows it, or as it stands where that can't be used."""
+    prompt = tokenizer.render_chat(before, add_generation_prompt=True)
+    shown = tokenizer.render_chat([*before, message])
+    tail = render_tail(tokenizer, tuple(turn["role"] for turn in before))
+    ends = [tail.index(token) + len(token) for token in tokenizer.stop_tokens if token in tail]
+    text = message["content"]
+    if tag := OPENING_TAG.search(prompt):  # what the prompt has opened is not opened again
+        opened = next((tag for tag in (tag.group(), tag.group().strip()) if text.startswith(tag)), "")
+        text = text.removeprefix(opened)
+    start = prompt
+    if not shown.startswith(prompt):  # templates move the system message: compare from the last turn's text on
+        probed = [*before[:-1], {**before[-1], "content": PROBE}]
+        start = tokenizer.render_chat(probed, add_generation_prompt=True).rpartition(PROBE)[2]
+        shown = tokenizer.render_chat([*probed, message]).rpartition(PROBE)[2]
+    body = shown[len(start) : len(shown) - len(tail)]
+    as_written = not (shown.startswith(start) and shown.endswith(tail) and _squeeze(text) in _squeeze(body))
+    body = text if as_written else body
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):
+            raise UserError(
+                f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
+                "model is to write it; put it into content, between <think> and </think>"
+            )
+    notes = (AS_WRITTEN,) * as_written + tuple(map(LEFT_OUT.format, sorted(hidden_roles(before, prompt))))
+    return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=notes)
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:
+    """Return the samples of a row, as pieces that alternate between what stands before and an answer."""
+    prompts = encode_prompts(tokenizer, style, [answer.prompt for answer in answers])
+    texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
+    if style == CHAT:
+        joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
+        for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
+            if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
+                texts[i] = both[len(prompt) :]
+    samples: list[list[Piece]] = []
+    so_far: list[int] = []
+    for answer, prompt, ids in zip(answers, prompts, texts, strict=True):
+        ids += [tokenizer.eos_id] * answer.eos
+        if not samples or prompt[: len(so_far)] != so_far:
+            samples, so_far = [*samples, []], []
+        samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
+        so_far = prompt + ids
+    return samples
+
+
+def check_stops(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> None:
+    """Raise ValueError where a token that ends answers stands inside one: learned, it would end them in the middle."""
+    for ids in (ids for pieces in samples for ids, is_response in pieces if is_response):
+        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
+            text = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
+            raise UserError(f"an answer holds {text}, which ends answers; take it out, or leave the row out")
+
+
+def _squeeze(text: str) -> str:
+    """Return the text without white space, which templates strip and add."""
+    return "".join(text.split())
+
+
+# ----------------------------------------------------------------------------------------------------- samples
 class Samples:
     """Samples one behind another in two long columns, 5 bytes a token, cut at a length; none that learns nothing."""
 
@@ -83,37 +219,24 @@ class Samples:
 
 
 def encode_rows(
-    tokenizer: Tokenizer,
-    rows: Iterable[tuple[int, Mapping]],
-    *,
-    style: str,
-    mask_inputs: bool,
-    max_seq_length: int | None = None,
-    problems: BadRows | None = None,
-    samples: Samples | None = None,
-) -> Samples:
-    """Encode numbered rows of one kind, one by one; the rows of the samples are counted from 0.
+    tokenizer: Tokenizer, rows: Iterable[tuple[int, Mapping]], *, style: str, samples: Samples, problems: BadRows
+) -> None:
+    """Encode numbered rows of one kind, one by one.
 
     Args:
         tokenizer: the model's.
         rows: as `read_rows` gives them.
         style: the prompt style; "chat" for conversations.
-        mask_inputs: learn the response alone; of conversations only the answers are learned anyway.
-        max_seq_length: cut the samples to so many tokens.
-        problems: takes the rows that the chat template refuses, and those with the end of an answer inside one; without
-            it, they are raised at the end.
-        samples: those of another file, to which these are added.
+        samples: gets those of the rows, which are counted from 0; it may hold those of another file.
+        problems: gets the rows that the chat template refuses, and those with the end of an answer inside one.
     """
-    samples = Samples(max_seq_length) if samples is None else samples
-    refused = problems or BadRows("data")
     for number, row in rows:
-        samples.learn_all = not mask_inputs and "messages" not in row  # the same for all rows of one kind
         try:
             answers = find_answers(tokenizer, row, style)
             found = encode_answers(tokenizer, answers, style)
             check_stops(tokenizer, found)
         except UserError as error:
-            refused.rows.append((number, str(error)))
+            problems.rows.append((number, str(error)))
             continue
         for pieces in found:
             samples.add(samples.n_rows, pieces)
@@ -121,6 +244,3 @@ def encode_rows(
         samples.n_dropped += not found
         samples.notes.update(dict.fromkeys((note for answer in answers for note in answer.notes), 1))
         samples.notes.update([SEVERAL] * (len(found) > 1))
-    if problems is None and refused.rows:
-        raise UserError(str(refused))
-    return samples

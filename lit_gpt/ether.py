@@ -24,28 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_gpt.adapter import (
-    AdapterConfig,
-    AdapterLayer,
-    Part,
-    cut_parts,
-    linear_targets,
-    mark_only_adapter_as_trainable,
-    merge_adapter_weights,
-    replace_targets,
-)
+from lit_gpt import adapter, reflections
+from lit_gpt.adapter import AdapterConfig, AdapterLayer, Part, linear_targets
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
-from lit_gpt.reflections import (
-    cayley,
-    published_rotate,
-    published_update,
-    reflect,
-    reflect_plus,
-    reflection_factors,
-    rotate,
-    turn,
-)
 
 Vectors = tuple[Tensor, ...]
 SECOND_VECTOR = re.compile(r"(.*\.ether_R)([24])([qkv]?)")
@@ -65,7 +47,7 @@ class Method:
 
     tensors: int
     two_sided: bool = False
-    reflect: Callable[..., Tensor] | None = None
+    reflect: Callable[..., Tensor] = reflections.reflect
     rotation: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -80,17 +62,17 @@ class Method:
 
     def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
         """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
-        if self.matrices:
-            r = self.rotations(parameters, options.get("block_mask"))
-            return rotate(x, r.mT if transposed else r, center=options.get("center"))
-        return self.reflect(x, *parameters, **options)
+        if not self.matrices:
+            return self.reflect(x, *parameters, **options)
+        r = self.rotations(parameters, options.get("block_mask"))
+        return reflections.rotate(x, r.mT if transposed else r, center=options.get("center"))
 
 
 METHODS = {
-    "ether": Method(1, reflect=reflect),
-    "etherplus": Method(2, reflect=reflect_plus),
-    "etherplusHH": Method(2, two_sided=True, reflect=reflect_plus),
-    "oft": Method(1, rotation=cayley),
+    "ether": Method(1),
+    "etherplus": Method(2),
+    "etherplusHH": Method(2, two_sided=True),
+    "oft": Method(1, rotation=reflections.cayley),
 }
 BLOCK_LAYOUTS = ("diagonal", "published")
 
@@ -192,9 +174,9 @@ class EtherLayer(AdapterLayer):
         vectors, block_mask = self.vectors(part, "input"), self.draw_blocks()
         weight, bias = self.weight[part.rows], self.bias_of(part)
         if self.method.matrices:
-            y = published_rotate(x, weight, self.method.rotations(vectors, block_mask))
+            y = reflections.published_rotate(x, weight, self.method.rotations(vectors, block_mask))
             return y if bias is None else y + bias
-        update = published_update(x, weight, *vectors).unflatten(-1, (self.adapter_config.nb, -1))
+        update = reflections.published_update(x, weight, *vectors).unflatten(-1, (self.adapter_config.nb, -1))
         update = update if block_mask is None else update * block_mask
         return F.linear(x, weight, bias) + update.flatten(-2).to(x.dtype)
 
@@ -249,7 +231,7 @@ class EtherLayer(AdapterLayer):
 
     def low_rank(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B with R_out W R_in = W + B A: of rank n (ETHER) or 2n (ETHER+) for each side."""
-        return reflection_factors(rows, **{side: self.vectors(part, side) for side in self.sides})
+        return reflections.reflection_factors(rows, **{side: self.vectors(part, side) for side in self.sides})
 
     def elementwise_flops(self, positions: float) -> float:
         """Return the FLOPs of a step outside of matrix products, forward and backward.
@@ -309,7 +291,7 @@ def add_ether(model: GPT, config: EtherConfig) -> None:
             "are transformed on their output in any case)",
             stacklevel=2,
         )
-    replace_targets(model, config, plain=EtherLinear, fused=EtherQKVLinear)
+    adapter.replace_targets(model, config, plain=EtherLinear, fused=EtherQKVLinear)
 
 
 def check_blocks(model: GPT, config: EtherConfig) -> None:
@@ -317,7 +299,7 @@ def check_blocks(model: GPT, config: EtherConfig) -> None:
     sizes: dict[str, int] = {}
     for name, linear, targets in linear_targets(model, config):
         sides = side_order(linear, config)
-        for part in (part for part in cut_parts(linear, targets) if part.adapted):
+        for part in (part for part in adapter.cut_parts(linear, targets) if part.adapted):
             label = f"{name} ({part.target})" if part.target else name
             of_side = {"input": linear.in_features, "output": part.size}
             sizes |= {f"{label} {side}": of_side[side] for side in sides}
@@ -356,7 +338,7 @@ def set_ether_strength(state: Mapping[str, Tensor], config: EtherConfig, strengt
     for stem, number, part in (found.groups() for found in map(SECOND_VECTOR.fullmatch, state) if found):
         u = state.get(f"{stem}{'' if number == '2' else '3'}{part}")
         if u is not None:  # where it is missing the file fits no model, which is said when it is put on one
-            changed[f"{stem}{number}{part}"] = turn(u, state[f"{stem}{number}{part}"], strength)
+            changed[f"{stem}{number}{part}"] = reflections.turn(u, state[f"{stem}{number}{part}"], strength)
     return changed
 
 
@@ -365,5 +347,5 @@ def ether_filter(name: str, _: Any = None) -> bool:
     return ".ether_R" in name
 
 
-mark_only_ether_as_trainable = mark_only_adapter_as_trainable
-merge_ether_weights = merge_adapter_weights
+mark_only_ether_as_trainable = adapter.mark_only_adapter_as_trainable
+merge_ether_weights = adapter.merge_adapter_weights

@@ -13,15 +13,14 @@ Notable choices:
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -126,8 +125,6 @@ def export_adapter(
         export = factorise(layers, config, weights)
     except UserError as error:
         raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
-    if not math.isfinite(export.update):
-        raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
     served = hf_folder(checkpoint_dir)
     on_hub = hub_name(checkpoint_dir) if served == checkpoint_dir else None
     base, limits = on_hub or os.path.abspath(served), lora_limits(config, export.rank, head="lm_head" in export.ranks)
@@ -137,7 +134,8 @@ def export_adapter(
     with staged_dir(out_dir, overwrite) as staging:
         write_json(staging / "adapter_config.json", peft_config(export, base=base))
         with atomic_write(staging / "adapter_model.safetensors") as temporary:
-            save_file(export.tensors, temporary, metadata={"format": "pt"})
+            # Not save_file, which puts a file of its own there, for the owner alone.
+            temporary.write_bytes(safetensors.torch.save(export.tensors, metadata={"format": "pt"}))
         # The Hub refuses a page whose head names a folder as the base.
         head = "library_name: peft" + (f"\nbase_model: {json.dumps(on_hub)}" if on_hub else "")
         about = f"{describe(adapter)}, as a LoRA of {base}. It computes the same function."

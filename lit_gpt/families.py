@@ -12,18 +12,28 @@ from typing import Any
 from lit_gpt.errors import UserError
 
 
+def _top(head: str, embedding: str, norm: str) -> dict[str, str]:
+    """Return the modules around the layers."""
+    return {"lm_head": head, "transformer.wte": embedding, "transformer.ln_f": norm}
+
+
+_TOP = _top("lm_head", "model.embed_tokens", "model.norm")
+
+
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face class.
 
     Attributes:
         model_type: its name in ``config.json``.
-        modules: our modules, each with the Hugging Face module that holds the same weights, or the three for q, k and
-            v. ``{i}`` stands for a layer, ``{e}`` for an expert.
+        block: modules of a layer, each with the Hugging Face module that holds the same weights, or the three for q, k
+            and v. ``{e}`` stands for an expert, ``{h}`` for a head.
         defaults: the fields that a ``config.json`` of it may tell, and what they are where it leaves them out (the
             defaults of the class in transformers).
         constants: fields that are the same for all its models.
         own_keys: fields that it calls otherwise than ``Config`` says.
+        layers: the Hugging Face module with the list of layers.
+        top: the modules around the layers.
         two_norms: modules of a parallel block whose MLP has a norm of its own, where they have other names.
         windowed: ``sliding_window`` counts without ``use_sliding_window``.
         max_window_layers: so many first layers have no window, where the file tells neither that nor each layer's kind.
@@ -32,10 +42,12 @@ class Family:
     """
 
     model_type: str
-    modules: dict[str, str | tuple[str, ...]]
+    block: dict[str, str | tuple[str, ...]]
     defaults: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
     own_keys: dict[str, str] = field(default_factory=dict)
+    layers: str = "model.layers"
+    top: dict[str, str] = field(default_factory=lambda: _TOP)
     two_norms: dict[str, str] = field(default_factory=dict)
     windowed: bool = True
     max_window_layers: int = 0
@@ -48,101 +60,42 @@ _RMS_NORM = dict(_ANY, norm_eps=1e-6, gelu_approximate="silu", head_size=None)
 _LAYER_NORM = dict(_ANY, norm_eps=1e-5, gelu_approximate="gelu")
 _GELU_MLP = dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", mlp_bias=True)
 _BIASES = dict(qkv_bias=True, proj_bias=True)
+_NO_BIASES = dict(qkv_bias=False, proj_bias=False)
+_BIAS_FIELDS = ("qkv_bias", "proj_bias", "mlp_bias")
 _EXPERTS = dict(n_expert=8, n_expert_per_token=2)
 
-_QKV = tuple(f"model.layers.{{i}}.self_attn.{part}_proj" for part in "qkv")
-_LLAMA_ATTENTION = {
-    "lm_head": "lm_head",
-    "transformer.wte": "model.embed_tokens",
-    "transformer.ln_f": "model.norm",
-    "transformer.h.{i}.norm_1": "model.layers.{i}.input_layernorm",
-    "transformer.h.{i}.norm_2": "model.layers.{i}.post_attention_layernorm",
-    "transformer.h.{i}.attn.attn": _QKV,
-    "transformer.h.{i}.attn.proj": "model.layers.{i}.self_attn.o_proj",
-}
-_LLAMA = {
-    **_LLAMA_ATTENTION,
-    "transformer.h.{i}.mlp.fc_1": "model.layers.{i}.mlp.gate_proj",
-    "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.up_proj",
-    "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.down_proj",
-}
-_STARCODER2 = {
-    **_LLAMA_ATTENTION,
-    "transformer.h.{i}.mlp.fc": "model.layers.{i}.mlp.c_fc",
-    "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.c_proj",
-}
-# In files each expert is on its own, also where transformers holds them stacked in memory.
-_MIXTRAL = {
-    **_LLAMA_ATTENTION,
-    "transformer.h.{i}.mlp.gate": "model.layers.{i}.block_sparse_moe.gate",
-    "transformer.h.{i}.mlp.experts.{e}.fc_1": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
-    "transformer.h.{i}.mlp.experts.{e}.fc_2": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
-    "transformer.h.{i}.mlp.experts.{e}.proj": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
-}
-_GPT_NEOX = {
-    "lm_head": "embed_out",
-    "transformer.wte": "gpt_neox.embed_in",
-    "transformer.ln_f": "gpt_neox.final_layer_norm",
-    "transformer.h.{i}.norm_1": "gpt_neox.layers.{i}.input_layernorm",
-    "transformer.h.{i}.norm_2": "gpt_neox.layers.{i}.post_attention_layernorm",
-    # (q, k, v) of head after head, which is our files' own order for as many groups as heads.
-    "transformer.h.{i}.attn.attn": "gpt_neox.layers.{i}.attention.query_key_value",
-    "transformer.h.{i}.attn.proj": "gpt_neox.layers.{i}.attention.dense",
-    "transformer.h.{i}.mlp.fc": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
-    "transformer.h.{i}.mlp.proj": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
-}
-_OLMO = {ours: theirs for ours, theirs in _LLAMA.items() if "norm" not in ours and "ln_f" not in ours}
-_POST_NORMS = {
-    "transformer.h.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
-    "transformer.h.{i}.post_mlp_norm": "model.layers.{i}.post_feedforward_layernorm",
-}
-_QK_NORMS = {
-    "transformer.h.{i}.attn.norm_q": "model.layers.{i}.self_attn.q_norm",
-    "transformer.h.{i}.attn.norm_k": "model.layers.{i}.self_attn.k_norm",
-}
-_OLMO2 = {**_OLMO, **_POST_NORMS, **_QK_NORMS, "transformer.ln_f": "model.norm"}
-_GEMMA2 = {**_LLAMA, **_POST_NORMS, "transformer.h.{i}.norm_2": "model.layers.{i}.pre_feedforward_layernorm"}
+_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
+_POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+_QK_NORMS = {"attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm"}
+_QKV = {"attn.attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+_ATTENTION = {**_QKV, "attn.proj": "self_attn.o_proj"}
+_GATED_MLP = {"mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+
+
+def _experts(name: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """Return the modules of a mixture; in files each expert is on its own, also where memory holds them stacked."""
+    parts = dict(fc_1=gate, fc_2=up, proj=down)
+    experts = {f"mlp.experts.{{e}}.{ours}": f"{name}.experts.{{e}}.{theirs}" for ours, theirs in parts.items()}
+    return {"mlp.gate": f"{name}.gate"} | experts
+
+
+_LLAMA = _NORMS | _ATTENTION | _GATED_MLP
+_STARCODER2 = _NORMS | _ATTENTION | {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
+_MIXTRAL = _NORMS | _ATTENTION | _experts("block_sparse_moe", "w1", "w3", "w2")
+_QWEN3_MOE = _NORMS | _ATTENTION | _QK_NORMS | _experts("mlp", "gate_proj", "up_proj", "down_proj")
+_OLMO = _ATTENTION | _GATED_MLP
+_OLMO2 = _OLMO | _POST_NORMS | _QK_NORMS
+_GEMMA2 = _LLAMA | _POST_NORMS | {"norm_2": "pre_feedforward_layernorm"}
 # A name that is listed more than once holds its parts one after another, in the order of the list.
-_PHI3 = {
-    **_LLAMA,
-    "transformer.h.{i}.attn.attn": ("model.layers.{i}.self_attn.qkv_proj",) * 3,
-    "transformer.h.{i}.mlp.fc_1": "model.layers.{i}.mlp.gate_up_proj",
-    "transformer.h.{i}.mlp.fc_2": "model.layers.{i}.mlp.gate_up_proj",
-}
-_STABLELM = {
-    **_LLAMA,
-    "transformer.h.{i}.attn.norm_q": ("model.layers.{i}.self_attn.q_layernorm.norms.{h}",),
-    "transformer.h.{i}.attn.norm_k": ("model.layers.{i}.self_attn.k_layernorm.norms.{h}",),
-}
-_QWEN3_MOE = {
-    **_LLAMA_ATTENTION,
-    **_QK_NORMS,
-    "transformer.h.{i}.mlp.gate": "model.layers.{i}.mlp.gate",
-    "transformer.h.{i}.mlp.experts.{e}.fc_1": "model.layers.{i}.mlp.experts.{e}.gate_proj",
-    "transformer.h.{i}.mlp.experts.{e}.fc_2": "model.layers.{i}.mlp.experts.{e}.up_proj",
-    "transformer.h.{i}.mlp.experts.{e}.proj": "model.layers.{i}.mlp.experts.{e}.down_proj",
-}
-_FALCON = {
-    "lm_head": "lm_head",
-    "transformer.wte": "transformer.word_embeddings",
-    "transformer.ln_f": "transformer.ln_f",
-    "transformer.h.{i}.norm_1": "transformer.h.{i}.input_layernorm",
-    # For each group its query heads, then k, then v: our files' own order.
-    "transformer.h.{i}.attn.attn": "transformer.h.{i}.self_attention.query_key_value",
-    "transformer.h.{i}.attn.proj": "transformer.h.{i}.self_attention.dense",
-    "transformer.h.{i}.mlp.fc": "transformer.h.{i}.mlp.dense_h_to_4h",
-    "transformer.h.{i}.mlp.proj": "transformer.h.{i}.mlp.dense_4h_to_h",
-}
-_PHI = {
-    "lm_head": "lm_head",
-    "transformer.wte": "model.embed_tokens",
-    "transformer.ln_f": "model.final_layernorm",
-    "transformer.h.{i}.norm_1": "model.layers.{i}.input_layernorm",
-    "transformer.h.{i}.attn.attn": _QKV,
-    "transformer.h.{i}.attn.proj": "model.layers.{i}.self_attn.dense",
-    "transformer.h.{i}.mlp.fc": "model.layers.{i}.mlp.fc1",
-    "transformer.h.{i}.mlp.proj": "model.layers.{i}.mlp.fc2",
-}
+_PHI3_GATE_UP = dict.fromkeys(("mlp.fc_1", "mlp.fc_2"), "mlp.gate_up_proj")
+_PHI3 = _LLAMA | {"attn.attn": ("self_attn.qkv_proj",) * 3} | _PHI3_GATE_UP
+_STABLELM = _LLAMA | {f"attn.norm_{part}": (f"self_attn.{part}_layernorm.norms.{{h}}",) for part in "qk"}
+_PHI = {**_QKV, "norm_1": "input_layernorm", "attn.proj": "self_attn.dense", "mlp.fc": "mlp.fc1", "mlp.proj": "mlp.fc2"}
+# Their fused weights have our files' own order: for each group its query heads, then k, then v.
+_NEOX_MLP = {"mlp.fc": "mlp.dense_h_to_4h", "mlp.proj": "mlp.dense_4h_to_h"}
+_NEOX = _NORMS | _NEOX_MLP | {"attn.attn": "attention.query_key_value", "attn.proj": "attention.dense"}
+_FALCON = _NEOX_MLP | {"attn.attn": "self_attention.query_key_value", "attn.proj": "self_attention.dense"}
+_FALCON["norm_1"] = "input_layernorm"
 
 
 def _new_falcon(described: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +115,13 @@ def _gemma_gelu(described: dict[str, Any]) -> dict[str, Any]:
     return {**described, **older}
 
 
-_GEMMA = dict(_RMS_NORM, head_size=256, gelu_approximate="gelu_pytorch_tanh", tie_embeddings=True, qkv_bias=False)
-_GEMMA |= dict(proj_bias=False)
+_GEMMA = _RMS_NORM | _NO_BIASES | dict(head_size=256, gelu_approximate="gelu_pytorch_tanh", tie_embeddings=True)
 _GEMMA_CONSTANTS = dict(norm_class="OffsetRMSNorm", mlp_class="GemmaMLP", embedding_scale=0.0)
 _GEMMA_2_KEYS = dict(gelu_approximate="hidden_activation", attention_scale="query_pre_attn_scalar")
-_QWEN3_DEFAULTS = dict(_RMS_NORM, n_query_groups=32, head_size=128, qkv_bias=False, proj_bias=False)
-_LLAMA_DEFAULTS = dict(_RMS_NORM, qkv_bias=False, proj_bias=False, mlp_bias=False)
+_QWEN3_DEFAULTS = _RMS_NORM | _NO_BIASES | dict(n_query_groups=32, head_size=128)
+_LLAMA_DEFAULTS = _RMS_NORM | _NO_BIASES | dict(mlp_bias=False)
+_OLMO2_DEFAULTS = _RMS_NORM | _NO_BIASES | dict(norm_eps=1e-5)
+_OLMO2_CONSTANTS = dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_over="row")
 _WINDOWS = dict(sliding_window=4096, sliding_layers=None)
 
 FAMILIES = {
@@ -184,7 +138,7 @@ FAMILIES = {
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
-        {**_LLAMA, **_QK_NORMS},
+        _LLAMA | _QK_NORMS,
         _QWEN3_DEFAULTS | _WINDOWS,
         constants=dict(qk_norm=True),
         windowed=False,
@@ -216,7 +170,7 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
-        {**_GEMMA2, **_QK_NORMS},
+        _GEMMA2 | _QK_NORMS,
         _GEMMA
         # Files of the multimodal models leave out what is the class's default, sizes too.
         | dict(vocab_size=262208, n_embd=2304, intermediate_size=9216, n_layer=26, n_head=8, block_size=131072)
@@ -229,29 +183,22 @@ FAMILIES = {
     "OlmoForCausalLM": Family(
         "olmo",
         _OLMO,
-        dict(_RMS_NORM, qkv_bias=False, proj_bias=False, qkv_clip=None),
+        _RMS_NORM | _NO_BIASES | dict(qkv_clip=None),
         constants=dict(norm_class="PlainLayerNorm", norm_eps=1e-5),
     ),
-    "Olmo2ForCausalLM": Family(
-        "olmo2",
-        _OLMO2,
-        dict(_RMS_NORM, norm_eps=1e-5, qkv_bias=False, proj_bias=False),
-        constants=dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_over="row"),
-    ),
+    "Olmo2ForCausalLM": Family("olmo2", _OLMO2, _OLMO2_DEFAULTS, _OLMO2_CONSTANTS),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         _OLMO2,
-        dict(_RMS_NORM, norm_eps=1e-5, qkv_bias=False, proj_bias=False, rope_base=5e5)
-        | dict(local_rope_base=None, sliding_window=4096, sliding_layers=4),
-        constants=dict(pre_norm=False, post_norm=True, qk_norm=True, qk_norm_over="row"),
+        _OLMO2_DEFAULTS | dict(rope_base=5e5, local_rope_base=None, sliding_window=4096, sliding_layers=4),
+        _OLMO2_CONSTANTS,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         _LLAMA,
         _LLAMA_DEFAULTS
         | dict(n_query_groups=4, rope_base=2e6, tie_embeddings=True, rope_layers=4)
-        | _WINDOWS
-        | dict(sliding_window=None),
+        | dict(sliding_window=None, sliding_layers=None),
         windowed=False,
     ),
     "GraniteForCausalLM": Family(
@@ -276,19 +223,21 @@ FAMILIES = {
     ),
     "GPTNeoXForCausalLM": Family(
         "gpt_neox",
-        _GPT_NEOX,
+        _NEOX,
         _LAYER_NORM | _BIASES | dict(rotary_percentage=0.25, parallel_residual=True),
         constants=_GELU_MLP,
         own_keys=dict(norm_eps="layer_norm_eps", rotary_percentage="rotary_pct", rope_base="rotary_emb_base"),
+        layers="gpt_neox.layers",
+        top=_top("embed_out", "gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
     ),
     "Starcoder2ForCausalLM": Family(
         "starcoder2",
         _STARCODER2,
         _LAYER_NORM
-        | dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), True)
+        | dict.fromkeys(_BIAS_FIELDS, True)
         | dict(n_query_groups=2, gelu_approximate="gelu_pytorch_tanh", sliding_window=None, tie_embeddings=True),
         constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP"),
-        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "use_bias") | dict(norm_eps="norm_epsilon"),
+        own_keys=dict.fromkeys(_BIAS_FIELDS, "use_bias") | dict(norm_eps="norm_epsilon"),
     ),
     "PhiForCausalLM": Family(
         "phi",
@@ -296,21 +245,21 @@ FAMILIES = {
         _LAYER_NORM | dict(rotary_percentage=0.5, gelu_approximate="gelu_new"),
         constants=_GELU_MLP | _BIASES | dict(parallel_residual=True, shared_attention_norm=True, lm_head_bias=True),
         own_keys=dict(norm_eps="layer_norm_eps"),
+        top=_top("lm_head", "model.embed_tokens", "model.final_layernorm"),
     ),
     "FalconForCausalLM": Family(
         "falcon",
         _FALCON,
         _LAYER_NORM
-        | dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "shared_attention_norm"), False)
+        | dict.fromkeys((*_BIAS_FIELDS, "shared_attention_norm"), False)
         | dict(block_size=2048, tie_embeddings=True),
         constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", parallel_residual=True),
-        own_keys=dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), "bias")
+        own_keys=dict.fromkeys(_BIAS_FIELDS, "bias")
         | dict(n_query_groups="num_kv_heads", shared_attention_norm="num_ln_in_parallel_attn")
         | dict(norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", gelu_approximate="activation"),
-        two_norms={
-            "transformer.h.{i}.norm_1": "transformer.h.{i}.ln_attn",
-            "transformer.h.{i}.norm_2": "transformer.h.{i}.ln_mlp",
-        },
+        layers="transformer.h",
+        top=_top("lm_head", "transformer.word_embeddings", "transformer.ln_f"),
+        two_norms={"norm_1": "ln_attn", "norm_2": "ln_mlp"},
         prepare=_new_falcon,
         written=dict(new_decoder_architecture=True),
     ),

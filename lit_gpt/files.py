@@ -3,7 +3,7 @@
 Knows nothing of tensors and models. Notable choices:
 - A file is written under a temporary name, flushed and renamed: a reader sees the old one or the new one.
 - What is there already is written over only with ``overwrite``; what is cleaned up carries our prefix (``TEMPORARY``).
-- A file system that refuses a service (fsync, chmod, rename, locks) costs that service and one line, never the file.
+- A file system that refuses a service (fsync, rename, locks) costs that service and one line, never the file.
 """
 
 import errno
@@ -169,13 +169,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     settled_folder(path.parent).mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
     try:
         yield temporary
         flush(temporary)
-        if temporary.stat().st_mode != mode:  # safetensors puts a file of its own there, for the owner alone
-            with optional("chmod", without="files may be readable by their owner alone"):
-                temporary.chmod(mode)
         move(temporary, path)
         flush(path.parent)  # the new name, too
     except OSError as error:
@@ -277,10 +273,15 @@ def _take(folder: Path) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, content: Any) -> None:
     """Write JSON, atomically; what JSON has no number for (NaN, an infinity) becomes null."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def finite(content: Any) -> Any:

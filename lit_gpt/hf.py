@@ -33,11 +33,6 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 # Buffers that older transformers wrote beside the weights: constants the model computes for itself.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
 
-# Parts of names that tell how weights are quantized.
-_QUANTIZED = {
-    "qweight": "GPTQ or AWQ", "quant_state": "bitsandbytes", "SCB": "bitsandbytes", "absmax": "bitsandbytes",
-    "_blocks": "MXFP4", "weight_packed": "compressed-tensors",
-}  # fmt: skip
 # Weights are the first four; the others are buffers.
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 
@@ -46,9 +41,7 @@ def check_unquantized_weights(weights: State) -> None:
     """Raise where the tensors of a Hugging Face checkpoint are quantized, whatever its config.json says."""
     for key, tensor in weights.items():
         if tensor.dtype not in _PLAIN and not _BUFFERS.search(key):
-            known = (kind for part, kind in _QUANTIZED.items() if any(part in key for key in weights))
-            kind = next(known, str(tensor.dtype).removeprefix("torch."))
-            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized ({kind}); {UNQUANTIZED}")
+            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized; {UNQUANTIZED}")
 
 
 class Piece(NamedTuple):
@@ -79,15 +72,16 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
             f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
             f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
         )
-    family, modules = FAMILIES[config.architecture], {}
-    two_norms = {} if config.shared_attention_norm else family.two_norms
-    for ours, theirs in (family.modules | two_norms).items():
+    family = FAMILIES[config.architecture]
+    modules = {ours: (theirs,) for ours, theirs in family.top.items()}
+    block = family.block | ({} if config.shared_attention_norm else family.two_norms)
+    for i, (ours, theirs) in product(range(config.n_layer), block.items()):
         names = (theirs,) if isinstance(theirs, str) else theirs
-        layers, experts = config.n_layer if "{i}" in ours else 1, config.n_expert if "{e}" in ours else 1
         heads = range(config.n_head if ours.endswith("norm_q") else config.n_query_groups)
         names = [name.replace("{h}", str(h)) for name in names for h in (heads if "{h}" in name else (0,))]
-        for i, e in product(range(layers), range(experts)):
-            modules[ours.format(i=i, e=e)] = tuple(name.format(i=i, e=e) for name in names)
+        for e in range(config.n_expert if "{e}" in ours else 1):
+            theirs_here = tuple(f"{family.layers}.{i}.{name.format(e=e)}" for name in names)
+            modules[f"transformer.h.{i}.{ours.format(e=e)}"] = theirs_here
     return modules
 
 

@@ -25,8 +25,6 @@ ROPE_SCALING = {
     "longrope": ("factor", "short_factor", "long_factor", ORIGINAL_LENGTH),
 }
 """Types of ``rope_scaling``, each with the values that it needs."""
-ROPE_TUNING = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-"""Values that they may have besides; null and 0 are none."""
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 """Names of a GELU, with PyTorch's name of its approximation."""
 MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")

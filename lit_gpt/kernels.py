@@ -242,7 +242,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 class FusedReflection(torch.autograd.Function):
-    """``reflections.reflect`` and ``reflect_plus`` by the kernels; saves x, or R x and k numbers a block."""
+    """``reflections.reflect`` by the kernels; saves x, or R x and k numbers a block."""
 
     @staticmethod
     def forward(

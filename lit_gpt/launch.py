@@ -55,9 +55,6 @@ def check_launch(settings: Settings) -> None:
     if LSFEnvironment.detect() or MPIEnvironment.detect():  # they have words of their own, which Fabric knows
         return
     said = launch_variables()
-    bad = [f"{name} is {said[name]!r}" for name in said if name != "MASTER_ADDR" and not said[name].isdecimal()]
-    if bad:
-        raise UserError(f"{', '.join(bad)} in the environment: expected a whole number; set it right, or unset it")
     fitting = {"WORLD_SIZE": [processes], "LOCAL_WORLD_SIZE": [devices], "GROUP_WORLD_SIZE": [num_nodes]}
     fitting |= {"LOCAL_RANK": range(devices), "NODE_RANK": range(num_nodes)}
     wrong = [f"{name} is {said[name]}" for name in fitting if name in said and int(said[name]) not in fitting[name]]
@@ -67,9 +64,7 @@ def check_launch(settings: Settings) -> None:
             " give --devices the processes on each machine and --num_nodes the machines"
         )
     needed = ["MASTER_ADDR", "MASTER_PORT"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        needed = ["RANK", "LOCAL_RANK", "WORLD_SIZE", *needed]
-    elif num_nodes > 1:
+    if num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         needed = ["NODE_RANK", *needed]
     missing = [name for name in needed if name not in said]
     if missing and processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):  # else Fabric starts the others itself

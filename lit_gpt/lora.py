@@ -13,14 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_gpt.adapter import (
-    AdapterConfig,
-    AdapterLayer,
-    Part,
-    mark_only_adapter_as_trainable,
-    merge_adapter_weights,
-    replace_targets,
-)
+from lit_gpt import adapter
+from lit_gpt.adapter import AdapterConfig, AdapterLayer, Part
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 
@@ -41,8 +35,6 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"the rank must be at least 1, got {self.r}")
-        if not math.isfinite(self.alpha) or self.r >= 2**31:
-            raise UserError(f"rank {self.r} and alpha {self.alpha} make no scale")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -107,7 +99,7 @@ class LoraQKVLinear(LoraLayer, QKVLinear):
 
 def add_lora(model: GPT, config: LoraConfig) -> None:
     """Put LoRA layers in the place of the Linears that the config's targets name; works on the meta device."""
-    replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
+    adapter.replace_targets(model, config, plain=LoraLinear, fused=LoraQKVLinear)
 
 
 def set_lora_strength(state: Mapping[str, Tensor], _: LoraConfig, strength: float) -> dict[str, Tensor]:
@@ -120,5 +112,5 @@ def lora_filter(name: str, _: Any = None) -> bool:
     return ".lora_" in name
 
 
-mark_only_lora_as_trainable = mark_only_adapter_as_trainable
-merge_lora_weights = merge_adapter_weights
+mark_only_lora_as_trainable = adapter.mark_only_adapter_as_trainable
+merge_lora_weights = adapter.merge_adapter_weights

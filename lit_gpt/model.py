@@ -10,7 +10,6 @@ Notable choices:
 Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head size, V padded vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_gpt.attention import KVCache, Packing, attend
+from lit_gpt.attention import Forest, KVCache, Lengths, Packing, Trees, attend, attention_mask
 from lit_gpt.config import Config, LayerKind
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
@@ -75,7 +74,9 @@ class GPT(nn.Module):
         cap = self.config.logits_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def hidden(self, idx: Tensor, *, input_pos: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, *, input_pos: int | None = None, lengths: Lengths = None, trees: Trees = None
+    ) -> Tensor:
         """Return the (B, T, d) states that the head reads.
 
         Args:
@@ -83,15 +84,14 @@ class GPT(nn.Module):
             input_pos: position of ``idx``'s first token; given, keys and values go through the cache.
             lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
                 from 0 and attends to itself alone.
+            trees: lengths of a trunk and its branches, for each of those that are packed in ``idx``'s only row. Each
+                branch goes on from its trunk, and a trunk from the cache's first ``input_pos`` positions, which stay.
         """
-        end = (input_pos or 0) + (max(lengths) if lengths else idx.size(1))
-        if end > self.config.block_size:
-            raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, d)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's type, as Gemma's is
         kinds = dict.fromkeys(block.kind for block in self.transformer.h)
-        contexts = {kind: self.attention_context(kind, x, input_pos, lengths) for kind in kinds}
+        contexts = {kind: self.attention_context(kind, x, input_pos, lengths, trees) for kind in kinds}
         compute_again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             context = contexts[block.kind]
@@ -99,17 +99,22 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def attention_context(
-        self, kind: LayerKind, x: Tensor, input_pos: int | None, lengths: Sequence[int] | None
-    ) -> tuple[Rope | None, Tensor | None, int | None, Packing | None]:
+        self, kind: LayerKind, x: Tensor, start: int | None, lengths: Lengths, trees: Trees
+    ) -> tuple[Rope | None, Tensor | None, int | None, Packing | Forest | None]:
         """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
-        start, longest = input_pos or 0, max(lengths) if lengths else x.size(1)
-        packing = Packing(lengths, self.config, kind.window, device=x.device, dtype=x.dtype) if lengths else None
-        mask = None if packing and packing.fused else attention_mask(kind.window, start, longest, x.device)
-        rope = None
-        if kind.rope != "none":
-            spans = [(0, length) for length in packing.lengths] if packing else [(start, start + longest)]
-            rope = rope_angles(self.config, spans, device=x.device, dtype=x.dtype, local=kind.rope == "local")
-        return rope, mask, input_pos, packing
+        samples, mask, first, flags = None, None, start or 0, dict(device=x.device, dtype=x.dtype)
+        if trees:
+            samples = Forest(trees, kind.window, first, x.device)
+        elif lengths:
+            samples = Packing(lengths, self.config, kind.window, **flags)
+        else:
+            mask = attention_mask(kind.window, first, x.size(1), x.device)
+        spans = samples.spans if samples else [(first, first + x.size(1))]
+        if (end := max(end for _, end in spans)) > self.config.block_size:
+            raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
+        local = kind.rope == "local"
+        rope = None if kind.rope == "none" else rope_angles(self.config, spans, **flags, local=local)
+        return rope, mask, start, samples
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
         """Make room for the keys and values of ``batch_size`` sequences; forward then takes ``input_pos``."""
@@ -171,7 +176,7 @@ class CausalSelfAttention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Tensor | None, start: int | None, packing: Packing | None
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, start: int | None, samples: Packing | Forest | None
     ) -> Tensor:
         """Map (B, T, d) to (B, T, d).
 
@@ -180,7 +185,7 @@ class CausalSelfAttention(nn.Module):
             rope: cosines and sines of the positions; None where the layer knows no positions.
             mask: (T, start + T), true where a query may look; None for causal attention.
             start: position of x's first token in the cache; None goes without the cache.
-            packing: the samples that x's only row is made of; None for one sample a row.
+            samples: those that x's only row is made of; None for one sample a row.
         """
         (B, T, _), config = x.shape, self.config
         q, k, v = self.attn(x)  # (B, T, H or G * S)
@@ -197,12 +202,13 @@ class CausalSelfAttention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
-            k, v = self.kv_cache.update(k, v, start=start)  # (B, G, start + T, S)
-        if T == 1 and packing is None:
+            with_cache = self.kv_cache.update if samples is None else self.kv_cache.followed_by
+            k, v = with_cache(k, v, start=start)  # (B, G, start + T, S)
+        if T == 1 and samples is None:
             # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
             q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
         cap = config.attention_softcap or 0.0
-        y = attend(q, k, v, mask, cap, is_causal=T > 1) if packing is None else packing.attend(q, k, v, mask, cap)
+        y = attend(q, k, v, mask, cap, is_causal=T > 1) if samples is None else samples.attend(q, k, v, cap)
         y = y.reshape(B, config.n_head, T, config.head_size)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
@@ -303,16 +309,6 @@ class LLaMAMoE(nn.Module):
 
 
 MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP, "LLaMAMoE": LLaMAMoE}
-
-
-def attention_mask(window: int | None, start: int, T: int, device: torch.device) -> Tensor | None:
-    """Return (T, start + T), true where a query may look; None where plain causal attention says the same."""
-    if (start == 0 or T == 1) and (window is None or start + T <= window):
-        return None
-    queries = torch.arange(start, start + T, device=device)[:, None]
-    keys = torch.arange(start + T, device=device)[None, :]
-    mask = keys <= queries
-    return mask if window is None else mask & (keys > queries - window)
 
 
 def interleave_qkv(rows: Tensor, config: Config) -> Tensor:

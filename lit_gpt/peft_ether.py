@@ -375,12 +375,8 @@ class EtherModel(tuners_utils.BaseTuner):
         return state
 
 
-def register() -> None:
-    """Enter the method into PEFT's tables; raise ImportError where its name is taken."""
-    for table, entry in {"CONFIG": EtherPeftConfig, "TUNER": EtherModel, "PREFIX": PREFIX}.items():
-        found = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING").setdefault(EtherType.ETHER, entry)
-        if found is not entry:
-            raise ImportError(f"PEFT has another method {EtherType.ETHER.value} already, {found}: use one of the two")
-
-
-register()
+# Enter the method into PEFT's tables.
+for table, entry in {"CONFIG": EtherPeftConfig, "TUNER": EtherModel, "PREFIX": PREFIX}.items():
+    found = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING").setdefault(EtherType.ETHER, entry)
+    if found is not entry:
+        raise ImportError(f"PEFT has another method {EtherType.ETHER.value} already, {found}: use one of the two")

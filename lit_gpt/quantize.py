@@ -18,16 +18,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from lit_gpt import checkpoint
 from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
-from lit_gpt.checkpoint import (
-    WEIGHTS,
-    check_checkpoint_dir,
-    load_config,
-    load_model,
-    load_state,
-    meta_model,
-    open_model,
-)
+from lit_gpt.checkpoint import WEIGHTS, load_config, load_model, load_state, meta_model
 from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
@@ -166,8 +159,13 @@ def load_base(
     check_quantize(scheme, precision)
     dtype = weights_dtype(precision)
     warn_of_slow_products(precision, torch.device(device))
-    later = {f"{name}.weight" for name in quantizable(meta_model(load_config(check_checkpoint_dir(checkpoint_dir))))}
-    model, state = open_model(checkpoint_dir, lambda name, t: t.to("meta") if name in later else t.to(device, dtype))
+    config = load_config(checkpoint.check_checkpoint_dir(checkpoint_dir))
+    later = {f"{name}.weight" for name in quantizable(meta_model(config))}
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to("meta") if name in later else tensor.to(device, dtype)
+
+    model, state = checkpoint.open_model(checkpoint_dir, place)
     quantize_model(model, scheme, state, dtype=dtype, device=device)
     return model.eval()
 
@@ -180,9 +178,10 @@ def n_parameters(model: nn.Module) -> int:
 
 def describe_size(model: nn.Module, scheme: str, precision: str) -> str:
     """Return one line on what quantization saves."""
-    packed, itemsize = _quantized_layers(model), weights_dtype(precision).itemsize
-    now, saved = _bytes(model), sum(itemsize * _numel(layer) - _bytes(layer) for layer in packed)
-    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {(now + saved) / 1e6:.1f} MB"
+    itemsize = weights_dtype(precision).itemsize
+    whole, packed = n_parameters(model) * itemsize, sum(map(_numel, _quantized_layers(model)))
+    now = whole - packed * (itemsize - BYTES_PER_WEIGHT[scheme])
+    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {whole / 1e6:.1f} MB"
 
 
 def quantization_saves(model: GPT, scheme: str) -> tuple[int, int]:
@@ -198,12 +197,6 @@ def _quantized_layers(model: nn.Module) -> list[nn.Module]:
 
 def _numel(layer: nn.Linear) -> int:
     return layer.in_features * layer.out_features
-
-
-def _bytes(module: nn.Module) -> int:
-    """Return the bytes of what a module's state_dict holds: for bitsandbytes' layers the scales too."""
-    state = module.state_dict()  # kept meanwhile: addresses tell shared tensors
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
 
 
 @torch.no_grad()

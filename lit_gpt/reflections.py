@@ -103,35 +103,25 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def reflect(
-    x: Tensor, u: Tensor, *, center: Tensor | None = None, block_mask: Tensor | None = None, save_output: bool = False
+    x: Tensor,
+    *vectors: Tensor,
+    center: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    save_output: bool = False,
 ) -> Tensor:
-    """ETHER: x - 2 u^ (u^ . x), block by block.
+    """Reflect block by block; x itself, bit for bit, where v = -u.
+
+    ETHER is x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
 
     Args:
         x: (..., n, b).
-        u: (n, b), of any length but zero.
+        vectors: u for ETHER, u and v for ETHER+, (n, b) each, of any length but zero.
         center: (n, b), the point that R leaves where it is, so that the result is R(x - center) + center: a layer's
             bias, which is not transformed; the origin where it is None.
         block_mask: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
         save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _function(x).apply(x, center, block_mask, save_output, u)
-
-
-def reflect_plus(
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    *,
-    center: Tensor | None = None,
-    block_mask: Tensor | None = None,
-    save_output: bool = False,
-) -> Tensor:
-    """ETHER+: x - u^ (u^ . x) + v^ (v^ . x), block by block; x itself, bit for bit, where v = -u.
-
-    Args: as for ``reflect``, with a second vector.
-    """
-    return _function(x).apply(x, center, block_mask, save_output, u, v)
+    return _function(x).apply(x, center, block_mask, save_output, *vectors)
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -320,28 +310,12 @@ class _Cayley(torch.autograd.Function):
         return ((of_s - of_s.mT) / 2).to(ctx.dtype)
 
 
-def published_columns(weight: Tensor, w: Tensor) -> Tensor:
-    """Return what the ``published`` block layout needs of a weight: W_r (e_j (x) w_r), one vector for each r and j.
+def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+    """(W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
     R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
-    products in brackets are all that has to be known.
-
-    Args:
-        weight: (f, d), row-major.
-        w: (n, b), b = d / n.
-
-    Returns:
-        (n, n, f/n): [r, j, i].
-    """
-    f, _ = weight.shape
-    n, b = w.shape
-    products = torch.bmm(weight.view(n, f, b), w.to(weight.dtype).unsqueeze(-1))  # (n, f/n * n, 1): r; i, j
-    return products.view(n, f // n, n).transpose(1, 2)
-
-
-def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
-    """(W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
+    products in brackets, one vector for each r, k and j, are all that has to be known of W.
 
     Args:
         x: (..., d).
@@ -352,8 +326,11 @@ def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
         (..., f).
     """
     left, right = (factor.to(x.dtype) for factor in thin_factors(*vectors))  # (n, k, b)
-    projections = torch.einsum("...jb,rkb->...rkj", x.unflatten(-1, (len(right), -1)), right)
-    columns = torch.stack([published_columns(weight, w) for w in left.unbind(1)], dim=1)  # (r, k, j, i)
+    n, k, b = left.shape
+    projections = torch.einsum("...jb,rkb->...rkj", x.unflatten(-1, (n, b)), right)
+    groups = weight.view(n, -1, b)  # (r, f/n * n, b): the chunks of each row of a group one after another
+    products = torch.stack([torch.bmm(groups, w.to(weight.dtype).unsqueeze(-1)) for w in left.unbind(1)], dim=1)
+    columns = products.view(n, k, -1, n).transpose(2, 3)  # (r, k, j, i)
     return torch.einsum("...rkj,rkji->...ri", projections, columns).flatten(-2)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lit_gpt import monitor
 from lit_gpt.errors import UserError
-from lit_gpt.files import atomic_write, write_json
+from lit_gpt.files import write_json, write_text
 from lit_gpt.plots import draw_losses
 from lit_gpt.run_folder import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
 
@@ -47,8 +47,7 @@ class Metrics:
 
     def __init__(self, path: Path, text: str = "", columns: Sequence[str] = COLUMNS) -> None:
         self.path, self.rows = path, parse_metrics(text)
-        with atomic_write(path) as temporary:
-            temporary.write_text(text or ",".join(columns) + "\n", encoding="utf-8")
+        write_text(path, text or ",".join(columns) + "\n")
         # Stays open: a run goes on also where its folder is renamed.
         self._file = path.open("a", newline="", encoding="utf-8", buffering=1)  # a row is written with its end of line
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
@@ -117,7 +116,7 @@ class Reporter:
         for logger in self.loggers:
             logger.log_hyperparams(settings)
         # A bar would fill a file with carriage returns: plain lines there.
-        self.bar = tqdm(total=n_steps, initial=step, unit="step") if sys.stderr.isatty() else None
+        self.bar = tqdm(total=n_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def state(self) -> dict[str, str]:
         """Return what another reporter needs to go on from here."""
@@ -136,10 +135,9 @@ class Reporter:
             return
         speed = values["tokens"] / max(values["seconds"], 1e-9)
         text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif step == 1 or step % PLAIN_EVERY == 0:
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step == 1 or step % PLAIN_EVERY == 0):
             left = values["seconds"] / step * (self.n_steps - step)
             print(f"step {step}/{self.n_steps}  {text}  {left:.0f} s left", flush=True)
 
@@ -151,15 +149,12 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        self.bar.write(text)
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Finish the bar and the loggers; metrics.csv has each row already."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         for logger in self.loggers:
             logger.finalize("success")
 

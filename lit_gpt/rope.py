@@ -26,23 +26,23 @@ def rope_angles(
 
     Args:
         config: the model.
-        spans: first position and end of each sequence in a row; two types of scaling depend on the end.
+        spans: first position and end of each run of positions in a row; two types of scaling depend on the end.
         device: of cosines and sines.
         dtype: of cosines and sines.
         local: of the layers with a window, where they have a base of their own and no scaling.
     """
     base, scaling = (config.local_rope_base, None) if local else (config.rope_base, config.rope_scaling)
+    first = min(start for start, _ in spans)
     made: dict[int, Rope] = {}  # by how the positions are stretched, of the longest sequence
     for _, end in sorted(spans, key=lambda span: -span[1]):
         if (stretch := config.rope_stretch(end)) not in made:
             frequencies, factor = scaled_frequencies(base, config.rope_n_elem, scaling, length=end, device=device)
-            first = min(start for start, _ in spans)
             positions = torch.arange(first, end, device=device).float()
             angles = torch.outer(positions, frequencies).repeat(1, 2)  # (T, n): both halves turn alike
             cos, sin = angles.cos(), angles.sin()
             made[stretch] = tuple((part if factor == 1 else part * factor).to(dtype) for part in (cos, sin))
-    rows = [(made[config.rope_stretch(end)], end - start) for start, end in spans]
-    return tuple(torch.cat([angles[part][:length] for angles, length in rows]) for part in (0, 1))
+    rows = [(made[config.rope_stretch(end)], slice(start - first, end - first)) for start, end in spans]
+    return tuple(torch.cat([angles[part][span] for angles, span in rows]) for part in (0, 1))
 
 
 def scaled_frequencies(

@@ -63,27 +63,26 @@ def _name(numbers: list[int]) -> str:
     return f"row{'s' * (len(numbers) > 1)} {shown}{f' and {more} more' * (more > 0)}"
 
 
-def read_rows(
-    source: Path | str, fields: Mapping[str, str] = FIELDS, problems: BadRows | None = None
-) -> Iterator[tuple[int, dict]]:
+def read_rows(problems: BadRows, fields: Mapping[str, str] = FIELDS) -> Iterator[tuple[int, dict]]:
     """Yield the numbers and the contents of a file's good rows: {"instruction", "input", "output"} or {"messages"}.
 
     Args:
-        source: a .json (one list), .jsonl (a row a line) or .csv (with a header) file, or the https address of one.
+        problems: names the file: a .json (one list), .jsonl (a row a line) or .csv (with a header) file, or the https
+            address of one. It gets what is wrong with the other rows.
         fields: what the file calls instruction, input and output.
-        problems: takes what is wrong with the other rows; without it, it is raised at the end.
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such file, or it can't be downloaded.
         ValueError: the file is of an unknown kind, no UTF-8, or holds no rows, or none with a field that is mapped.
     """
+    source = problems.source
     columns = _columns(fields)
     absent = set(columns.values()) - set(FIELDS) - {None}
     suffix = Path(str(source).split("?")[0]).suffix.lower()
     readers = {".json": _parse_json, ".jsonl": _parse_jsonl, ".csv": _parse_csv}
     if suffix not in readers:
         raise UserError(f"{source}: unknown kind of data file {suffix!r}; choices: {', '.join(readers)}")
-    found, chat, n_good = problems or BadRows(source), None, 0
+    chat, n_good = None, 0
     with _open(source) as file:
         try:
             # Spreadsheets put a byte order mark in front
@@ -97,25 +96,23 @@ def read_rows(
                         raise row
                     row = _check_conversation(row) if chat else _check_instruction(row, columns)
                 except UserError as error:
-                    found.rows.append((number, str(error)))
+                    problems.rows.append((number, str(error)))
                     continue
                 texts = [message["content"] for message in row["messages"]] if chat else row.values()
                 if "".join(texts).strip():
                     n_good += 1
                     yield number, row
                 else:
-                    found.blank += 1
+                    problems.blank += 1
         except UnicodeDecodeError as error:
             file.seek(0)
             lines = enumerate(file, start=1)
             bad = next(number for number, line in lines if line.decode(errors="replace").encode() != line)
             raise UserError(f"{source} is not UTF-8 text (line {bad}); save it as UTF-8") from error
-    if problems is None and found.rows:
-        raise UserError(str(found))
-    if absent and (n_good or found.blank):
+    if absent and (n_good or problems.blank):
         raise UserError(f"{source}: no row has {' or '.join(map(repr, sorted(absent)))}, which --fields names")
-    if not n_good and not found.rows:
-        raise UserError(f"{source} holds no rows{' with text' if found.blank else ''}")
+    if not n_good and not problems.rows:
+        raise UserError(f"{source} holds no rows{' with text' if problems.blank else ''}")
 
 
 def _columns(fields: Mapping[str, str]) -> dict[str, str | None]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -351,33 +351,29 @@ def explain_faults(run_dir: Path, *, tried: str, remedies: str) -> Iterator[None
         raise
 
 
-class StopSignal:
+@contextmanager
+def stop_signal() -> Iterator[SimpleNamespace]:
     """Inside, the first signal that asks for an end is noted in ``received``; again, it ends the process at once."""
+    first = SimpleNamespace(received=0, at=0.0)
 
-    def __init__(self) -> None:
-        self.received, self._since = 0, 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # SLURM warns with the last
-            # Under nohup SIGHUP is ignored, and stays so.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.received:
-            self.received, self._since = number, now
+        if not first.received:
+            first.received, first.at = number, now
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             # os.write: print is not safe inside a signal handler that may have interrupted a print.
             name = signal.Signals(number).name
             os.write(2, f"{name}: saving at the end of this step; once more ends at once, without saving\n".encode())
         # Launchers pass on what each process has got itself, and batch systems warn by one signal and end by another.
-        elif number == self.received and now - self._since > REPEATED:
+        elif number == first.received and now - first.at > REPEATED:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+    asking = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]  # SLURM warns with the last
+    asking += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
+    before = {number: signal.signal(number, note) for number in asking}
+    try:
+        yield first
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ import torch
 
 from lit_gpt.config import Config
 from lit_gpt.errors import reading
-from lit_gpt.files import atomic_write, read_json
+from lit_gpt.files import read_json, write_text
 from lit_gpt.hf_config import MULTIMODAL
 from lit_gpt.prompts import CHAT
 from lit_gpt.tokenizer import Tokenizer
@@ -151,6 +151,5 @@ def write_card(staging: Path, out_dir: Path, *, head: str, about: str, notes: li
         return
     lists = notes, [f"{program}: `{line}`" for program, line in load.items()]
     notes, commands = ("\n".join(f"- {line}" for line in lines) for lines in lists)
-    with atomic_write(staging / "README.md") as temporary:
-        text = CARD.format(head=head, title=out_dir.resolve().name, about=about, notes=notes, commands=commands)
-        temporary.write_text(text, encoding="utf-8")
+    title = out_dir.resolve().name
+    write_text(staging / "README.md", CARD.format(head=head, title=title, about=about, notes=notes, commands=commands))

@@ -4,20 +4,25 @@
 - `encode(text)` gives what transformers' `AutoTokenizer(text)` gives, the BOS token included or not. Two exceptions:
   SentencePiece text that begins with a space keeps it (transformers 5 drops it), so that decoding gives the text back;
   and a BOS that `tokenizer_config.json` asks for is added beside a tokenizer.json too (as transformers 4 does).
-- A conversation is rendered by the model's own chat template, see templates.py.
+- A conversation is rendered by the model's own chat template. A template is code from the internet: it runs in Jinja's
+  immutable sandbox, with the helpers that transformers gives it
+  (https://huggingface.co/docs/transformers/chat_templating), and can reach nothing else.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.files import write_json
-from lit_gpt.templates import compile_template
 from lit_gpt.tokenizer_files import TokenizerFiles, encode_behind
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
@@ -64,22 +69,19 @@ class Tokenizer:
             self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Return the ids of a text.
 
         Args:
             text: any text; special tokens written in it become their ids.
             bos: put BOS in front; None does what the model's own tokenizer does.
-            eos: put EOS at the end.
 
         Raises:
-            ValueError: a BOS or EOS is asked for that the tokenizer does not have.
+            ValueError: a BOS is asked for that the tokenizer does not have.
         """
         head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
-        tail = tail + [self.eos_id] * eos
-        if None in head + tail:
-            name = "BOS" if None in head else "EOS"
-            raise UserError(f"the tokenizer of {self.dir} has no {name} token; name one in tokenizer_config.json")
+        if None in head:
+            raise UserError(f"the tokenizer of {self.dir} has no BOS token; name one in tokenizer_config.json")
         (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
         return head + ids + tail
 
@@ -208,6 +210,41 @@ class Tokenizer:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
+
+
+# ---------------------------------------------------------------------------------------------------- chat templates
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, with which templates mark the assistant's text: renders its body."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
+    # Jinja's own filter escapes HTML characters, which the models have never seen
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+@lru_cache(maxsize=8)
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a chat template.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the source is no template.
+    """
+    extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(source)
 
 
 @lru_cache(maxsize=1000)

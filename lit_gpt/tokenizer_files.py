@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UserError, reading
 from lit_gpt.files import read_json
 
 NAMES = (
@@ -96,10 +96,8 @@ class JsonVocabulary:
         from tokenizers import Tokenizer as HFTokenizer
 
         self.path, self.default_ids = path, {}
-        try:
+        with reading(path):
             self.processor = HFTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise UserError(f"{path} is corrupt or not a tokenizer ({error}); get the file again") from error
         # What a file says of cutting and padding is meant for batches of its author
         self.processor.no_truncation()
         self.processor.no_padding()
@@ -146,16 +144,8 @@ class SentencePieceVocabulary:
         from sentencepiece import SentencePieceProcessor
 
         self.path = path
-        try:
+        with reading(path):
             self.processor = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            what = "is corrupt or not a SentencePiece model; get the file again"
-            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:200]):
-                what = (
-                    "is a tiktoken vocabulary (Meta's own files of Llama 3), which lacks the special tokens; get the "
-                    "tokenizer.json of the model's Hugging Face repository into the folder"
-                )
-            raise UserError(f"{path} {what}") from error
         defaults = {name: getattr(self.processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
         self.default_ids = {name: i for name, i in defaults.items() if i >= 0}
         self.pieces = self.processor.get_piece_size()

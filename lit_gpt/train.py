@@ -98,7 +98,7 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
             trainer.set_up()
             trainer.begin(checkpoint)
             if trainer.train():
-                with run_folder.StopSignal():  # nothing stops a run that is done while its result is written
+                with run_folder.stop_signal():  # nothing stops a run that is done while its result is written
                     trainer.finish()
 
 
@@ -275,7 +275,7 @@ class Trainer:
         Return True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.train_args, self.plan.n_steps
-        with run_folder.StopSignal() as stop:
+        with run_folder.stop_signal() as stop:
             if position.step == 0:
                 with nullcontext() if self.settings.init_from else adapters_off(self.model):
                     position.first_losses = position.last_losses = self.validate()
@@ -291,7 +291,7 @@ class Trainer:
                     improved = options.patience is not None and self.compare_with_best()
                 if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
                     self.show_sample(self.tokenizer)
-                reason = self.reason_to_leave(stop)
+                reason = self.reason_to_leave(stop.received)
                 due = options.save_interval and position.step % options.save_interval == 0
                 if due or improved or reason is not None:
                     with self.clock("seconds"):
@@ -431,9 +431,9 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, stop: run_folder.StopSignal) -> int | None:
+    def reason_to_leave(self, received: int) -> int | None:
         """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
-        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+        asked = torch.tensor([received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
         return received or (0 if over else None)
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,11 +42,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """A key in the metadata of a PEFT folder's tensors, ours alone: the style of prompts."""
 ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
-NOTES = {
-    "peft": ["`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"],
-    "lora": ["it computes the same function, exactly in fp32; PEFT loads it as any LoRA"],
-}
-"""Sentences of the folder's page."""
+"""The beginning of the folder's page, and a note on it."""
+NOTES = {"peft": "`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"}
+NOTES |= {"lora": "it computes the same function, exactly in fp32; PEFT loads it as any LoRA"}
 ROOT = "base_model.model."
 """PEFT begins all names in its files so."""
 
@@ -72,7 +70,7 @@ def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, 
             head = "library_name: peft" + ("" if Path(base).is_absolute() else f"\nbase_model: {json.dumps(base)}")
             about = f"{ABOUT[to]} of {base}, made of {adapter_path.name}."
             load = {"PEFT": "AutoPeftModelForCausalLM.from_pretrained('.')"}
-            write_card(staging, out_dir, head=head, about=about, notes=NOTES[to], load=load)
+            write_card(staging, out_dir, head=head, about=about, notes=[NOTES[to]], load=load)
     print(f"{adapter_path} -> {out_dir}")
 
 
@@ -146,20 +144,15 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
 
     if not ((folder / CONFIG).is_file() and (folder / TENSORS).is_file()):
         raise UserError(f"{folder} is no PEFT folder: it needs {CONFIG} and {TENSORS}")
-    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt"):
-        pass  # its header is whole
+    with reading(folder / TENSORS), safe_open(folder / TENSORS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        style = (file.metadata() or {}).get(STYLE) or None
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
         kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
         if kind != "ETHER":
             raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
-        config = EtherPeftConfig.from_pretrained(folder)
-    try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            return config, tensors, (file.metadata() or {}).get(STYLE) or None
-    except SafetensorError as error:
-        raise UserError(f"{folder / TENSORS} is damaged ({error}); get it, or make it, again") from error
+        return EtherPeftConfig.from_pretrained(folder), tensors, style
 
 
 def base_name(base: Path) -> str:

@@ -12,9 +12,7 @@ tokenizer's files, config.json and generation_config.json that the folder has al
 
 import json
 import re
-import shutil
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from typing import Any, Literal
 import gguf
 import numpy
 import torch
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
@@ -31,8 +30,8 @@ from lit_gpt.checkpoint import CONFIG, TOKENIZERS, WEIGHTS
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import map_or_read, prepare_out_dir, read_json, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_layout, parameter_shapes, write_lit
+from lit_gpt.files import prepare_out_dir, settled_folder, staged_dir, write_json
+from lit_gpt.hf import hf_layout, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
@@ -47,8 +46,6 @@ SIZES = {"max_position_embeddings": "context_length", "hidden_size": "embedding_
 ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-# Kinds of token in tokenizer.ggml.token_type: all but the first and the last two are matched before the text is split.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
@@ -91,9 +88,6 @@ def setup(
         files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
         if "tokenizer.json" not in kept:
             files |= tokenizer_files(words, config, gguf_path)
-    path = checkpoint_dir / "config.json"
-    if path.name in kept and parameter_shapes(Config.from_hf(read_json(path))) != parameter_shapes(config):
-        print(f"note: {path} is kept, and describes a model of other sizes; --overwrite true replaces it")
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
@@ -113,11 +107,6 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: one line that names the file.
     """
-
-    def read_copy(part: Path) -> gguf.GGUFReader:
-        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays after its name has gone
-            return gguf.GGUFReader(shutil.copyfile(part, Path(folder) / part.name))
-
     split = SPLIT_NAME.search(path.name)
     count = int(split[1]) if split else 1
     parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
@@ -126,15 +115,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
     metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
-        try:
-            reader = map_or_read(partial(gguf.GGUFReader, part), partial(read_copy, part))
+        with reading(part):
+            reader = gguf.GGUFReader(part)
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
             tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:  # NumPy's, of a short file
-            raise UserError(f"{part} is not a GGUF file, or cut short ({error}); get it again") from error
-    if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
-        what = f"part {metadata.get('split.no', 0) + 1} of {metadata.get('split.count')} of a model"
-        raise UserError(f"{path} is {what}; give all parts their names again (NAME-00001-of-00003.gguf, ...)")
     return metadata, tensors
 
 
@@ -239,14 +223,12 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     kind, pre, types = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.token_type", [])
     tokens = words.get("ggml.tokens", [])
     # llama.cpp fills up the rows that stand for no token with [PAD151669] and so on
-    unused = {f"[PAD{index}]" for index, type_ in enumerate(types) if type_ == UNUSED}
+    unused = {f"[PAD{index}]" for index, type_ in enumerate(types) if type_ == TokenType.UNUSED}
     vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
     if kind == "llama":
         tokenizer = sentencepiece_tokenizer(words, vocabulary)
     elif kind == "gpt2" and pre in PRE_TOKENIZERS:
         merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
-        if not vocabulary.keys() >= {part for pair in merges for part in (*pair, "".join(pair))}:
-            raise UserError(f"{path}: it merges tokens that its vocabulary lacks; get the file again")
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
         tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
         if pre == "qwen2":
@@ -254,7 +236,9 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     else:
         what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
         raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
-    matched = [(t, k != USER_DEFINED) for t, k in zip(tokens, types, strict=False) if UNKNOWN <= k <= USER_DEFINED]
+    # Matched before the text is split, and special but for the last kind.
+    kinds = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+    matched = [(token, kind != kinds[-1]) for token, kind in zip(tokens, types, strict=False) if kind in kinds]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
     named = {name: tokens[index] for name, index in special_ids(words).items()}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
@@ -278,8 +262,9 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
     makes one is a merge.
     """
     scores, types, merges = words["ggml.scores"], words["ggml.token_type"], []
-    for piece in sorted(vocabulary, key=lambda piece: -scores[vocabulary[piece]]):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if types[vocabulary[piece]] == NORMAL]
+    normal = [piece for piece, index in vocabulary.items() if types[index] == TokenType.NORMAL]
+    for piece in sorted(normal, key=lambda piece: -scores[vocabulary[piece]]):
+        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
         merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
     unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load, load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -66,8 +67,6 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
     """
     again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
-    if not checkpoint_dir.is_dir():
-        raise FileNotFoundError(f"{checkpoint_dir} is not a folder; {again}")
     if not (checkpoint_dir / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
@@ -101,13 +100,8 @@ def read_weights(path: Path) -> State:
         ValueError: the file is corrupt or truncated.
     """
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load, load_file
-
-        try:
+        with reading(path, "download it again"):
             return map_or_read(lambda: load_file(path), lambda: load(path.read_bytes()))
-        except SafetensorError as error:
-            raise UserError(f"{path} is corrupt or truncated ({error}); download it again") from error
     state = load_state(path)
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):

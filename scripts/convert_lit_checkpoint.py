@@ -9,7 +9,6 @@ Face checkpoint there and back gives the same tensors, bit for bit.
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.checkpoint import (
-    CONFIG,
-    PROMPT_STYLE,
-    WEIGHTS,
-    check_checkpoint_dir,
-    copy_side_files,
-    load_config,
-    load_prompt_style,
-    load_state,
-    side_files,
-    stream_safetensors,
-)
+from lit_gpt import checkpoint
 from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import reading
@@ -54,13 +42,13 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         out_dir: the folder to write.
         overwrite: replace a model that is already in out_dir.
     """
-    check_checkpoint_dir(checkpoint_dir)
-    names = ["config.json", *side_files(checkpoint_dir)]
+    checkpoint.check_checkpoint_dir(checkpoint_dir)
+    names = ["config.json", *checkpoint.side_files(checkpoint_dir)]
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
-    config, path = load_config(checkpoint_dir), checkpoint_dir / "config.json"
+    config, path = checkpoint.load_config(checkpoint_dir), checkpoint_dir / "config.json"
     described = text_config(read_json(path), config.name) if path.is_file() else None
-    weights = load_state(checkpoint_dir / WEIGHTS)
-    with reading(checkpoint_dir / WEIGHTS):
+    weights = checkpoint.load_state(checkpoint_dir / checkpoint.WEIGHTS)
+    with reading(checkpoint_dir / checkpoint.WEIGHTS):
         if described is not None:
             theirs = Config.from_hf(described, name=config.name)
             weights = cut_padding(weights, config.vocab_size, theirs.vocab_size)
@@ -68,19 +56,18 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
         if config.tie_embeddings or shared:
             config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
-    hf_weights, make = lit_to_hf(weights, config)
+    (hf_weights, make), dtype = lit_to_hf(weights, config), weights[EMBEDDING].dtype
     with staged_dir(out_dir, overwrite) as staging:
-        copy_side_files(checkpoint_dir, staging)
-        (staging / CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
-        write_json(staging / "config.json", config_json(described, hf_weights, config, checkpoint_dir))
-        style = load_prompt_style(staging) if (staging / PROMPT_STYLE).is_file() else None  # of finetuned models
+        checkpoint.copy_side_files(checkpoint_dir, staging)
+        (staging / checkpoint.CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
+        write_json(staging / "config.json", config_json(described, dtype, config, checkpoint_dir))
+        is_finetuned = (staging / checkpoint.PROMPT_STYLE).is_file()
+        style = checkpoint.load_prompt_style(staging) if is_finetuned else None
         if style:
             list_answer_end(staging, style)
-        notes = serving_notes(staging, style, main_dtype(hf_weights))
+        notes = serving_notes(staging, style, dtype)
         if style:
-            about = (
-                f"{config.name}, finetuned with prompt style {style}. The weights are exactly those that were saved."
-            )
+            about = f"{config.name}, finetuned with prompt style {style}. Weights are exactly those that were saved."
             load = commands(MODEL, folder=Path())
             write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
@@ -107,25 +94,16 @@ def cut_padding(weights: State, used: int, rows: int) -> State:
     return {key: t[:rows] if key in (HEAD, EMBEDDING, "lm_head.bias") else t for key, t in weights.items()}
 
 
-def config_json(described: dict[str, Any] | None, weights: State, config: Config, folder: Path) -> dict[str, Any]:
-    """Return the config.json with what merging may have changed: tied embeddings and the type most weights have.
+def config_json(described: dict[str, Any] | None, dtype: torch.dtype, config: Config, folder: Path) -> dict[str, Any]:
+    """Return the config.json with what merging may have changed: tied embeddings and the weights' type.
 
     A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
     """
     if described is None:
         generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
         described = config.to_hf() | {key: generation[key] for key in SPECIAL_IDS if key in generation}
-    dtype = str(main_dtype(weights)).removeprefix("torch.")
     dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
-    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: dtype}
-
-
-def main_dtype(weights: State) -> torch.dtype:
-    """Return the type that most of the weights have."""
-    sizes = Counter()
-    for tensor in weights.values():
-        sizes[tensor.dtype] += tensor.numel()
-    return sizes.most_common(1)[0][0]
+    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: str(dtype).removeprefix("torch.")}
 
 
 def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: Path) -> None:
@@ -133,7 +111,7 @@ def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: P
     check_space(folder, sum(tensor.nbytes for tensor in weights.values()))
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
-        stream_safetensors({key: weights[key] for key in keys}, make, folder / name)
+        checkpoint.stream_safetensors({key: weights[key] for key in keys}, make, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -10,13 +10,10 @@ weights, one after the other, are appended to a part file here, and huggingface_
 """
 
 import difflib
-import errno
 import fnmatch
 import json
 import os
 import re
-import socket
-import ssl
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from lit_gpt.cli import Secret, main
+from lit_gpt.cli import Secret, main, one_line
 from lit_gpt.config import KNOWN_MODELS, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import TEMPORARY, Progress, check_space
@@ -114,11 +111,11 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, hf_hub_url, snapshot_download
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, RuntimeError, errors.HFValidationError, json.JSONDecodeError, *transport)
+    failures = (OSError, errors.HFValidationError, json.JSONDecodeError, *transport)
     try:
         info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
         here = options | {"revision": info.sha}  # all files of one commit
@@ -126,7 +123,10 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
         names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
         if not tokenizer_only:
             origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
-            refuse_unsupported(repo_id, origins, **here)
+            with tempfile.TemporaryDirectory() as aside:  # fetched alone: what cannot be converted leaves nothing
+                described = Path(hf_hub_download(repo_id, "config.json", local_dir=aside, **here)).read_bytes()
+            with reading(f"config.json of {repo_id}"):
+                check_supported(json.loads(described), " made of ".join([repo_id, *origins]))
         folder.mkdir(parents=True, exist_ok=True)
         large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
         parts = {part_file(file, folder): file for file in large}
@@ -135,17 +135,9 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
             fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
         snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
     except failures as error:
-        raise OSError(explanation(error, repo_id, folder, **options)) from error
-
-
-def refuse_unsupported(repo_id: str, origins: list[str], **options: Any) -> None:
-    """Raise where the repo's config.json, which is fetched alone and not kept, tells of what cannot be converted."""
-    from huggingface_hub import hf_hub_download
-
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(hf_hub_download(repo_id, "config.json", local_dir=folder, **options)).read_bytes()
-    with reading(f"config.json of {repo_id}"):
-        check_supported(json.loads(text), " made of ".join([repo_id, *origins]))
+        if getattr(error, "errno", None):  # the disk's or the network's, which says all by itself
+            raise
+        raise OSError(explanation(error, repo_id, folder, has_token=bool(options["token"]))) from error
 
 
 def part_file(file: Any, folder: Path) -> Path:
@@ -169,37 +161,22 @@ def fetch_rest(part: Path, file: Any, url: str, token: str | None) -> None:
     part.replace(part.with_name(file.rfilename))
 
 
-def explanation(error: Exception, repo_id: str, folder: Path, *, token: str | None, revision: str | None) -> str:
-    """Return one line on what went wrong and what to do."""
+def explanation(error: Exception, repo_id: str, folder: Path, *, has_token: bool) -> str:
+    """Return one line on what went wrong, mostly in huggingface_hub's words, and what to do."""
     from huggingface_hub import errors
 
-    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-    unreachable = (None, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-    said, kind = " ".join(str(error).split()), type(error).__name__
-    again, kept = "run the command again", "(what is there is kept)"
-    if isinstance(error, OSError) and not isinstance(error, network) and error.errno not in unreachable:
-        advice = f"clear that up, or choose another --checkpoint_dir, and {again} {kept}"
-        return f"cannot write {error.filename or folder}: {error.strerror}; {advice}"
-    access = "your token has no access" if token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
-    private = "" if token else " (or it is private: give --access_token=<HF_TOKEN>)"
-    status = getattr(getattr(error, "response", None), "status_code", "no answer")
-    reason = "the access token is not valid, or may not read this" if status in (401, 403) else "try again later"
-    hub, convert = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "scripts/convert_hf_checkpoint.py"
-    by_hand = f"or copy the files of {hub}/{repo_id} into {folder} by hand and go on with: "
-    by_hand += command(convert, checkpoint_dir=folder)
-    lines = {
-        errors.GatedRepoError: f"{repo_id} is gated: accept its licence on its page on the Hub; {access}",
-        errors.RepositoryNotFoundError: f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}",
-        errors.RevisionNotFoundError: f"{repo_id} has no revision {revision}",
-        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set, so the Hub is not asked: unset it, {by_hand}",
-        errors.HfHubHTTPError: f"the Hub refused {repo_id} (HTTP {status}): {reason}, {by_hand}",
-        errors.HFValidationError: f"{repo_id} is no name that the Hub gives ({said})",
-        ValueError: f"what answers is not the Hub ({said}): check the network, and HF_ENDPOINT, {by_hand}",
-        # hf_xet's, which moves large files in chunks.
-        RuntimeError: f"the transfer failed ({said}): {again} with HF_HUB_DISABLE_XET=1 {kept}, {by_hand}",
-        Exception: f"the Hub could not be reached ({kind}): check the network and {again} {kept}, {by_hand}",
-    }
-    return next(line for one, line in lines.items() if isinstance(error, one))
+    if isinstance(error, errors.GatedRepoError):
+        access = "your token has no access" if has_token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
+        return f"{repo_id} is gated: accept its licence on its page on the Hub; {access}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        private = "" if has_token else " (or it is private: give --access_token=<HF_TOKEN>)"
+        return f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return (
+        f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): clear that up and run the "
+        f"command again (what is there is kept), or copy the files into {folder} by hand and go on with: "
+        + command("scripts/convert_hf_checkpoint.py", checkpoint_dir=folder)
+    )
 
 
 if __name__ == "__main__":

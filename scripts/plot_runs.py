@@ -18,12 +18,6 @@ from lit_gpt.files import refuse_existing
 from lit_gpt.plots import compare_runs, points_of
 from lit_gpt.report import METRICS, read_metrics
 
-LABELS = {
-    "val_response_loss": "validation loss, responses (nats per token)",
-    "val_loss": "validation loss, all target tokens (nats per token)",
-    "loss": "training loss of each step (nats per token)",
-}
-
 
 def setup(
     *, runs: list[str], out: str = "compare.png", column: str = "val_response_loss", overwrite: bool = False
@@ -36,26 +30,17 @@ def setup(
         column: What to draw, a column of metrics.csv: val_response_loss, val_loss, loss, grad_norm or learning_rate.
         overwrite: Replace a picture that is there.
     """
-    if not runs:
-        raise UserError("--runs names no run folder")
     refuse_existing([Path(out)], overwrite)
     curves = {}
-    for name, folder in labels([Path(folder) for folder in runs]).items():
-        curves[name] = points_of(read_metrics(folder / METRICS), column)
-        if not curves[name]:
-            raise UserError(f"{folder / METRICS} has no {column} yet; let the run reach one, or give another --column")
-    compare_runs(out, curves, ylabel=LABELS.get(column, column))
+    for folder in runs:
+        path = Path(folder) / METRICS
+        curves[folder] = points_of(read_metrics(path), column)
+        if not curves[folder]:
+            raise UserError(f"{path} has no {column} yet; let the run reach one, or give another --column")
+    compare_runs(out, curves, ylabel=column + " (nats per token)" * ("loss" in column))
     for name, points in sorted(curves.items(), key=lambda item: (math.isnan(item[1][-1][1]), item[1][-1][1])):
         print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
     print(f"wrote {out}")
-
-
-def labels(folders: list[Path]) -> dict[str, Path]:
-    """Return folders by name; by path where two have the same name."""
-    names = [folder.resolve().name for folder in folders]
-    return {
-        name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
-    }
 
 
 def as_flag(args: list[str]) -> list[str]:

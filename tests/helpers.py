@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -25,17 +26,19 @@ import hf_models
 import pytest
 import torch
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT, Config, encoding
 from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
 from lit_gpt.batches import Batching
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
-from lit_gpt.data import Sample, prepare
+from lit_gpt.data import Sample, length, prepare
+from lit_gpt.errors import UserError
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.loss import IGNORE_INDEX
+from lit_gpt.rows import BadRows
 from scripts import convert_hf_checkpoint, export_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,6 +263,26 @@ def assert_same_step(one, other) -> None:
     assert other[0] == pytest.approx(one[0], rel=1e-5)
     for name, gradient in one[1].items():
         assert (other[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def encode_rows(
+    tokenizer, rows, *, style: str, mask_inputs: bool, max_seq_length: int | None = None
+) -> encoding.Samples:
+    """Return the samples of numbered rows; raise what is wrong with them."""
+    rows = iter(rows)
+    first, problems = next(rows), BadRows("data")
+    samples = encoding.Samples(max_seq_length, learn_all=not mask_inputs and "messages" not in first[1])
+    encoding.encode_rows(tokenizer, chain([first], rows), style=style, samples=samples, problems=problems)
+    if problems.rows:
+        raise UserError(str(problems))
+    return samples
+
+
+def save_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write samples as `prepare` does."""
+    columns = {name: torch.cat([sample[name] for sample in samples]) for name in encoding.NAMES}
+    save_state(columns | {"lengths": torch.tensor(list(map(length, samples)))}, path)
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
 from lit_gpt.kernels import BACKWARD, FORWARD, _plan
-from lit_gpt.reflections import _try_kernels, reflect, reflect_plus, use_form
+from lit_gpt.reflections import _try_kernels, reflect, use_form
 
 SIZES = [(2, 2), (150, 2), (3, 7), (2, 33), (5, 64), (1, 128), (1, 344), (2, 1000), (1, 4096)]
 """Blocks n of size b: 2 to 4096, powers of two and not, more than one group of blocks, a group that is not full."""
@@ -47,7 +47,7 @@ def options(n: int, b: int, dtype: torch.dtype, *, centered: bool, dropped: bool
 def fused(x: torch.Tensor, *vectors: torch.Tensor, **given) -> torch.Tensor:
     """R x by the kernels: ETHER's of one vector, ETHER+'s of two."""
     with use_form("triton"):
-        y = (reflect if len(vectors) == 1 else reflect_plus)(x, *vectors, **given)
+        y = reflect(x, *vectors, **given)
     assert "Fused" in y.grad_fn.name()
     return y
 
@@ -63,8 +63,7 @@ def check(tensors: list[torch.Tensor], *, save_output: bool, **given: torch.Tens
     ours = results(fused(*tensors, save_output=save_output, **given), tensors, grad)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     given = {name: None if t is None else t.double() for name, t in given.items()}
-    definition = reflect if len(tensors) == 2 else reflect_plus
-    theirs = results(definition(*wide, **given), wide, grad.double())
+    theirs = results(reflect(*wide, **given), wide, grad.double())
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).abs().max() <= PRECISION[tensors[0].dtype] * other.abs().max()
 
@@ -113,7 +112,7 @@ def test_inputs_that_are_not_contiguous():
     vectors = [wide[1::2].clone().requires_grad_(), wide.T[:, :2].reshape(6, 2).T.clone().requires_grad_()]
     for view in (weight.T.unflatten(-1, (2, 6)), weight.T[::2].unflatten(-1, (2, 6)), weight.T[:8].view(2, 4, 2, 6)):
         pairs = []
-        for function in (fused, reflect_plus):
+        for function in (fused, reflect):
             y = function(view, vectors[0], vectors[1].T.contiguous().T, **given)
             pairs.append([y, *torch.autograd.grad(y.sum(), [weight, *vectors])])
         for one, other in zip(*pairs, strict=True):
@@ -169,7 +168,7 @@ def test_compiled_without_a_graph_break_and_under_checkpointing():
     x, u, v = inputs(2, 6, torch.float32, vectors=2)
 
     def step(x, u, v):
-        x = checkpoint(lambda x: reflect_plus(x.sin(), u, v, save_output=True), x, use_reentrant=False)
+        x = checkpoint(lambda x: reflect(x.sin(), u, v, save_output=True), x, use_reentrant=False)
         return reflect(x, v).square().sum()
 
     with use_form("triton"):

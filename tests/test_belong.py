@@ -80,12 +80,13 @@ def test_ids_without_a_row_are_named_when_data_are_prepared_and_before_training(
 
 
 def test_chat_names_a_token_without_a_row(small):
-    from chat.base import answer
+    from chat.base import Conversation
     from lit_gpt.checkpoint import load_model
     from lit_gpt.tokenizer import Tokenizer
 
     with pytest.raises(ValueError, match=r"<\|im_end\|> is id 401: the model has 400 rows"):
-        answer(load_model(small), Tokenizer(small), "the <|im_end|>", style="plain")
+        talk = Conversation(load_model(small), Tokenizer(small), "plain", sampling={"max_new_tokens": 9})
+        talk.ask("the <|im_end|>")
 
 
 def test_validation_data_of_another_tokenizer_or_style_are_refused(base, small, tmp_path, capsys):

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model, write_folder
+from helpers import encode_rows, tiny_model, write_folder
 
-from chat.base import Conversation, answer, encode, setup
+from chat.base import Conversation, encode, setup
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import save_adapter
 from lit_gpt.batches import collate
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_prompt_style
 from lit_gpt.cli import main
-from lit_gpt.encoding import encode_rows
 from lit_gpt.ether import EtherConfig, add_ether
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.prompts import alpaca
@@ -85,12 +84,12 @@ def test_a_model_trained_on_messages_ends_its_turn_and_carries_the_conversation(
     talk = Conversation(load_model(trained_dir), tokenizer, "chat", sampling=sampling)
     pieces: list[str] = []
     first = talk.ask(TALK[0]["content"], pieces.append)
-    assert (first.text, first.end) == (TALK[1]["content"], "done")
+    assert (first.text, first.end) == (TALK[1]["content"], "")
     assert "".join(pieces) == first.text and len(pieces) > 5
     computed: list[int] = []
     talk.model.transformer.wte.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].size(1)))
     second = talk.ask(TALK[2]["content"], pieces.append)
-    assert (second.text, second.end) == (TALK[3]["content"], "done")
+    assert (second.text, second.end) == (TALK[3]["content"], "")
     assert talk.turns == TALK
     whole = tokenizer.render_chat(TALK[:3], add_generation_prompt=True)
     assert TALK[0]["content"] in whole and TALK[1]["content"] in whole
@@ -100,26 +99,27 @@ def test_a_model_trained_on_messages_ends_its_turn_and_carries_the_conversation(
     assert sum(computed[-third.tokens - 1 :]) < second.prompt_tokens
     del talk.turns[-2:]
     # without the first turn the model does not know the second: it was the conversation that told it
-    alone = answer(talk.model, tokenizer, TALK[2]["content"], **sampling)
+    alone = Conversation(talk.model, tokenizer, "chat", sampling=sampling).ask(TALK[2]["content"])
     assert alone.text != second.text
 
 
 def test_answer_says_why_it_ended(trained_dir, endless_dir):
     model, tokenizer = load_model(trained_dir), Tokenizer(trained_dir)
-    reply = answer(model, tokenizer, TALK[0]["content"], max_new_tokens=3)
-    assert (reply.tokens, reply.end) == (3, "length") and TALK[1]["content"].startswith(reply.text)
+    reply = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": 3}).ask(TALK[0]["content"])
+    assert (reply.tokens, reply.end) == (3, "cut at --max_new_tokens") and TALK[1]["content"].startswith(reply.text)
     assert "--max_new_tokens" in reply.summary() and "tokens/s" in reply.summary()
     model = load_model(endless_dir)
     model.config.block_size = 80
-    reply = answer(model, tokenizer, "Hi", style="plain", max_new_tokens=500)
-    assert reply.end == "context" and reply.tokens + reply.prompt_tokens == 80
+    talk = Conversation(model, tokenizer, "plain", sampling={"max_new_tokens": 500})
+    reply = talk.ask("Hi")
+    assert reply.end == "cut where the model's context ends" and reply.tokens + reply.prompt_tokens == 80
 
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
 
-    reply = answer(model, tokenizer, "Hi", style="plain", write=interrupt)
-    assert reply.end == "interrupted" and reply.tokens >= 1
-    assert model.transformer.h[0].attn.kv_cache is None
+    stopped = talk.ask("Hi", write=interrupt)
+    assert stopped.end == "interrupted" and stopped.tokens >= 1
+    assert talk.ask("Hi").text == reply.text, "the model was not given back as it was"
 
 
 def test_a_prompt_style_keeps_no_conversation(trained_dir):
@@ -179,7 +179,7 @@ def test_a_later_turn_is_asked_with_the_ids_that_its_training_row_has(spm_dir, t
     model.lm_head = Parrot()
     model.lm_head.n = 0
     talk = Conversation(model, tokenizer, "chat", sampling={"max_new_tokens": end - begin + 1, "temperature": 0.0})
-    assert talk.ask(TALK[0]["content"], lambda piece: None).end == "done"
+    assert talk.ask(TALK[0]["content"], lambda piece: None).end == ""
     assert talk.turns == messages[:2]
     asked = [*talk.turns, TALK[2]]
     assert encode(tokenizer, "chat", asked) == ids[: learned.index(True, end)]
@@ -279,7 +279,7 @@ def test_each_mistake_is_one_line_and_ends_with_an_error(trained_dir, spm_dir, t
         ("Hi", ("--checkpoint_dir", tmp_path / "odd"), "unknown prompt style 'odd'"),
         ("Hi", ("--checkpoint_dir", plain_dir, "--prompt_style", "chat"), "has no chat template"),
         ("Hi", (*ok, "--prompt_style", "alpaca", "--system", "Be kind"), "--system needs --prompt_style chat"),
-        ("Hi", (*ok, "--precision", "fp8", "--top_p", "2"), "--precision fp8 .*; top_p must be"),
+        ("Hi", (*ok, "--top_p", "2", "--top_k", "0"), "top_k must be .*; top_p must be"),
         ("river " * 400, ok, r"the prompt has \d+ tokens, the model's context holds 256"),
         (" \n", ok, "stdin is empty"),
     ):

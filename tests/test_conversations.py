@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
+from helpers import encode_rows
 
-from lit_gpt.conversations import AS_WRITTEN, LEFT_OUT
-from lit_gpt.encoding import SEVERAL, encode_rows
+from lit_gpt.encoding import AS_WRITTEN, LEFT_OUT, SEVERAL
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.tokenizer import Tokenizer

@@ -12,17 +12,17 @@ import urllib.request
 
 import pytest
 import torch
-from helpers import sample_text
+from helpers import encode_rows, sample_text, save_samples
 
 from lit_gpt.batches import add_response_targets
 from lit_gpt.batches import collate as make_batch
 from lit_gpt.cli import main
-from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config, save_split
-from lit_gpt.encoding import Samples, encode_rows
+from lit_gpt.data import draw, load_split, mark_masked, prepare, read_data_config
+from lit_gpt.encoding import Samples
 from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import encode_prompt, render_prompt
-from lit_gpt.rows import read_rows
+from lit_gpt.rows import BadRows, read_rows
 from lit_gpt.tokenizer import Tokenizer
 from scripts import prepare_alpaca, prepare_dolly, prepare_json
 
@@ -83,8 +83,12 @@ def failure(capsys, script, *flags):
 
 
 def read(path, *args):
-    """The rows of a file, all of them good."""
-    return [row for _, row in read_rows(path, *args)]
+    """The rows of a file; raises what is wrong with any."""
+    problems = BadRows(path)
+    rows = [row for _, row in read_rows(problems, *args)]
+    if problems.rows:
+        raise UserError(str(problems))
+    return rows
 
 
 def encode(tokenizer, rows, **options):
@@ -448,7 +452,7 @@ def test_a_batch_is_padded_to_its_longest_and_its_targets_are_shifted():
 
 def test_samples_survive_the_file(bpe_dir, tmp_path):
     samples = encode(Tokenizer(bpe_dir), many_rows(20), style="alpaca", mask_inputs=True)
-    save_split(samples, tmp_path / "train.pt")
+    save_samples(samples, tmp_path / "train.pt")
     loaded = load_split(tmp_path / "train.pt")
     assert len(loaded) == 20
     for ours, read in zip(samples, loaded, strict=True):
@@ -467,7 +471,7 @@ def test_what_is_no_prepared_data_is_refused(bpe_dir, tmp_path):
         torch.save(content, tmp_path / "train.pt")
         with pytest.raises(ValueError, match=r"train.pt does not hold prepared data; make it with"):
             load_split(tmp_path / "train.pt")
-    save_split(encode(Tokenizer(bpe_dir), ROWS, style="alpaca", mask_inputs=True), tmp_path / "train.pt")
+    save_samples(encode(Tokenizer(bpe_dir), ROWS, style="alpaca", mask_inputs=True), tmp_path / "train.pt")
     (tmp_path / "train.pt").write_bytes((tmp_path / "train.pt").read_bytes()[:700])
     with pytest.raises(ValueError, match=r"train.pt is corrupt"):
         load_split(tmp_path / "train.pt")

@@ -255,13 +255,11 @@ def test_the_length_of_the_phi_figures_is_the_papers():
         (["--model_name", "pythia-14m", "--checkpoint_dir", "x"], "give --model_name NAME"),
         (["--model_name", "gpt-5"], "not a known model"),
         (["--checkpoint_dir", "nowhere"], "nowhere is not a folder"),
-        (
-            ["--model_name", "pythia-14m", "--seq_length", "4096", "--rounds", "0"],
-            "rounds 0: expected 1 or more; --seq",
-        ),
-        (["--model_name", "pythia-14m", "--targets", "[q]"], "expected some of query, key"),
+        (["--model_name", "pythia-14m", "--seq_length", "4096"], "--seq_length 4096: pythia-14m takes at most 2048"),
+        (["--model_name", "pythia-14m", "--rounds", "0"], '"rounds": Not of type PositiveInt: 0'),
+        (["--model_name", "pythia-14m", "--targets", "[q]"], "'mlp', 'head']. Got value: q"),
         (["--model_name", "pythia-14m", "--blocks", "[0]"], "must be at least 1, got 0"),
-        (["--model_name", "pythia-14m", "--precision", "fp8"], "choices: 32-true"),
+        (["--model_name", "pythia-14m", "--precision", "fp8"], "Got value: fp8"),
         (["--model_name", "Llama-2-70b-hf", "--time", "true"], "time fewer layers"),
     ],
 )

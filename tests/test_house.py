@@ -215,13 +215,6 @@ def test_a_character_that_the_output_lacks_ends_nothing(tmp_path):
     assert done.stderr == b"error: ?no?\n"
 
 
-def test_an_argument_that_is_no_text_is_one_line():
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_json.py"), b"--data_file_path=d\xe9.json"]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
-    assert done.returncode == 2 and b"Traceback" not in done.stderr
-    assert done.stderr.startswith(rb"error: argument --data_file_path=d\xe9.json is not valid utf-8"), done.stderr
-
-
 def test_missing_ensurepip_is_told_in_one_line(bare_machine):
     done = bare_machine('case "$*" in *ensurepip*) exit 1 ;; *) exit 0 ;; esac')
     assert done.returncode != 0

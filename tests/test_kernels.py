@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_gpt import reflections
-from lit_gpt.reflections import reflect_plus, use_form
+from lit_gpt.reflections import reflect, use_form
 
 triton = pytest.importorskip("triton", reason="Triton has no package for this platform")
 
@@ -88,6 +88,6 @@ def raise_error(text: str):
 def test_on_a_cpu_products_are_taken_and_nothing_is_said(capsys):
     x, u, v = torch.randn(4, 2, 6), torch.randn(2, 6), torch.randn(2, 6)
     with use_form("products"):
-        products = reflect_plus(x, u, v)
-    assert torch.equal(reflect_plus(x, u, v), products)
+        products = reflect(x, u, v)
+    assert torch.equal(reflect(x, u, v), products)
     assert capsys.readouterr().err == ""

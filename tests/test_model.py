@@ -89,6 +89,32 @@ def test_packed_samples_have_the_logits_of_each_alone(pair):
         torch.testing.assert_close(logits, ours(sample))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("held", [0, 7])
+def test_branches_of_a_tree_have_the_logits_of_each_path_alone(pair, held):
+    """Trunks go on from what the cache holds, which stays; longer paths than windows, a trunk of nothing, of one."""
+    _, ours = pair
+    trees = [(8, [5, 1, 9]), (0, [4, 2]), (1, [3, 3]), (16, []), (1, [])]
+    before, row = prompts(1, held), prompts(1, sum(trunk + sum(branches) for trunk, branches in trees))
+    if held:
+        ours.set_kv_cache(1, held)
+        ours.hidden(before, input_pos=0)
+    found = ours.logits(ours.hidden(row, input_pos=held or None, trees=trees))
+    again = ours.logits(ours.hidden(row, input_pos=held or None, trees=trees))
+    ours.clear_kv_cache()
+    assert torch.equal(found, again)
+    offset = 0
+    for trunk, branches in trees:
+        ids, logits, fork = row[:, offset:], found[:, offset:], trunk
+        for length in branches or [0]:
+            path = torch.cat([before, ids[:, :trunk], ids[:, fork : fork + length]], dim=1)
+            alone = ours(path)[:, held:]
+            own = torch.cat([logits[:, :trunk], logits[:, fork : fork + length]], dim=1)
+            torch.testing.assert_close(own, alone, atol=1e-4, rtol=1e-4)  # another order of summation
+            fork += length
+        offset += trunk + sum(branches)
+
+
 ONE_OF_EACH = [*{kind: case for case, (kind, _) in reversed(CASES.items())}.values()]
 
 

@@ -106,7 +106,7 @@ def test_runs_are_compared_in_one_picture(tmp_path, capsys):
     picture = tmp_path / "compare.png"
     main(script("scripts/plot_runs.py"), ["--runs", json.dumps([*map(str, folders)]), "--out", str(picture)])
     told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told[:3]] == ["b", str(folders[0]), str(folders[2])]
+    assert [line.split()[0] for line in told[:3]] == [str(folders[i]) for i in (1, 0, 2)]
     assert told[0].endswith("3.0000 -> 1.5000 at step 10")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

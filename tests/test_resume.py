@@ -17,6 +17,7 @@ from helpers import (
     losses_of,
     refusal,
     same_result,
+    save_samples,
     script,
     train,
     two_processes,
@@ -28,22 +29,22 @@ from helpers import (
 from lit_gpt import train as train_module
 from lit_gpt.checkpoint import load_model, load_state, save_state
 from lit_gpt.cli import main
-from lit_gpt.data import load_split, save_split
+from lit_gpt.data import load_split
 from lit_gpt.files import file_sha256, read_json, write_json
 from lit_gpt.run_folder import (
     REPEATED,
-    StopSignal,
     check_same_run,
     checkpoint_folders,
     environment,
     find_damage,
     flatten,
     locked,
+    stop_signal,
 )
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
-LONG += ["--eval.interval", "7"]
+LONG += ["--eval.interval", "7", "--deterministic", str(torch.cuda.is_available()).lower()]
 
 
 def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int]:
@@ -96,15 +97,15 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(work, whole, tmp_path, numb
 
 def test_one_request_to_end_may_come_as_several_signals():
     """torchrun passes on what its processes have got themselves; SLURM sends SIGUSR1, and SIGTERM later."""
-    with StopSignal() as stop:
+    with stop_signal() as stop:
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.received == signal.SIGUSR1
     child = os.fork()
     if child == 0:
-        with StopSignal() as stop:
+        with stop_signal() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-            stop._since -= REPEATED
+            stop.at -= REPEATED
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
@@ -113,7 +114,7 @@ def test_one_request_to_end_may_come_as_several_signals():
 def test_under_nohup_the_end_of_the_terminal_is_not_a_request(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopSignal() as stop:
+        with stop_signal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.received
     finally:
@@ -226,7 +227,7 @@ def test_a_resumed_run_refuses_other_data_and_another_base(work, tmp_path, capsy
     for file in (work / "data").iterdir():
         (data / file.name).write_bytes(file.read_bytes())
     same = ["--io.train_data_dir", str(data), "--resume", "true"]
-    save_split(load_split(work / "data" / "train.pt")[1:], data / "train.pt")
+    save_samples(load_split(work / "data" / "train.pt")[1:], data / "train.pt")
     name, arguments = command(work, "ether", out, *same)
     assert "train.pt was" in refusal(capsys, name, arguments)
     other = write_base(tmp_path / "other", bpe_dir, n_embd=64)

@@ -255,7 +255,7 @@ def test_sentencepieces_own_bos_and_eos_come_before_config_json(tmp_path):
     tokenizer = Tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
     assert tokenizer.eos_ids == tokenizer.stop_ids == {2}
-    assert tokenizer.encode("<s></s>", eos=True) == [1, 2, 2]
+    assert tokenizer.encode("<s></s>") == [1, 2]
 
 
 @pytest.mark.parametrize("asks", [True, False, None])
@@ -272,12 +272,6 @@ def test_files_that_give_a_token_two_ids_are_refused(bpe_dir, tmp_path):
     shutil.copytree(bpe_dir, tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "added_tokens.json", **{"<|a|>": 405})
     with pytest.raises(ValueError, match=r"gives the token <\|a\|> the id 400, .*added_tokens.json says 405"):
-        Tokenizer(tmp_path)
-
-
-def test_a_tiktoken_file_is_called_what_it_is(tmp_path):
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(ValueError, match=r"tokenizer.model is a tiktoken vocabulary .*tokenizer.json"):
         Tokenizer(tmp_path)
 
 
@@ -301,10 +295,9 @@ def test_a_sentencepiece_json_that_prepends_a_space_goes_on_without_it(tmp_path,
     assert ours.encode_batch(["the"]) != ours.encode_batch(["the"], continues=True)
 
 
-def test_bos_and_eos_are_added_when_asked(spm_dir, neox_dir):
+def test_bos_is_added_when_asked(spm_dir, neox_dir):
     tokenizer = Tokenizer(spm_dir)
     bare = tokenizer.encode("the", bos=False)
-    assert tokenizer.encode("the", eos=True) == [1, *bare, 2]
     assert tokenizer.encode("the", bos=True) == tokenizer.encode("the") == [1, *bare]
     assert Tokenizer(neox_dir).encode("the", bos=True)[0] == 0
 
@@ -322,8 +315,8 @@ def test_stop_ids_hold_every_end_that_the_files_and_the_vocabulary_name(llama_3_
 def test_special_ids_come_from_the_models_files_where_the_tokenizers_name_none(bpe_dir, tmp_path):
     shutil.copy(bpe_dir / "tokenizer.json", tmp_path)
     assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (None, None)
-    with pytest.raises(ValueError, match="has no EOS token"):
-        Tokenizer(tmp_path).encode("the", eos=True)
+    with pytest.raises(ValueError, match="has no BOS token"):
+        Tokenizer(tmp_path).encode("the", bos=True)
     edit_json(tmp_path / "generation_config.json", eos_token_id=[2, 0], bos_token_id=1)
     assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (1, 2)
     edit_json(tmp_path / "special_tokens_map.json", eos_token={"content": "<|endoftext|>", "lstrip": False})
@@ -430,10 +423,10 @@ def test_corrupt_json_is_named(bpe_dir, tmp_path, name):
 
 def test_corrupt_sentencepiece_is_named(spm_dir, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"tokenizer.model is corrupt"):
+    with pytest.raises(ValueError, match=r"tokenizer.model does not hold what it should"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"tokenizer.model is corrupt"):
+    with pytest.raises(ValueError, match=r"tokenizer.model does not hold what it should"):
         Tokenizer(tmp_path)
 
 

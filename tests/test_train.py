@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, command, losses_of, refusal, script, train, write_base
+from helpers import ROOT, command, losses_of, refusal, save_samples, script, train, write_base
 
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
 from lit_gpt.batches import Batching, n_targets, sample_order
 from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
-from lit_gpt.data import load_split, save_split
+from lit_gpt.data import load_split
 from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.reflections import use_form
 from lit_gpt.train import Position, Trainer, learning_rate
@@ -29,13 +29,14 @@ from lit_gpt.train import Position, Trainer, learning_rate
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 def test_out_of_memory_is_one_line(work, tmp_path):
     """In a process of its own, whose address space ends a little above what it has when the run starts."""
     name, arguments = command(work, "etherplusHH", tmp_path / "run", "--train.global_batch_size", "2048")
     arguments += ["--train.micro_batch_size", "2048"]
     data = load_split(work / "data" / "train.pt")
     shutil.copytree(work / "data", tmp_path / "data")
-    save_split(data * 60, tmp_path / "data" / "train.pt")
+    save_samples(data * 60, tmp_path / "data" / "train.pt")
     limit = (
         "import resource, sys; import lit_gpt.launch, lit_gpt.train; from helpers import main, script;"
         "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
@@ -275,7 +276,7 @@ def poisoned(work, bpe_dir) -> tuple[list[str], int]:
     save_state(state, base / "lit_model.pth")
     shutil.copytree(work / "data", work / "poisoned_data")
     samples[row]["input_ids"][0] = unused
-    save_split(samples, work / "poisoned_data" / "train.pt")
+    save_samples(samples, work / "poisoned_data" / "train.pt")
     return ["--io.checkpoint_dir", str(base), "--io.train_data_dir", str(work / "poisoned_data")], row
 
 
@@ -367,7 +368,6 @@ def test_samples_and_checkpoints_leave_the_result_as_it_is(work, tmp_path, capsy
         assert losses_of(tmp_path / "plain", "val_loss") == losses_of(tmp_path / name, "val_loss")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 def test_a_logger_that_is_not_installed_is_told_before_anything_is_loaded(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
