@@ -177,7 +177,9 @@ def read_prompts() -> Iterator[str]:
         while True:
             text = input(PROMPT)
             while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
-                text += "\n" + input()
+                if not (line := sys.stdin.readline()):  # the paste ended there
+                    break
+                text += "\n" + line.rstrip("\n")
             if text.strip():
                 yield text
     print()

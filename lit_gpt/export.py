@@ -13,6 +13,7 @@ Notable choices:
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,8 @@ def export_adapter(
         export = factorise(layers, config, weights)
     except UserError as error:
         raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
+    if not math.isfinite(export.update):
+        raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
     served = hf_folder(checkpoint_dir)
     on_hub = hub_name(checkpoint_dir) if served == checkpoint_dir else None
     base, limits = on_hub or os.path.abspath(served), lora_limits(config, export.rank, head="lm_head" in export.ranks)

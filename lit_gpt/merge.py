@@ -195,6 +195,9 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
 
     Returns:
         The largest difference; the same relative to the largest logit; the mean KL divergence per token, in nats.
+
+    Raises:
+        ValueError: logits are not finite.
     """
     idx = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T)
     hidden = unmerged.hidden(idx), merged.hidden(idx)  # all rows at once: each weight is read once
@@ -204,6 +207,8 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
             model.logits(states[index, : len(row)]).double()  # (t, V)
             for model, states in zip((unmerged, merged), hidden, strict=True)
         )
+        if not (is_finite(p) and is_finite(q)):
+            raise UserError("verification gives logits that are not finite; the merged model was not kept")
         gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()

@@ -1,5 +1,6 @@
 """Merging through the scripts' own setup: bit for bit what the whole model in memory gives, bounded, and safe."""
 
+import copy
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import file_size_limit, refusal, script, write_base
+from helpers import file_size_limit, refusal, script, tiny_model, write_base
 from torch import nn
 
 from lit_gpt import GPT, Config
@@ -24,7 +25,7 @@ from lit_gpt.devices import PRECISIONS
 from lit_gpt.ether import METHODS, EtherConfig
 from lit_gpt.files import write_json
 from lit_gpt.lora import LoraConfig
-from lit_gpt.merge import PROBE
+from lit_gpt.merge import PROBE, compare_logits
 from lit_gpt.tokenizer import Tokenizer
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -382,3 +383,13 @@ def test_memory_does_not_grow_with_the_model(bpe_dir, tmp_path, config):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"grew by (\S+) MB", done.stdout).group(1)) < 100
+
+
+def test_logits_that_are_not_finite_are_no_difference_of_zero():
+    """The largest of zero and NaN is zero: a broken model would be reported as exact."""
+    model, rows = tiny_model().eval(), [torch.arange(5)]
+    broken = copy.deepcopy(model)
+    broken.transformer.h[0].mlp.proj.weight.data[0, 0] = torch.inf
+    assert compare_logits(model, model, rows)[0] == 0
+    with pytest.raises(ValueError, match="not finite"):
+        compare_logits(model, broken, rows)
