@@ -233,14 +233,14 @@ def test_a_sharded_base_trains_as_a_whole_one(work, tmp_path):
         assert two == pytest.approx(one, rel=1e-5), column
 
 
+@mock.patch.dict(os.environ)  # sharding starts a group of processes, and says so there
 def test_what_cannot_be_sharded_is_refused(work, tmp_path, capsys):
     base = ["--io.train_data_dir", str(work / "data"), "--io.out_dir", str(tmp_path / "run"), "--strategy"]
     told = "\"strategy\": Expected a typing.Literal['auto', 'ddp', 'fsdp']. Got value: zero"
     assert told in refusal(capsys, "finetune/ether.py", [*base, "zero"])
     assert "shards a frozen base" in refusal(capsys, "finetune/full.py", [*base, "fsdp"])
     more = ["fsdp", "--quantize", "bnb.nf4", "--train.monitor", "true"]
-    with mock.patch.dict(os.environ):  # sharding starts a group of processes, and says so there
-        line = refusal(capsys, "finetune/ether.py", [*base, *more])
+    line = refusal(capsys, "finetune/ether.py", [*base, *more])
     assert "cannot shard a quantized base" in line and "--train.monitor needs whole weights" in line
 
 
