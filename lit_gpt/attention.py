@@ -7,7 +7,6 @@ To ``torch.compile`` both are one operator: a block has no graph break, and is n
 Shapes: B batch, T tokens, H query heads, G key/value groups, S head size.
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
@@ -25,7 +23,8 @@ from lit_gpt.errors import UserError
 # strides, forward and backward, in 50 to 500 ms each; lengths that vary, packed ones above all, are always new.
 # Flash attention takes any length at once.
 torch.backends.cuda.enable_cudnn_sdp(False)
-HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.12 on
+HAS_GQA = torch.__version__ >= (2, 12)
+"""PyTorch's attention of packed samples takes keys and values that several query heads share."""
 
 Lengths = Sequence[int] | None
 """Of samples, one after another."""
@@ -120,6 +119,9 @@ class Packing:
         """Return the causal attention inside each sample, (1, H, T, S), of q (1, H, T, S), k and v (1, G, T, S)."""
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
+            # Here: it imports the compiler, which would double the time that a script takes to start.
+            from torch.nn.attention.varlen import varlen_attn
+
             options: dict[str, Any] = {"enable_gqa": True} if HAS_GQA else {}
             if not HAS_GQA:  # every query head gets a copy of its group's keys and values
                 k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))

@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_gpt.errors import UserError
 
-if TYPE_CHECKING:  # chat and evaluation start without it: it takes seconds, and brings torchmetrics and transformers
+if TYPE_CHECKING:  # what does not train starts without it: it takes seconds, brings torchmetrics and transformers
     from lightning.fabric import Fabric
 
 T = TypeVar("T")
@@ -113,6 +112,8 @@ def warn_of_slow_products(precision: str, device: torch.device) -> None:
 # --------------------------------------------------------------------------------------------------------- sharding
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard what is frozen; copy the rest to this process's device, to which sharding moves its own alone."""
+    from torch.distributed.fsdp import fully_shard  # here: with what it brings, a fifth of a script's start
+
     replicated = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in replicated:
         parameter.data = parameter.to(mesh.device_type)
@@ -124,6 +125,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, embedding and head can be used outside of ``forward``, which collects their shards otherwise."""
+    from torch.distributed.fsdp import FSDPModule
+
     if not isinstance(model, FSDPModule):
         yield
         return

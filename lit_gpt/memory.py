@@ -9,9 +9,9 @@ counted, so that a process on a CPU takes more.
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_gpt.adapter_files import make_trainable
@@ -21,6 +21,13 @@ from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.model import GPT, LLaMAMoE
 from lit_gpt.quantize import quantization_saves
 from lit_gpt.settings import Plan
+
+if TYPE_CHECKING:  # see devices.py
+    from lightning.fabric import Fabric
+
+
+_counted: dict[str, tuple[GPT, int]] = {}
+"""A model without data and the bytes that its step works with, by all they follow from: a sweep has few such cases."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Memory:
         return f"{known} {total} GiB (frozen {parts[0]}, trained {parts[1]}, working {parts[2]})"
 
 
-def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: Fabric) -> Memory | None:
+def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], *, fabric: "Fabric") -> Memory | None:
     """Return what a run needs in one process.
 
     Args:
@@ -63,21 +70,23 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
     """
     base = meta_model(plan.config, weights_dtype(plan.settings.precision, mixed=True))
     idx, targets, lengths = batch
-    n_losses = int((targets != IGNORE_INDEX).sum())
-    accumulates = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
+    step = dict(lengths=lengths, n_losses=int((targets != IGNORE_INDEX).sum()))
+    step["accumulates"] = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
+    checkpointing, precision = plan.settings.train.activation_checkpointing, plan.settings.precision
+    facts = repr((plan.config, plan.settings.adapter, precision, checkpointing, idx.shape, step, fabric.device))
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, like those of live_bytes.py
 
         # Without a fallback: it would run an operator that needs data on real zeros of the same size.
         with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
-            model = share_weights(base, fabric.device)
-            make_trainable(model, plan.settings.adapter)
-            model.activation_checkpointing = plan.settings.train.activation_checkpointing
-            spread_evenly(model)
-            idx = torch.zeros(idx.shape, dtype=torch.long)
-            working = working_bytes(
-                model.train(), idx, lengths=lengths, n_losses=n_losses, accumulates=accumulates, fabric=fabric
-            )
+            if facts not in _counted:
+                model = share_weights(base, fabric.device)
+                make_trainable(model, plan.settings.adapter)
+                model.activation_checkpointing = checkpointing
+                spread_evenly(model)
+                idx = torch.zeros(idx.shape, dtype=torch.long)
+                _counted[facts] = model, working_bytes(model.train(), idx, fabric=fabric, **step)
+        model, working = _counted[facts]
     except (ImportError, RuntimeError) as error:  # what fake tensors raise are RuntimeErrors
         fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
         return None
@@ -88,7 +97,7 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
 
 
 def working_bytes(
-    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: Fabric
+    model: GPT, idx: Tensor, *, lengths: list[int] | None, n_losses: int, accumulates: bool, fabric: "Fabric"
 ) -> int:
     """Return the peak of a step on fake tensors, above weights, gradients and moments.
 
@@ -131,7 +140,7 @@ def frozen_bytes(model: GPT, n_shards: int) -> int:
     return total // n_shards + total - sum(blocks) + 2 * max(blocks)
 
 
-def remedies(plan: Plan, *, fabric: Fabric) -> str:
+def remedies(plan: Plan, *, fabric: "Fabric") -> str:
     """Return in words what takes less memory than this run does; what changes nothing else comes first."""
     settings, train = plan.settings, plan.settings.train
     same = ["lower --train.micro_batch_size"] if train.micro_batch_size > 1 else []

@@ -67,10 +67,14 @@ def _function(x: Tensor) -> type[torch.autograd.Function]:
     return _Reflection
 
 
-@torch.compiler.assume_constant_result  # Dynamo would ignore the cache below and trace into what it keeps
 def _kernels_run_on(device: torch.device) -> bool:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return (device.type == "cuda" or interpreted) and _try_kernels(device)
+
+
+# Dynamo would ignore the cache below and trace into what it keeps. All that ``torch.compiler.assume_constant_result``
+# does is this, but it imports the compiler first: every script would take a second longer to start.
+_kernels_run_on._dynamo_marked_constant = True
 
 
 @cache

@@ -11,10 +11,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from lit_gpt import monitor
@@ -22,6 +21,9 @@ from lit_gpt.errors import UserError
 from lit_gpt.files import write_json, write_text
 from lit_gpt.plots import draw_losses
 from lit_gpt.run_folder import LOSS_CURVE, METRICS, MONITOR, SUMMARY, TENSORBOARD
+
+if TYPE_CHECKING:  # see devices.py
+    from lightning.fabric.loggers import Logger
 
 COLUMNS = (
     "step", "samples", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "val_loss", "val_response_loss",
@@ -166,7 +168,7 @@ def check_logger(package: str) -> None:
         raise UserError(f"--io.{package} true cannot import {package} ({error}): pip install {package}") from error
 
 
-def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step: int) -> list[Logger]:
+def open_loggers(run_dir: Path, wanted: Mapping[str, Any], *, run_id: str, step: int) -> "list[Logger]":
     """Return the loggers that were asked for; after a resume they go on behind ``step``.
 
     Raises:

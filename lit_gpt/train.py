@@ -20,10 +20,10 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from lit_gpt import run_folder
 from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
@@ -35,7 +35,6 @@ from lit_gpt.devices import average_gradients, gather, is_sharded, share_start, 
 from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
-from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import estimate_memory, remedies, share_weights
 from lit_gpt.model import GPT
@@ -44,6 +43,9 @@ from lit_gpt.quantize import describe_size, load_base, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
 from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
+
+if TYPE_CHECKING:  # see devices.py
+    from lightning.fabric import Fabric
 
 
 class Diverged(UserError):
@@ -64,6 +66,8 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
             written then.
         SystemExit: 128 plus the signal's number, after a signal and the checkpoint that it asked for.
     """
+    from lit_gpt.launch import check_alike, check_compiler, check_launch, launch_fabric  # here: Lightning comes along
+
     started = time.perf_counter()
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU refuse to be so
@@ -99,7 +103,7 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
 
 
 # --------------------------------------------------------------------------------------- before the first step
-def make_batching(plan: Plan, fabric: Fabric) -> Batching:
+def make_batching(plan: Plan, fabric: "Fabric") -> Batching:
     """Return how this process cuts samples into passes."""
     train = plan.settings.train
     compiles_each_size = fabric.device.type == "cpu" and plan.settings.precision != "32-true"  # see ``loss.MULTIPLE``
@@ -175,7 +179,7 @@ STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
-    def __init__(self, fabric: Fabric, plan: Plan, *, deadline: float, base: GPT | None = None) -> None:
+    def __init__(self, fabric: "Fabric", plan: Plan, *, deadline: float, base: GPT | None = None) -> None:
         self.fabric, self.plan, self.deadline, self.base = fabric, plan, deadline, base
         self.settings, self.train_args = plan.settings, plan.settings.train
         self.batching = make_batching(plan, fabric)

@@ -227,10 +227,10 @@ def dense(method: str, vectors: list[torch.Tensor]) -> torch.Tensor:
     return {"ether": lambda: eye - 2 * outer[0], "etherplus": plus, "etherplusHH": plus}[method]()
 
 
-def etherplus_model(**overrides) -> GPT:
-    """Return a tiny model with two-sided ETHER+ on every Linear, its head included."""
+def etherplus_model(*, targets: Sequence[str] = TARGETS, **overrides) -> GPT:
+    """Return a tiny model with two-sided ETHER+ on every Linear, its head included, or on the targets given."""
     model = tiny_model(**overrides)
-    add_ether(model, EtherConfig(Htype="etherplusHH", nb=2, **dict.fromkeys(TARGETS, True)))
+    add_ether(model, EtherConfig(Htype="etherplusHH", nb=2, **{target: target in targets for target in TARGETS}))
     mark_only_adapter_as_trainable(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -406,7 +406,7 @@ def same_result(one: Path, other: Path) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- runs in processes
 PROCESSES = multiprocessing.get_context("forkserver")  # a fresh process in a moment: the imports are done in the server
-PROCESSES.set_forkserver_preload(["lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
+PROCESSES.set_forkserver_preload(["lit_gpt.launch", "lit_gpt.train", "lit_gpt.cli", "matplotlib.figure"])
 
 
 class Training:

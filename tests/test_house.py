@@ -100,11 +100,13 @@ def test_script_has_a_setup_and_explains_every_flag(path, capsys):
 
 @pytest.mark.parametrize("script", ["finetune/ether.py", "scripts/merge_ether.py", "eval/lm_eval_harness.py"])
 def test_script_starts_from_any_folder_without_pythonpath(script, tmp_path):
+    """And without what would make every start take three times as long: PyTorch's compiler, and Lightning."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported and not imported & {"torch._dynamo", "lightning", "transformers"}
     assert "--checkpoint_dir" in done.stdout or "--io.checkpoint_dir" in done.stdout
 
 

@@ -9,7 +9,7 @@ from helpers import ARCHITECTURES, train, write_base
 from lightning.fabric import Fabric
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT, Config, memory
 from lit_gpt.checkpoint import load_model, meta_model
 from lit_gpt.ether import EtherConfig, add_ether, mark_only_ether_as_trainable
 from lit_gpt.live_bytes import LiveBytes
@@ -177,6 +177,7 @@ def test_a_run_tells_estimate_and_measure(work, tmp_path, capsys):
 
 def test_without_pytorchs_private_names_there_is_no_estimate_and_training_goes_on(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lit_gpt.live_bytes", None)  # the module that imports them
+    monkeypatch.setattr(memory, "_counted", {})
     summary = train(work, "ether", tmp_path / "run")
     assert "memory: no estimate (import of lit_gpt.live_bytes halted" in capsys.readouterr().out
     assert summary["estimated_memory_bytes"] is None and summary["val_loss_after"] > 0

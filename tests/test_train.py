@@ -29,6 +29,29 @@ from lit_gpt.train import Position, Trainer, learning_rate
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_out_of_memory_is_one_line(work, tmp_path):
+    """In a process of its own, whose address space ends a little above what it has when the run starts."""
+    name, arguments = command(work, "etherplusHH", tmp_path / "run", "--train.global_batch_size", "2048")
+    arguments += ["--train.micro_batch_size", "2048"]
+    data = load_split(work / "data" / "train.pt")
+    shutil.copytree(work / "data", tmp_path / "data")
+    save_samples(data * 60, tmp_path / "data" / "train.pt")
+    limit = (
+        "import resource, sys; import lit_gpt.launch, lit_gpt.train; from helpers import main, script;"
+        "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(script(sys.argv[1]), sys.argv[2:])"
+    )
+    arguments += ["--io.train_data_dir", str(tmp_path / "data")]
+    folders = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", limit, name, *arguments], capture_output=True, text=True, env={**os.environ, **folders}
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: out of memory with micro-batches of 2048 samples of up to")
+    assert "lower --train.micro_batch_size" in last
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_saves_and_merges_to_the_same_logits(work, tmp_path, method):
     summary = train(work, method, tmp_path / "run", "--seed", "1")
@@ -343,29 +366,6 @@ def test_samples_and_checkpoints_leave_the_result_as_it_is(work, tmp_path, capsy
     for name in ("shown", "asked"):
         assert all(torch.equal(plain[n], tensor) for n, tensor in adapter_of(tmp_path / name).items())
         assert losses_of(tmp_path / "plain", "val_loss") == losses_of(tmp_path / name, "val_loss")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
-def test_out_of_memory_is_one_line(work, tmp_path):
-    """In a process of its own, whose address space ends a little above what it has when the run starts."""
-    name, arguments = command(work, "etherplusHH", tmp_path / "run", "--train.global_batch_size", "2048")
-    arguments += ["--train.micro_batch_size", "2048"]
-    data = load_split(work / "data" / "train.pt")
-    shutil.copytree(work / "data", tmp_path / "data")
-    save_samples(data * 60, tmp_path / "data" / "train.pt")
-    limit = (
-        "import resource, sys; import lit_gpt.train; from helpers import main, script;"
-        "size = 4096 * int(open('/proc/self/statm').read().split()[0]) + 2**27;"
-        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main(script(sys.argv[1]), sys.argv[2:])"
-    )
-    arguments += ["--io.train_data_dir", str(tmp_path / "data")]
-    folders = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", limit, name, *arguments], capture_output=True, text=True, env={**os.environ, **folders}
-    )
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: out of memory with micro-batches of 2048 samples of up to")
-    assert "lower --train.micro_batch_size" in last
 
 
 def test_a_logger_that_is_not_installed_is_told_before_anything_is_loaded(work, tmp_path, capsys, monkeypatch):
