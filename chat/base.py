@@ -176,10 +176,9 @@ def read_prompts() -> Iterator[str]:
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             text = input(PROMPT)
-            while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
-                if not (line := sys.stdin.readline()):  # the paste ended there
-                    break
-                text += "\n" + line.rstrip("\n")
+            with suppress(EOFError):  # it may end within a paste
+                while text.strip() and select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+                    text += "\n" + input()  # not sys.stdin's, which would keep lines for itself, and knows no readline
             if text.strip():
                 yield text
     print()

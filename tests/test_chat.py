@@ -357,16 +357,18 @@ def test_two_turns_in_a_terminal_then_ctrl_c_at_the_prompt(trained_dir):
 
 def test_pasted_lines_are_one_prompt(endless_dir):
     """At a terminal without bracketed paste (as this one), where the lines come one by one, and with it."""
-    for terminal_name, paste in (("dumb", "one\ntwo\nthree\n"), ("xterm", "\x1b[200~one\ntwo\nthree\x1b[201~\n")):
+    bracketed, seen = "\x1b[200~one\ntwo\nthree\x1b[201~\n", set()
+    for terminal_name, paste in (("dumb", "one\ntwo\nthree\n"), ("xterm", "one\rtwo\rthree\r"), ("xterm", bracketed)):
         terminal = Terminal("--checkpoint_dir", endless_dir, "--max_new_tokens", 5, term=terminal_name)
         terminal.wait_for(">> ")
         time.sleep(0.3)
         terminal.type(paste)
-        terminal.wait_for("tokens/s.*>> ")
+        seen |= {*re.findall(r"prompt: \d+ tokens", terminal.wait_for("tokens/s.*>> "))}
         time.sleep(0.3)
         terminal.type("\x04")
         assert terminal.exit_code() == 0
         assert "tokens/s" not in terminal.seen, "one answer to all three lines"
+    assert len(seen) == 1, "the same prompt, whole"
 
 
 def test_without_the_readline_module_chat_works(endless_dir, tmp_path):
