@@ -175,7 +175,7 @@ def setup(
     if options.get("apply_chat_template") and tokenizer.chat_template is None:
         raise UserError(f"--apply_chat_template: the tokenizer of {checkpoint_dir} has no chat template")
     folders = {name: options.get(name) for name in ("data_dir", "include_path")}
-    tasks = load_tasks(eval_tasks, **folders, run_code=options.get("confirm_run_unsafe_code", False))
+    tasks = load_tasks(eval_tasks, **folders, run_code=bool(options.get("confirm_run_unsafe_code")))
     device, tracker = join_processes(), EvaluationTracker()
     writes = save_filepath and os.environ.get("RANK", "0") == "0"
     lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}

@@ -163,6 +163,8 @@ def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
         summary, moved = read_json(folder / SUMMARY), read_metrics(folder / MONITOR)
         found = {name: summary[its] for name, its in LOSSES.items()}
         found["weight_change"] = fmean(row["weight_change"] for row in moved if row["step"] == moved[-1]["step"])
+    if found["untuned"] is None:
+        raise UserError(f"{folder}: the untuned model has no response loss; are there responses in the held-out rows?")
     return found | {"diverged": found["response_loss"] is None}  # no number, in the last step alone
 
 

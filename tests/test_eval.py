@@ -912,6 +912,7 @@ def test_standard_errors_are_shown_from_30_documents_on_also_of_groups(capsys):
         (["--batch_size", "0"], '"batch_size": .*does not conform to restriction v>0'),
         (["--num_fewshot", "-1"], '"num_fewshot": .*does not conform to restriction v>=0'),
         (["--precision", "fp8"], "\"precision\": .*'32-true', 'bf16-true', '16-true'.*Got value: fp8"),
+        (["--confirm_run_unsafe_code", "maybe"], "\"confirm_run_unsafe_code\": Expected a <class 'bool'>"),
         (["--save_filepath", "."], r" is a folder, and a file of that name is to be written"),
         (["--log_samples", "true"], "--log_samples true: give --save_filepath, too"),
         (["--gen_kwargs", "{num_beams: 4}"], "generation does not know num_beams; it knows do_sample, .*until"),
