@@ -161,6 +161,13 @@ class Config:
             raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
         if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
             raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
+        for key in ROPE_SCALING[kind]:
+            value, each_wave = scaling[key], key in ("short_factor", "long_factor")
+            numbers = value if each_wave and isinstance(value, list) else [value]
+            positive = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers)
+            if not positive or len(numbers) != (n // 2 if each_wave else 1):
+                expected = f"{n // 2} positive numbers" if each_wave else "a positive number"
+                raise UserError(f"{name}: {key} of rope scaling '{kind}' is {value!r:.80}, expected {expected}")
 
     @property
     def layer_kinds(self) -> list[LayerKind]:

@@ -542,7 +542,18 @@ NO_MODEL = [
     *(("rms_norm_eps", value, "norm_eps") for value in (-1, True, float("inf"))),
     *(("rope_theta", value, "rope_base") for value in (0, -1.0, "many")),
     *(("partial_rotary_factor", value, "rotated|rotary_percentage") for value in (-1, 0.0, 0.4, 1.5, float("nan"))),
-    ("rope_scaling", dict(rope_type="linear", factor=None), "factor"),
+    *(("rope_scaling", dict(rope_type="linear", factor=value), "factor") for value in (0, -2.0, "8", [2.0], None)),
+    (
+        "rope_scaling",
+        dict(
+            rope_type="longrope",
+            factor=2.0,
+            short_factor=[1.0] * 4,
+            long_factor=[1.0],
+            original_max_position_embeddings=8,
+        ),
+        "long_factor",
+    ),
     ("rope_scaling", "yarn", "does not hold"),
     ("vocab_size", True, "vocab_size"),
 ]
