@@ -41,9 +41,9 @@ HEAD_ROWS = 512
 """Positions whose logits are in memory at once; a vocabulary of 128k takes 256 MB in fp32."""
 
 WORTH_A_PASS = 256
-"""Tokens that a common beginning has to save: the passes behind it hold its own rows alone, and may be small."""
+"""Tokens that a common beginning has to save before it gets a pass of its own."""
 BRANCHES_TOKENS = 512
-"""Tokens that the branches of a tree may have more than its trunk: attention compares all of them, to hide them."""
+"""Tokens that a tree's branches may have beyond its trunk's: attention computes their masked scores, too."""
 AUTO_ROWS = {"cuda": 64}
 """Rows that ``--batch_size auto`` begins with, else 8: a CPU gains nothing by more."""
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
         self.generator = torch.Generator(self._device).manual_seed(seed)
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        # Every answer to a question is encoded with the question, and behind it
+        # Every answer's question is encoded twice: alone, and with the answer.
         self._encode = lru_cache(maxsize=64)(tokenizer.encode)
         self.n_requests = self.n_truncated = 0
         self.left_out_system = False
@@ -239,7 +239,7 @@ class HarnessModel(TemplateLM):
             try:
                 found = self.run_trees(prefix, batch)
             except (RuntimeError, MemoryError) as error:
-                if not (self.may_halve and out_of_memory(error) and len(batch) + len(batch[0]) > 2):
+                if not (self.may_halve and out_of_memory(error) and (len(batch) > 1 or len(batch[0]) > 1)):
                     raise
                 self.model.clear_kv_cache()
                 if len(batch) > 1:

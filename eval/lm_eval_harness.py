@@ -81,7 +81,7 @@ def evaluate(
         data_dir: read data sets from this folder, laid out like the Hub, instead of from the internet.
         include_path: a folder with the .yaml files of tasks of one's own.
         num_fewshot: examples before each question; by default each task's own number.
-        limit: evaluate only the first so many documents of each task, or below 1 this share of them. For trying out.
+        limit: evaluate only the first documents of each task, this many, or below 1 this share of them. For trying out.
         batch_size: rows computed at once; auto takes many on a GPU, and fewer where memory ends.
         apply_chat_template: ask in the model's chat format, examples as turns.
         system_instruction: stands before each prompt, with the chat format as the system message.
@@ -130,6 +130,8 @@ def print_results(results: dict[str, Any]) -> None:
         }
         if shown:
             print(make_table({**results, column: shown}, column))
+    if any(values["sample_len"] < 30 for values in results["results"].values()):
+        print("a standard error needs 30 documents")
     print(f"{results['requests']} requests in {results['seconds']:.1f} s")
     if results["truncated"]:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
@@ -191,7 +193,8 @@ def setup(
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
             used, limit = f"with {adapter.path}" if adapter else "no adapter", options.get("limit")
-            print(f"{checkpoint_dir}, {used}" + (f", --limit {limit:g}" if limit else ""))
+            used += f" at --strength {strength:g}" if strength != 1 else ""
+            print(f"{checkpoint_dir}, {used}, {precision}" + (f", --limit {limit:g}" if limit else ""))
             print_results(results)
             if save_filepath is not None:
                 save_results(save_filepath, results, tracker, log_samples)

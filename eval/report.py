@@ -310,7 +310,7 @@ def setup(
         strengths: more strengths of the adapters, on --text and held-out rows alone: learning against forgetting.
         data_dir: read the tasks' data from this folder, laid out like the Hub.
         num_fewshot: examples before each question; by default each task's own number.
-        limit: only the first so many documents of each task. For trying out.
+        limit: only the first documents, this many, of each task. For trying out.
         precision: 32-true, bf16-true or 16-true.
         batch_size: rows computed at once.
     """

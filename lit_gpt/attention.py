@@ -29,7 +29,7 @@ HAS_GQA = torch.__version__ >= (2, 12)
 Lengths = Sequence[int] | None
 """Of samples, one after another."""
 Trees = Sequence[tuple[int, Sequence[int]]] | None
-"""Of trees, one after another, the lengths of a trunk and of the branches that go on from it."""
+"""Of trees, one after another: the lengths of a trunk and of the branches that continue it."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0, *, is_causal: bool) -> Tensor:
@@ -55,16 +55,16 @@ def attention_mask(
 ) -> Tensor | None:
     """Return (T, start + T), true where a query may look; None where plain causal attention says the same.
 
-    T are the positions of a trunk from ``start`` on and then of its branches, which do not see one another.
+    T are the positions of a trunk from ``start`` on and then of its branches, if any, which do not see one another.
     """
     fork = start + trunk
     if not branches and (start == 0 or trunk == 1) and (window is None or fork <= window):
         return None
     spans = [(0, fork), *((fork, fork + length) for length in branches)]
-    parts = [torch.arange(*span, device=device) for span in spans]
-    positions = torch.cat(parts)  # (start + T,)
-    part = torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)])  # 0 is the trunk
-    mask = (positions <= positions[start:, None]) & ((part == 0) | (part == part[start:, None]))
+    runs = [torch.arange(*span, device=device) for span in spans]
+    positions = torch.cat(runs)  # (start + T,)
+    branch = torch.cat([torch.full_like(run, number) for number, run in enumerate(runs)])  # 0 in the trunk
+    mask = (positions <= positions[start:, None]) & ((branch == 0) | (branch == branch[start:, None]))
     return mask if window is None else mask & (positions > positions[start:, None] - window)
 
 
@@ -134,9 +134,9 @@ class Packing:
 
 
 class Forest:
-    """Trees, one after another along T: each a trunk and branches that go on from it and do not see one another.
+    """Trees, one after another along T: each a trunk and branches that continue it and do not see one another.
 
-    They say what the answers to a question share with it. All follow the same ``start`` positions of the cache.
+    Evaluation's: a question and its answers. All continue the same ``start`` positions of the cache.
 
     Attributes:
         lengths: of the trees.

@@ -68,11 +68,11 @@ def prepare(
         data_file_path: a .json, .jsonl or .csv file, or the https address of one.
         destination_path: the folder to write.
         checkpoint_dir: the model's folder, whose tokenizer encodes the data.
-        prompt_style: alpaca (the default), plain, or chat (the model's chat template, which messages always take).
+        prompt_style: a name of lit_gpt/prompts.py, alpaca by default; or chat, the model's template, as of messages.
         test_split_fraction: the share of rows that are held out for validation, drawn by seed; 0.04 by default.
         test_data_file_path: a file with the rows to hold out, instead of a drawn share.
         mask_inputs: learn the response alone, not the prompt. Of messages only the assistant's turns are learned.
-        max_seq_length: samples are cut to so many tokens; by default the model's context.
+        max_seq_length: samples are cut to this many tokens; by default the model's context.
         seed: draws the held-out rows.
         overwrite: write into a folder that holds prepared data.
         fields: what the file calls instruction, input and output.

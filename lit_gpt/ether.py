@@ -332,7 +332,7 @@ def set_ether_strength(state: Mapping[str, Tensor], config: EtherConfig, strengt
         return {name: strength * tensor for name, tensor in state.items()}
     if method.tensors == 1:
         raise UserError(
-            f"--strength {strength:g}: an ETHER reflection has no way to the identity; ETHER+, OFT and LoRA have one"
+            f"--strength {strength:g}: plain ETHER cannot be scaled towards the base; ETHER+, OFT and LoRA can"
         )
     changed = dict(state)
     for stem, number, part in (found.groups() for found in map(SECOND_VECTOR.fullmatch, state) if found):

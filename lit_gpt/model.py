@@ -84,8 +84,8 @@ class GPT(nn.Module):
             input_pos: position of ``idx``'s first token; given, keys and values go through the cache.
             lengths: of the samples that are packed, one after another, in ``idx``'s only row; each has positions
                 from 0 and attends to itself alone.
-            trees: lengths of a trunk and its branches, for each of those that are packed in ``idx``'s only row. Each
-                branch goes on from its trunk, and a trunk from the cache's first ``input_pos`` positions, which stay.
+            trees: lengths of a trunk and its branches, for each of those that are packed in ``idx``'s only row; of
+                evaluation. A branch continues its trunk, a trunk the cache's first ``input_pos`` positions, which stay.
         """
         x = self.transformer.wte(idx)  # (B, T, d)
         if self.config.embedding_scale != 1:

@@ -130,8 +130,8 @@ class Reporter:
         for logger in self.loggers:
             logger.log_metrics({name: value for name, value in values.items() if name != "step"}, step=step)
         if "val_loss" in values:
-            losses = f"validation {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
-            self.say(f"step {step}/{self.n_steps}  {losses}")
+            losses = f"{values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
+            self.say(f"step {step}/{self.n_steps}  validation{' of the base' if step == 0 else ''} {losses}")
             return
         speed = values["tokens"] / max(values["seconds"], 1e-9)
         text = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {speed:.0f} tokens/s"

@@ -86,19 +86,19 @@ class TrainArgs:
     activation_checkpointing: bool = False
     """Keep the inputs of the model's blocks alone for the backward pass, which computes the rest again."""
     max_grad_norm: float | None = None
-    """Scale a step's gradient down to this norm where it is longer."""
+    """Clip a step's gradient to this norm."""
     skip_nonfinite: int = 0
-    """Leave out up to so many steps whose loss or gradient is not finite; one more ends the run."""
+    """Skip up to this many steps whose loss or gradient is not finite; one more ends the run."""
     monitor: bool = False
     """Write monitor.csv at validations: |R - I| and angles of the blocks, and how far the weights would move."""
     save_interval: int | None = None
-    """Write a checkpoint, from which --resume true goes on, every so many steps."""
+    """Write a checkpoint, from which --resume true goes on, every N steps."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest ones; and the best one's under --train.patience."""
     patience: int | None = None
     """End after this many validations in a row without a lower response loss, and keep the best step's result."""
     max_time: str | float | None = None
-    """Write a checkpoint and end after so many minutes, or h:m:s; --resume true goes on."""
+    """Write a checkpoint and end after this many minutes, or h:m:s; --resume true goes on."""
 
 
 @dataclass
@@ -106,9 +106,9 @@ class EvalArgs:
     """Validations, besides those before and after training, and answers shown on the way."""
 
     interval: int = 100
-    """Validate every so many steps."""
+    """Validate every N steps."""
     sample_interval: int | None = None
-    """Show an answer, greedily generated, every so many steps; never by default."""
+    """Show an answer, greedily generated, every N steps; never by default."""
     sample_prompt: str | None = None
     """The prompt to answer, rendered in the data's prompt style; the first held-out sample's prompt by default."""
     sample_tokens: int = 64
@@ -297,7 +297,7 @@ def check_values(settings: Settings, problems: Problems) -> None:
     problems.expect(adapter or not train.monitor, "--train.monitor watches an adapter; full finetuning has none")
     if settings.strategy == "fsdp":
         problems.expect(adapter, "--strategy fsdp shards a frozen base; full finetuning has none: take ddp")
-        problems.expect(not train.monitor, "--train.monitor needs whole weights, which --strategy fsdp has nowhere")
+        problems.expect(not train.monitor, "--train.monitor needs whole weights, which --strategy fsdp shards")
         quantized = f"--strategy fsdp cannot shard a quantized base: drop --quantize {settings.quantize}, or take ddp"
         problems.expect(not settings.quantize, quantized)
 

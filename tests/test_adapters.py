@@ -407,7 +407,7 @@ def test_v_turns_in_its_plane_with_u_by_the_share_of_their_angle():
 def test_strength_is_refused_where_it_means_nothing(strength):
     config = EtherConfig("ether", nb=2)
     adapter = AdapterFile(Path("a.pth"), "ether", config, adapter_state(adapted_model("gqa_tied", "ether")), {}, None)
-    with pytest.raises(ValueError, match="an ETHER reflection has no way to the identity; ETHER"):
+    with pytest.raises(ValueError, match="plain ETHER cannot be scaled towards the base; ETHER"):
         set_strength(adapter, strength)
     assert set_strength(adapter, 1.0) is adapter
     for number in (float("nan"), float("inf")):

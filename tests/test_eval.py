@@ -869,7 +869,7 @@ def test_the_script_prints_a_table_and_saves_the_results(checkpoint, data_dir, t
     shown, noise = capfd.readouterr()
     assert "|arc_challenge " in shown
     assert "acc_norm" in shown
-    assert f"{checkpoint}, no adapter, --limit 4\n" in shown
+    assert f"{checkpoint}, no adapter, 32-true, --limit 4\n" in shown
     assert "±" not in shown  # 4 documents tell nothing: equal answers gave 0 ± 0
     assert noise == ""
     saved = json.loads(path.read_text())

@@ -25,7 +25,7 @@ TINY = Config(
     block_size=256, sliding_window=32, qkv_bias=True,
 )  # fmt: skip
 BARS = {"32-true": 2e-5, "bf16-true": 0.05, "16-true": 0.01}
-"""Largest relative error of logits and gradients: some roundings, far below a wrong formula's."""
+"""Largest relative error of logits and gradients: rounding stays below it, a wrong formula does not."""
 EVERY = dict.fromkeys(TARGETS, True)
 WAYS = {"": {}, " published": {"block_layout": "published"}, " flipped": {"flip_side": True}}
 ADAPTERS = {"LoRA": LoraConfig(r=4, **EVERY)} | {
