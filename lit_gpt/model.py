@@ -112,8 +112,7 @@ class GPT(nn.Module):
         spans = samples.spans if samples else [(first, first + x.size(1))]
         if (end := max(end for _, end in spans)) > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
-        local = kind.rope == "local"
-        rope = None if kind.rope == "none" else rope_angles(self.config, spans, **flags, local=local)
+        rope = None if kind.rope == "none" else rope_angles(self.config, spans, **flags, local=kind.rope == "local")
         return rope, mask, start, samples
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
