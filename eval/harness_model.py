@@ -219,7 +219,7 @@ class HarnessModel(TemplateLM):
         try:
             for prefix, trees in groups:
                 self.model.clear_kv_cache()
-                yield from self.in_batches(prefix, sorted(trees, key=longest, reverse=True))
+                yield from self.in_batches(prefix, sorted(trees, key=longest_row, reverse=True))
         finally:
             self.model.clear_kv_cache()
 
@@ -230,7 +230,7 @@ class HarnessModel(TemplateLM):
         """
         start = 0
         while start < len(trees):
-            batch, room = [], self.batch_size * (longest(trees[start]) - len(prefix))
+            batch, room = [], self.batch_size * (longest_row(trees[start]) - len(prefix))
             for tree in islice(trees, start, None):
                 room -= len(tree[0].head) - len(prefix) + sum(len(row.tail) for row in tree)
                 if batch and room < 0:
@@ -332,7 +332,7 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(self.tokenizer.decode(tokens), stop=stops, think_end_token=None)
 
 
-def longest(tree: Tree) -> int:
+def longest_row(tree: Tree) -> int:
     """Return the length of a tree's longest row."""
     return max(len(row.head) + len(row.tail) for row in tree)
 

@@ -183,17 +183,16 @@ def setup(
     lock = {"lock": f"{LOCK}-{save_filepath.name}", "option": "--save_filepath"} if writes else {}
     with locked(save_filepath.parent, **lock) if writes else nullcontext():
         model = load_adapted_model(checkpoint_dir, precision, quantize=quantize, device=device, adapter=adapter)
-        model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
-        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256}
         adapted = adapter and {"path": str(adapter.path), "kind": adapter.kind, **vars(adapter.config)}
-        model_args |= {"adapter": adapted, "fingerprint": fingerprint(model.state_dict())}
+        model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
+        model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, "adapter": adapted}
+        model_args["fingerprint"] = fingerprint(model.state_dict())
         # Beside the model, a seed decides answers that are drawn.
         decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
         cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options.get("seed")})
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
-            used, limit = f"with {adapter.path}" if adapter else "no adapter", options.get("limit")
-            used += f" at --strength {strength:g}" if strength != 1 else ""
+            used, limit = f"{adapter.path}, --strength {strength:g}" if adapter else "no adapter", options.get("limit")
             print(f"{checkpoint_dir}, {used}, {precision}" + (f", --limit {limit:g}" if limit else ""))
             print_results(results)
             if save_filepath is not None:

@@ -85,7 +85,7 @@ class Export:
 def squared_norm(a: Tensor, b: Tensor) -> float:
     """Return |B A|^2 of A (r, in) and B (out, r), without their product: the sum over (B^T B) * (A A^T)."""
     a, b = a.double(), b.double()
-    return max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).item()  # of NaN, NaN; max() would make it zero
 
 
 def export_adapter(
@@ -143,9 +143,8 @@ def export_adapter(
         head = "library_name: peft" + (f"\nbase_model: {json.dumps(on_hub)}" if on_hub else "")
         about = f"{describe(adapter)}, as a LoRA of {base}. It computes the same function."
         write_card(staging, out_dir, head=head, about=about, notes=notes, load=load(base, Path()))
-    print(f"{out_dir}: {adapter.path}, {describe(adapter)}, as a LoRA of {base}", *notes, sep="\n")
-    if limits:
-        print(f"merge: {merge}")
+    advice = [f"merge: {merge}"] if limits else []
+    print(f"{out_dir}: {adapter.path}, {describe(adapter)}, as a LoRA of {base}", *notes, *advice, sep="\n")
     if served != checkpoint_dir:
         print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
     print(*(f"{program}: {line}" for program, line in load(str(served), out_dir).items()), sep="\n")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lit_gpt import Config
 from lit_gpt.adapter import adapter_parameters, merge_adapter_weights
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, open_adapter
-from lit_gpt.checkpoint import load_model, save_prompt_style
+from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_prompt_style, save_state
 from lit_gpt.cli import main
 from lit_gpt.export import Export
 from lit_gpt.files import read_json, write_json
@@ -446,3 +446,16 @@ def test_other_refusals(tmp_path, bpe_dir, capsys):
     torch.save(state, adapter)
     assert "belongs to another base model" in failure(adapter, capsys, out_dir=tmp_path / "other")
     assert {path.name for path in tmp_path.iterdir()} == {"base", adapter.name, out.name}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_update_that_is_not_finite_is_refused(value, tmp_path, bpe_dir, capsys):
+    """The largest of zero and NaN is zero: of a broken base came a LoRA of NaN, and nothing was said."""
+    adapter, weights = make_adapter(tmp_path, "llama", bpe_dir, **BOTH), tmp_path / "base" / "lit_model.pth"
+    base, state = load_state(weights), torch.load(adapter, weights_only=True)
+    base["transformer.h.0.attn.attn.weight"][0] = value
+    save_state(base, weights)
+    state["config"]["base"]["fingerprint"] = fingerprint(base)
+    torch.save(state, adapter)
+    assert "NaN or infinity in the update" in failure(adapter, capsys)
+    assert not (tmp_path / "out").exists()

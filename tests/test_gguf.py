@@ -493,7 +493,7 @@ def test_smollm2_ids_differ_from_those_of_transformers_only_where_it_drops_the_d
 def test_smollm2_logits_on_real_text_equal_those_of_transformers(smollm2, smollm2_models):
     theirs, ours = smollm2_models
     tokenizer = Tokenizer.from_file(str(smollm2[1] / "tokenizer.json"))
-    for text in (*TEXTS.values(), (ROOT / "lit_gpt" / "model.py").read_text(encoding="utf-8")[:1000]):
+    for text in (*TEXTS.values(), (ROOT / "lit_gpt" / "model.py").read_text(encoding="utf-8")[:2000]):
         idx = torch.tensor([tokenizer.encode(text).ids])
         torch.testing.assert_close(ours(idx), theirs(idx).logits)
 
