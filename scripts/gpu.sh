@@ -2,9 +2,11 @@
 # The GPU report: bash scripts/gpu.sh [--short] [--parts PART ...] [--minutes 8] [--out_dir DIR]
 #
 # Checks and measures in at most eight minutes what a GPU does here: bandwidth, training as a user would, training steps
-# of Llama-2-7B, PEFT beside us, kernels, exactness against fp64. Weights are random, nothing is downloaded. Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is;
-# only where none has does it make an environment and install.
-# Results go to a new folder under logs/gpu, named for the time. --short, and a machine without a GPU: the same code on tiny sizes (what CI runs).
+# of Llama-2-7B, PEFT beside us, kernels, exactness against fp64 (with pytest). Weights are random, nothing is downloaded.
+# Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is; only where
+# none has does it make an environment and install.
+# Results go to a new folder under logs/gpu, named for the time. --short, and a machine without a GPU: the same code on
+# tiny sizes (what CI runs).
 set -euo pipefail
 GIVEN="${PYTHON:-}"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
