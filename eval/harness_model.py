@@ -12,9 +12,7 @@ Shapes: B batch, T tokens, d n_embd, V padded vocabulary.
 """
 
 import atexit
-import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -32,7 +30,7 @@ from torch import Tensor
 
 from lit_gpt.devices import choose_device, gather
 from lit_gpt.errors import UserError, out_of_memory
-from lit_gpt.files import Progress
+from lit_gpt.files import Progress, say_once
 from lit_gpt.generate import common_length, generate
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
@@ -56,7 +54,7 @@ Head = tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """A row for the model, ``head + tail``. The states of the tail's tokens are what gets scored."""
+    """A row for the model, ``head + tail``: the states of the tail's tokens predict a continuation as long as it."""
 
     head: Head
     tail: tuple[int, ...]
@@ -93,7 +91,6 @@ class HarnessModel(TemplateLM):
         # Every answer's question is encoded twice: alone, and with the answer.
         self._encode = lru_cache(maxsize=64)(tokenizer.encode)
         self.n_requests = self.n_truncated = 0
-        self.left_out_system = False
 
     # Several processes
 
@@ -151,9 +148,7 @@ class HarnessModel(TemplateLM):
             others = [message for message in messages if message["role"] != "system"]
             if len(others) == len(messages):
                 raise
-            if not self.left_out_system:
-                print(f"note: {error}; it is asked without the system message (the description)", file=sys.stderr)
-            self.left_out_system = True
+            say_once(f"{error}; it is asked without the system message (the description)")
             return self.tokenizer.render_chat(others, **options)
 
     # Log-likelihoods
@@ -184,21 +179,20 @@ class HarnessModel(TemplateLM):
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         rows = self.make_rows(requests)
         with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
-            for row_states in self.run(rows):
-                # The last states of a row predict a request's continuation.
-                wanted = [(states, number) for row, states in row_states for number in row.requests]
-                continuations = [requests[number][2] for _, number in wanted]
-                states = [states[len(states) - len(c) :] for (states, _), c in zip(wanted, continuations, strict=True)]
-                for (_, number), result in zip(wanted, self.score(torch.cat(states), continuations), strict=True):
+            for batch in self.run(rows):
+                numbers = [number for row, _ in batch for number in row.requests]
+                states = torch.cat([states for row, states in batch for _ in row.requests])
+                scores = self.score(states, [requests[number][2] for number in numbers])
+                for number, result in zip(numbers, scores, strict=True):
                     results[number] = result
                     if requests[number][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
-                bar.update(len(wanted))
+                bar.update(len(numbers))
         return results
 
     def make_rows(self, requests: list[tuple[Any, list[int], list[int]]]) -> list[Row]:
         """Return the distinct rows that the requests need, cut on the left to the model's context."""
-        requests_of, tail_length, longest = defaultdict(list), defaultdict(int), self.max_length
+        found, longest = defaultdict(list), self.max_length
         for number, (_, context, continuation) in enumerate(requests):
             context = context or [self.prefix_token_id]  # of blanks alone, which belong to the answer
             if len(continuation) > longest:
@@ -206,66 +200,61 @@ class HarnessModel(TemplateLM):
             # The last token is only predicted; one more than the context holds can be scored
             self.n_truncated += len(context) + len(continuation) > longest + 1
             tokens = tuple(self.checked(context + continuation)[-(longest + 1) : -1])
-            requests_of[tokens].append(number)
-            tail_length[tokens] = max(tail_length[tokens], len(continuation))
-        cuts = {tokens: len(tokens) - length for tokens, length in tail_length.items()}
-        return [Row(tokens[:cut], tokens[cut:], requests_of[tokens]) for tokens, cut in cuts.items()]
+            cut = len(tokens) - len(continuation)
+            found[tokens[:cut], tokens[cut:]].append(number)
+        return [Row(*parts, numbers) for parts, numbers in found.items()]
 
     def run(self, rows: list[Row]) -> Iterator[list[tuple[Row, Tensor]]]:
-        """Yield batches of (row, the states (T, d) of its tail or of more); what rows begin with is computed once."""
+        """Yield batches of (row, the states (T, d) of its tail); what rows begin with is computed once."""
         # Where the angles of all positions depend on how long the text is, nothing can be shared.
-        alone = [Row(row.head + row.tail, (), row.requests) for row in rows if self.stretch(row)]
-        groups = [((), make_trees(alone)), *clusters(make_trees([row for row in rows if not self.stretch(row)]))]
+        alone = [[row] for row in rows if self.stretch(row)]
+        groups = [((), alone), *clusters(make_trees([row for row in rows if not self.stretch(row)]))]
         try:
             for prefix, trees in groups:
                 self.model.clear_kv_cache()
-                yield from self.in_batches(prefix, sorted(trees, key=longest_row, reverse=True))
+                if prefix:
+                    self.model.set_kv_cache(1, len(prefix))
+                    self.model.hidden(self.ids(prefix), input_pos=0)
+                yield from self.in_batches(len(prefix), sorted(trees, key=longest_row, reverse=True))
         finally:
             self.model.clear_kv_cache()
 
-    def in_batches(self, prefix: Head, trees: list[Tree]) -> Iterator[list[tuple[Row, Tensor]]]:
+    def in_batches(self, start: int, trees: list[Tree]) -> Iterator[list[tuple[Row, Tensor]]]:
         """Yield the states of one batch of trees after another; smaller ones where memory ends.
 
-        A batch has no more tokens behind the prefix than ``batch_size`` rows of the longest length would have.
+        A batch has no more tokens than ``batch_size`` rows of the longest length would have. The first ``start`` tokens
+        of every row, which the cache holds, do not count.
         """
-        start = 0
-        while start < len(trees):
-            batch, room = [], self.batch_size * (longest_row(trees[start]) - len(prefix))
-            for tree in islice(trees, start, None):
-                room -= len(tree[0].head) - len(prefix) + sum(len(row.tail) for row in tree)
+        done = 0
+        while done < len(trees):
+            batch, room = [], self.batch_size * (longest_row(trees[done]) - start)
+            for tree in islice(trees, done, None):
+                room -= len(tree[0].head) - start + sum(len(row.tail) for row in tree)
                 if batch and room < 0:
                     break
                 batch.append(tree)
             try:
-                found = self.run_trees(prefix, batch)
+                found = self.run_batch(start, batch)
             except (RuntimeError, MemoryError) as error:
-                if not (self.may_halve and out_of_memory(error) and (len(batch) > 1 or len(batch[0]) > 1)):
+                if not (self.may_halve and out_of_memory(error) and sum(map(len, batch)) > 1):
                     raise
-                self.model.clear_kv_cache()
                 if len(batch) > 1:
                     self.batch_size //= 2
                 else:
-                    trees[start : start + 1] = batch[0][::2], batch[0][1::2]
-                continue
-            yield found
-            start += len(batch)
+                    trees[done : done + 1] = batch[0][::2], batch[0][1::2]
+            else:
+                yield found
+                done += len(batch)
 
-    def run_trees(self, prefix: Head, trees: list[Tree]) -> list[tuple[Row, Tensor]]:
-        """Return the states of the rows of these trees, one after another behind the prefix, which the cache keeps."""
-        if prefix and self.model.transformer.h[0].attn.kv_cache is None:
-            self.model.set_kv_cache(1, len(prefix))
-            self.model.hidden(self.ids(prefix), input_pos=0)
+    def run_batch(self, start: int, trees: list[Tree]) -> list[tuple[Row, Tensor]]:
+        """Return the states of the tails of these trees' rows, whose first ``start`` tokens the cache holds."""
         parts, lengths = [], []
         for rows in trees:
-            trunk = rows[0].head[len(prefix) :]
-            if len(rows) == 1:
-                own = [(rows[0], trunk + rows[0].tail)]
-            else:
-                own = [(None, trunk), *((row, row.tail) for row in rows)]
-            lengths.append((len(own[0][1]), [len(tokens) for _, tokens in own[1:]]))
-            parts += own
+            trunk, tails = rows[0].head[start:], [len(row.tail) for row in rows]
+            parts += [(None, trunk), *((row, row.tail) for row in rows)]
+            lengths.append((len(trunk), tails) if len(rows) > 1 else (len(trunk) + tails[0], []))  # one has no branches
         ids = self.ids(list(chain.from_iterable(tokens for _, tokens in parts)))
-        hidden = self.model.hidden(ids, input_pos=len(prefix) or None, trees=lengths)[0]  # (T, d)
+        hidden = self.model.hidden(ids, input_pos=start or None, trees=lengths)[0]  # (T, d)
         states = hidden.split([len(tokens) for _, tokens in parts])
         return [(row, found) for (row, _), found in zip(parts, states, strict=True) if row is not None]
 
@@ -294,18 +283,14 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return for each (context, options) the text that follows, up to the first of the options' stop strings."""
         self.n_requests += len(requests)
-        answers: dict[str, str] = {}
         results = []
         with Progress(total=len(requests), unit=" requests", disable=self.rank > 0) as bar:
             for context, options in (request.args for request in requests):
                 settings = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)
                 check_settings(settings)
-                key = json.dumps([context, settings], default=str)
-                if key not in answers or settings.get("temperature", 0.0) > 0:
-                    answers[key] = self.answer(context, settings)
-                results.append(answers[key])
+                results.append(self.answer(context, settings))
                 if not settings["do_sample"]:
-                    self.cache_hook.add_partial("generate_until", (context, options), answers[key])
+                    self.cache_hook.add_partial("generate_until", (context, options), results[-1])
                 bar.update(1)
         return results
 
@@ -352,22 +337,25 @@ def make_trees(rows: list[Row]) -> list[Tree]:
 def clusters(trees: list[Tree]) -> list[tuple[Head, list[Tree]]]:
     """Part trees where their heads begin alike; return the beginnings with their trees, and what is left behind none.
 
-    In lexicographic order neighbours have most in common. A beginning is half of its heads or more.
+    In lexicographic order neighbours have most in common, and the first and last of a group least. A beginning is half
+    of its heads or more.
     """
-    found: list[tuple[Head, list[Tree]]] = []
+    groups: list[list[Tree]] = []
     for tree in trees:
         head = tree[0].head
-        common = common_length(found[-1][0], head) if found else 0
-        joins = common > 0 and 2 * common >= len(head)
-        members = found.pop()[1] if joins else []
-        members.append(tree)
-        found.append((head[:common] if joins else head, members))
-
-    def saves(prefix: Head, members: list[Tree]) -> bool:
-        return len(prefix) * (len(members) - 1) >= WORTH_A_PASS
-
-    alone = [tree for each in found if not saves(*each) for tree in each[1]]
-    return [((), alone), *(each for each in found if saves(*each))]
+        if groups and 2 * common_length(groups[-1][0][0].head, head) >= len(head) > 0:
+            groups[-1].append(tree)
+        else:
+            groups.append([tree])
+    found: list[tuple[Head, list[Tree]]] = [((), [])]
+    for group in groups:
+        first, last = group[0][0].head, group[-1][0].head
+        common = common_length(first, last)
+        if common * (len(group) - 1) >= WORTH_A_PASS:
+            found.append((first[:common], group))
+        else:
+            found[0][1].extend(group)
+    return found
 
 
 def check_settings(settings: Iterable[str]) -> None:
@@ -381,8 +369,7 @@ def join_processes() -> torch.device:
     device = choose_device()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     return device
