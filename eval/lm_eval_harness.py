@@ -100,39 +100,29 @@ def evaluate(
         tasks = load_tasks(tasks, data_dir=data_dir, include_path=include_path, run_code=confirm_run_unsafe_code)
     start = time.perf_counter()
     seeds = SEEDS if seed is None else dict.fromkeys(SEEDS, seed)
-    asked = dict(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, gen_kwargs=gen_kwargs)
-    asked |= {"system_instruction": system_instruction, "evaluation_tracker": tracker}
-    asked |= dict.fromkeys(("apply_chat_template", "fewshot_as_multiturn"), apply_chat_template)
     harness = HarnessModel(model, tokenizer, batch_size=batch_size, seed=seeds["torch_random_seed"])
-    asked |= {"use_cache": use_cache and str(use_cache), "device": str(harness.device)}
-    asked |= {"task_manager": SimpleNamespace(load=lambda names: tasks, task_index=())}
-    asked["confirm_run_unsafe_code"] = True  # load_tasks has asked
+    asked = dict(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, gen_kwargs=gen_kwargs)
+    asked |= dict(system_instruction=system_instruction, evaluation_tracker=tracker, device=str(harness.device))
+    asked |= dict(apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template)
+    asked |= dict(use_cache=use_cache and str(use_cache), confirm_run_unsafe_code=True)  # load_tasks has asked
+    loaded = SimpleNamespace(load=lambda names: tasks, task_index=())
     with evaluation_mode(model), isolated_harness():
-        results = evaluator.simple_evaluate(harness, tasks=[None], **asked, **seeds)
+        results = evaluator.simple_evaluate(harness, tasks=[None], task_manager=loaded, **asked, **seeds)
     counts = harness.gather_object((harness.n_requests, harness.n_truncated))
-    return {} if results is None else plain(results, counts, seconds=time.perf_counter() - start)
-
-
-def plain(results: dict[str, Any], counts: Sequence[tuple[int, int]], *, seconds: float) -> dict[str, Any]:
-    """Return the harness's results as plain types, with each process's counts of requests and of cut ones summed."""
-    results |= dict(zip(("requests", "truncated"), map(sum, zip(*counts, strict=True)), strict=True))
-    results["seconds"] = round(seconds, 3)
+    if results is None:
+        return {}
+    results["requests"], results["truncated"] = map(sum, zip(*counts, strict=True))
+    results["seconds"] = round(time.perf_counter() - start, 3)
     samples = results.pop("samples")  # many, and of plain types already
     return json.loads(json.dumps(results, default=handle_non_serializable)) | {"samples": samples}
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print the harness's tables of tasks, and of groups where there are any; no standard errors of few documents."""
+    """Print the harness's tables of tasks, and of groups where there are any."""
     for column in ("results", "groups"):
-        shown = {
-            task: {key: value for key, value in values.items() if "_stderr" not in key or values["sample_len"] >= 30}
-            for task, values in results.get(column, {}).items()
-        }
-        if shown:
-            print(make_table({**results, column: shown}, column))
-    if any(values["sample_len"] < 30 for values in results["results"].values()):
-        print("a standard error needs 30 documents")
-    print(f"{results['requests']} requests in {results['seconds']:.1f} s")
+        if results.get(column):
+            print(make_table(results, column))
+    print(f"{results['requests']} requests in {results['seconds']:.1f} s of this call")
     if results["truncated"]:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
 
@@ -224,7 +214,7 @@ def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker
         tracker.output_path = f"{folder}/results.json"
         tracker.save_results_aggregated(finite(results), samples)
         for task in samples if log_samples else ():
-            tracker.save_results_samples(task, samples[task])
+            tracker.save_results_samples(f"{task}_{file.stem}", samples[task])  # a name for the file
         written = sorted(Path(folder).iterdir(), reverse=True)  # the results come last: who sees them has all
         if len(written) != 1 + log_samples * len(samples):  # the harness goes on without what it cannot write
             raise OSError(f"the results could not be written to {file.parent}: is there room?")

@@ -82,15 +82,16 @@ def load_tasks(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of tasks that run code asks for
     with isolated_harness(data_dir):
         manager, resolved = resolve_names(names, include_path)
-        manager._factory = Factory()
-        manager._factory.run_code = run_code
+        manager._factory = Factory(run_code)
         return manager.load(resolved)
 
 
 class Factory(TaskFactory):
     """The harness's, with errors that name the task, and that come before a task's own code is imported."""
 
-    run_code = False
+    def __init__(self, run_code: bool) -> None:
+        super().__init__()
+        self.run_code = run_code
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         described = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
@@ -218,7 +219,8 @@ def cache_of(folder: Path) -> str:
 def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
     """Let the harness and the libraries under it print errors alone, and leave no trace in global random states.
 
-    They are seeded as the harness does it, since some tasks shuffle. Data sets come from ``data_dir``.
+    They are seeded as the harness does it, since some tasks shuffle. Data sets come from ``data_dir``. The bars of
+    `datasets` stay off.
     """
     with ExitStack() as undo, torch.random.fork_rng():
         undo.callback(random.setstate, random.getstate())
@@ -228,8 +230,6 @@ def isolated_harness(data_dir: Path | str | None = None) -> Iterator[None]:
         for module, name, value in (*REPLACED, data_sets):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
-        if not datasets.are_progress_bars_disabled():
-            undo.callback(datasets.enable_progress_bars)
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
