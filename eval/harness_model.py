@@ -153,10 +153,6 @@ class HarnessModel(TemplateLM):
 
     # Log-likelihoods
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return for each (context, continuation) its log-probability, and True where greedy decoding would give it."""
-        return super().loglikelihood(requests, disable_tqdm=True)  # its bar counts tokenizing
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return each (text,)'s log-probability, in windows as long as the context that share one token."""
         sizes = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}

@@ -14,8 +14,7 @@ range* is the same for the method's own best. A run that diverges keeps nothing.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
@@ -89,56 +88,50 @@ def setup(
     adapters: dict[str, Any] = {"lora": LoraConfig(r=lora_r)}
     adapters |= {name: EtherConfig(name, oft_nb if kind.matrices else ether_nb) for name, kind in METHODS.items()}
     train = dict(max_steps=max_steps, global_batch_size=batch_size, micro_batch_size=batch_size, monitor=True)
-
-    def settings_of(method: str, rate: float, seed: int) -> Settings:
+    common = dict(eval=EvalArgs(interval=max_steps), precision=precision, resume=True)
+    every: dict[tuple[str, float, int], Settings] = {}
+    for seed, rate, method in product(seeds, rates, methods):
         folder = str(out_dir / "runs" / f"{method}-{rate}-{seed}")
-        common: dict[str, Any] = dict(eval=EvalArgs(interval=max_steps), precision=precision, seed=seed, resume=True)
-        common["io"] = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
-        return Settings(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), **common)
+        io = IOArgs(train_data_dir=data_dir, checkpoint_dir=checkpoint_dir, out_dir=folder)
+        own = dict(adapter=adapters[method], train=TrainArgs(learning_rate=rate, **train), io=io, seed=seed)
+        every[method, rate, seed] = Settings(**own, **common)
 
     problems = Problems()  # all of them, before the first run
-    plan, *_ = [problems.attempt(Plan, settings_of(method, rates[0], seeds[0])) for method in methods]
+    plan, *_ = [problems.attempt(Plan, every[method, rates[0], seeds[0]]) for method in methods]
     enough = not plan or plan.n_steps == max_steps
     problems.expect(enough, f"--max_steps {max_steps}: the rows of {data_dir} end before; give fewer, or prepare more")
     problems.check()
     fixed = dict(precision=precision, **train) | plan.input_hashes | {name: vars(adapters[name]) for name in methods}
     with locked(out_dir, option="--out_dir"):
         remove_leftovers(out_dir)
-        before = read_own(out_dir / SETTINGS, {})
+        before = read_json(out_dir / SETTINGS) if (out_dir / SETTINGS).exists() else {}
         if changed := changes(flatten(before), flatten(before | fixed)):
             raise UserError(f"{out_dir} was begun with other settings: {changed}. Choose another --out_dir")
         write_json(out_dir / SETTINGS, before | fixed)
-        every = dict.fromkeys((method, rate, seed) for seed, rate, method in product(seeds, rates, methods))
-        load = partial(load_base, plan.base_dir, precision, None, device=choose_device())
-        print(f"\n{run_missing(out_dir, every, settings_of, load)}\nwrote {out_dir}")
+        print(f"\n{run_missing(out_dir, every, plan.base_dir)}\nwrote {out_dir}")
 
 
-def run_missing(out_dir: Path, every: Iterable[Any], settings_of: Callable, load: Callable[[], GPT]) -> str:
+def run_missing(out_dir: Path, every: Mapping[tuple[str, float, int], Settings], base_dir: Path) -> str:
     """Make the runs that are not noted yet, over one base in memory; return the table of all.
 
     Args:
         out_dir: of the sweep.
-        every: method, rate and seed of each run that is asked for.
-        settings_of: gives the settings of one.
-        load: gives the base.
+        every: settings of the runs that are asked for, by method, rate and seed.
+        base_dir: folder of the base.
     """
-    runs = read_own(out_dir / RUNS, [])
+    runs = read_json(out_dir / RUNS) if (out_dir / RUNS).exists() else []
     done = {(run["method"], run["rate"], run["seed"]) for run in runs}
-    wanted = [each for each in every if each not in done]
-    base = load() if wanted else None
-    for number, (method, rate, seed) in enumerate(wanted, start=1):
+    wanted = {key: settings for key, settings in every.items() if key not in done}
+    base = None
+    for number, ((method, rate, seed), settings) in enumerate(wanted.items(), start=1):
+        base = base or load_base(base_dir, settings.precision, None, device=choose_device())
         print(f"\nrun {number} of {len(wanted)}: {NAMES[method]}, rate {rate:g}, seed {seed}", flush=True)
         run = dict(method=method, rate=rate, seed=seed)
         run["degrees_per_step"] = degrees_per_step(method, rate, base.config.q_size)
-        runs.append(finite(run | train_once(settings_of(method, rate, seed), base)))
+        runs.append(finite(run | train_once(settings, base)))
         write_json(out_dir / RUNS, runs)
         report(out_dir, runs)
     return report(out_dir, runs)
-
-
-def read_own(path: Path, default: Any) -> Any:
-    """Return what a file of the sweep holds; the default where there is none."""
-    return read_json(path) if path.exists() else default
 
 
 def degrees_per_step(method: str, rate: float, q_size: int) -> float | None:
@@ -169,11 +162,15 @@ def train_once(settings: Settings, base: GPT) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- reporting
+def by_rate(runs: Sequence[Run], method: str, column: str) -> dict[float, list[Any]]:
+    """Return a method's values, one a seed, by rate, in order; None where a run diverged."""
+    rates = sorted({run["rate"] for run in runs if run["method"] == method})
+    return {r: [run[column] for run in runs if (run["method"], run["rate"]) == (method, r)] for r in rates}
+
+
 def mean_curve(runs: Sequence[Run], method: str, column: str) -> dict[float, float]:
     """Return a method's mean over seeds by rate, in order; infinite where a run diverged."""
-    rates = sorted({run["rate"] for run in runs if run["method"] == method})
-    of_rate = {r: [run[column] for run in runs if (run["method"], run["rate"]) == (method, r)] for r in rates}
-    return {rate: math.inf if None in values else fmean(values) for rate, values in of_rate.items()}
+    return {r: math.inf if None in values else fmean(values) for r, values in by_rate(runs, method, column).items()}
 
 
 def usable_decades(curve: Mapping[float, float], limit: float) -> float:
@@ -214,12 +211,11 @@ def summarise(runs: Sequence[Run]) -> str:
     best, lines = min(min(curve.values()) for curve in losses.values()), {}
     for method, curve in losses.items():
         rate = min(curve, key=curve.__getitem__)
-        at_best = [run for run in runs if (run["method"], run["rate"]) == (method, rate)]
+        at_best, of_all = (by_rate(runs, method, column)[rate] for column in ("response_loss", "loss"))
         line = {"best rate": f"{rate:g}", "response loss": "diverged"}
-        if math.isfinite(curve[rate]):
-            least, most = (extreme(run["response_loss"] for run in at_best) for extreme in (min, max))
-            line |= {"response loss": f"{curve[rate]:.4f}", "over seeds": f"{least:.3f} to {most:.3f}"}
-            line["loss"] = f"{fmean(run['loss'] for run in at_best):.4f}"
+        if None not in at_best:
+            line |= {"response loss": f"{curve[rate]:.4f}", "over seeds": f"{min(at_best):.3f} to {max(at_best):.3f}"}
+            line["loss"] = f"{fmean(of_all):.4f}"
         line["seeds"] = f"{len(at_best)}"
         for column, loss in {"usable, decades": best, "own range, decades": curve[rate]}.items():
             line[column] = f"{usable_decades(curve, untuned - KEPT * (untuned - loss)):.1f}"
@@ -231,10 +227,10 @@ def draw(path: Path, runs: Sequence[Run], *, column: str, label: str, top: float
     """Draw a column against the learning rate: mean over seeds, a band from the least to the most."""
     with picture(path, size=(7.5, 4.5)) as axes:
         for method in dict.fromkeys(run["method"] for run in runs):
-            curve = {rate: mean for rate, mean in mean_curve(runs, method, column).items() if math.isfinite(mean)}
-            seeds = [[run[column] for run in runs if (run["method"], run["rate"]) == (method, rate)] for rate in curve]
-            (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=4, label=NAMES[method])
-            axes.fill_between(list(curve), [*map(min, seeds)], [*map(max, seeds)], color=line.get_color(), alpha=0.2)
+            kept = {rate: values for rate, values in by_rate(runs, method, column).items() if None not in values}
+            mean, least, most = ([*map(reduce, kept.values())] for reduce in (fmean, min, max))
+            (line,) = axes.plot(list(kept), mean, marker="o", ms=4, label=NAMES[method])
+            axes.fill_between(list(kept), least, most, color=line.get_color(), alpha=0.2)
         axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
         if column == "weight_change":
             axes.set_yscale("log")

@@ -122,15 +122,16 @@ def on_samples(
     """
     device, batching, losses, counts = choose_device(), Batching(batch_size), [], []
     gpt = load_adapted_model(checkpoint_dir, precision, adapter=open_adapter(**adapter), device=device)
-    for batch in batching.cut(make_samples(source, gpt, Tokenizer(checkpoint_dir))):
+    # A row may have been cut before its response.
+    samples = [each for each in make_samples(source, gpt, Tokenizer(checkpoint_dir)) if n_targets([each])]
+    for batch in batching.cut(samples):
         idx, targets, _ = batching.collate(batch, device)
         sizes = [n_targets([sample]) for sample in batch]
-        counts += sizes
-        # A row may have been cut before its response.
-        parts = gpt(idx, targets=targets, reduction="none").split(sizes) if any(sizes) else torch.zeros(len(sizes), 1)
+        parts = gpt(idx, targets=targets, reduction="none").split(sizes)
         losses += [part.double().sum().item() for part in parts]
-    if not (any(counts) and math.isfinite(sum(losses))):
-        raise UserError("the loss is not finite" if any(counts) else "there is no token to predict")
+        counts += sizes
+    if not (samples and math.isfinite(sum(losses))):
+        raise UserError("the loss is not finite" if samples else "there is no token to predict")
     write_json(save_filepath, {"losses": losses, "tokens": counts})
 
 
@@ -148,9 +149,7 @@ def make_samples(source: list[str] | Path, gpt: GPT, tokenizer: Tokenizer) -> li
     limit = gpt.config.block_size
     if n_cut := sum(len(ids) > limit for ids in rows):
         print(f"{n_cut} of {len(rows)} documents of --text are longer than the context: cut to {limit} tokens")
-    return [
-        {"input_ids": ids, "labels": ids, "response": torch.ones_like(ids).bool()} for ids in (r[:limit] for r in rows)
-    ]
+    return [{"input_ids": ids[:limit], "labels": ids[:limit]} for ids in rows]
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
@@ -250,7 +249,7 @@ def sample_numbers(name: str, found: Found, first: Found | None) -> Found:
     drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)  # how often each sample is drawn
     counts = np.vstack([np.ones(n), drawn])
     sums = ((counts @ each["losses"], counts @ each["tokens"]) for each in (found, first or found))
-    loss, of_first = (losses / np.maximum(tokens, 1) for losses, tokens in sums)  # a draw may be of rows without any
+    loss, of_first = (losses / tokens for losses, tokens in sums)
     perplexity = math.exp(min(loss[0], MOST))
     numbers = {f"perplexity on {name}": {"value": perplexity, "shown": f"{perplexity:.5g}"}}
     if first:

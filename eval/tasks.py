@@ -33,7 +33,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
-from tqdm import tqdm
 
 from lit_gpt.cli import one_line
 from lit_gpt.errors import UserError
@@ -45,8 +44,8 @@ OLD_NAMES |= {name: ["mmlu"] for name in ("hendrycksTest", "hendrycksTest*", "he
 OLD_MMLU = "hendrycksTest-"
 VERSIONS = {"lm_eval_version": lm_eval.__version__, "torch_version": torch.__version__}
 REPLACED = (
-    (lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),  # a bar for each task
-    (lm_eval.api.model, "tqdm", partial(tqdm, disable=True)),
+    (lm_eval.api.task, "tqdm", lambda items, **options: items),  # a bar for each task
+    (lm_eval.api.model, "tqdm", lambda items, **options: items),  # that counts tokenizing
     (lm_eval.evaluator, "add_env_info", lambda results: results.update(VERSIONS)),  # runs pip, for seconds
     # Of this code: the harness asks git for that of the current folder, and git complains where that is no repository.
     (lm_eval.evaluator, "get_git_commit_hash", partial(get_commit_from_path, Path(__file__).resolve().parents[1])),

@@ -266,7 +266,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         damaged[folder] = problem
     if damaged:
         reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
-        raise UserError(f"no checkpoint of {run_dir} is whole ({reasons}); --overwrite true starts anew")
+        raise UserError(f"no checkpoint of {run_dir} is whole ({reasons}): remove it, or give --overwrite true")
     return None
 
 
