@@ -177,8 +177,8 @@ def setup(
         model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, "adapter": adapted}
         model_args["fingerprint"] = fingerprint(model.state_dict())
         # Beside the model, a seed decides answers that are drawn.
-        decisive = {"pretrained": None, "config": model.config.to_dict(), "device": device.type}
-        cache = save_filepath and unfinished(save_filepath, model_args | decisive | {"seed": options.get("seed")})
+        decisive = model_args | {"config": model.config.to_dict(), "device": device.type, "seed": options.get("seed")}
+        cache = save_filepath and unfinished(save_filepath, decisive)
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
             used, limit = f"{adapter.path}, --strength {strength:g}" if adapter else "no adapter", options.get("limit")

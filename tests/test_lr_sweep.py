@@ -112,7 +112,7 @@ def test_what_cannot_be_swept_is_refused_before_the_first_run(work, tmp_path, ca
 
 
 def test_a_run_counts_once_and_one_that_diverges_in_its_last_step_counts_as_lost(work, tmp_path):
-    """What was given twice was counted twice, and 0.01 and 0.01000001 were one run."""
+    """A rate or method given twice was counted twice, and 0.01 and 0.01000001 were one run."""
     out = tmp_path / "out"
     main(setup, flags(work, out, "--methods", '["lora", "lora"]', "--rates", "[1e-2, 0.01, 0.01000001]"))
     rows = [line.split(",") for line in (out / "sweep.csv").read_text().splitlines()[1:]]
