@@ -121,7 +121,7 @@ def print_results(results: dict[str, Any]) -> None:
     for column in ("results", "groups"):
         if results.get(column):
             print(make_table(results, column))
-    print(f"{results['requests']} requests in {results['seconds']:.1f} s of this call")
+    print(f"this call: {results['requests']} requests in {results['seconds']:.1f} s")
     if results["truncated"]:
         print(f"{results['truncated']} of them lost their beginning: they are longer than the model's context")
 
