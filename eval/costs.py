@@ -82,12 +82,14 @@ def attach(model: GPT, adapter: Adapter) -> GPT:
     return model
 
 
-def step_loss(model: GPT, idx: Tensor) -> Tensor:
-    """Return the loss of a step, ``model(idx, targets=idx)``, in one piece.
+def step_loss(model: nn.Module, idx: Tensor) -> Tensor:
+    """Return the loss of a step, ``model(idx, targets=idx)``, in one piece; the model may be transformers'.
 
-    Picking the positions with a target, as the model does, needs their number, which the meta device does not have.
+    Picking the positions with a target, as ours does, needs their number, which the meta device does not have.
     """
-    return F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten(), reduction="sum")
+    logits = model(idx)
+    logits = getattr(logits, "logits", logits).flatten(0, 1).float()  # (T, vocabulary)
+    return F.cross_entropy(logits, idx.flatten(), reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------- counting
@@ -163,13 +165,8 @@ def peft_models(config: Config, *, dtype: torch.dtype, device: torch.device) -> 
     return {label: peft.get_peft_model(share_weights(base), adapter).train() for label, adapter in adapters.items()}
 
 
-def peft_loss(model: nn.Module, idx: Tensor) -> Tensor:
-    """Return the loss of a step of transformers' model."""
-    return model(input_ids=idx, labels=idx).loss
-
-
-def measure(models: Mapping[str, nn.Module], idx: Tensor, rounds: int, *, loss: Any = step_loss) -> Rows:
-    """Return for each model its ``seconds`` of a step, ``loss(model, idx)`` and its gradients, in each round.
+def measure(models: Mapping[str, nn.Module], idx: Tensor, rounds: int) -> Rows:
+    """Return for each model its ``seconds`` of a step, ``step_loss`` and its gradients, in each round.
 
     The models take turns, in another order each round; a round before the first is discarded. On a GPU also the
     ``peak_bytes`` of the last round: what the weights, which all share, this one adapter and a step take together.
@@ -186,7 +183,7 @@ def measure(models: Mapping[str, nn.Module], idx: Tensor, rounds: int, *, loss: 
                 torch.cuda.reset_peak_memory_stats()
             held, start = torch.cuda.memory_allocated(), perf_counter()
             # An expert that no token reaches has no gradient.
-            torch.autograd.grad(loss(models[label], idx), trained[label], allow_unused=True)
+            torch.autograd.grad(step_loss(models[label], idx), trained[label], allow_unused=True)
             wait()
             rows[label]["seconds"] += [perf_counter() - start] * (turn > 0)
             if idx.is_cuda:

@@ -187,7 +187,7 @@ def time_steps(
     if peft:
         del models
         gc.collect()  # hooks make circles of them; one base at a time is to be on the device
-        times |= costs.measure(costs.peft_models(config, **there), idx, rounds, loss=costs.peft_loss)
+        times |= costs.measure(costs.peft_models(config, **there), idx, rounds)
     costs.add_ratios(times)
     how = f"{costs.describe(idx.device)}, {'compiled' if compiled else 'eager'}{', ' + quantize if quantize else ''}"
     print(f"\nForward and backward on {how}, medians (ranges) of {rounds} rounds in turns:\n")
