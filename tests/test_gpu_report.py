@@ -91,10 +91,10 @@ def test_an_earlier_report_is_never_written_over(environment, tmp_path):
 
 
 def test_a_step_that_hangs_is_stopped_with_what_it_started(environment, tmp_path):
-    """Time is what is left of all: a step has 100 seconds at most."""
+    """Time is what is left of all: a step has 150 seconds at most."""
     slow = tmp_path / "gpu.sh"
     (tmp_path / "environment.sh").write_text((ROOT / "scripts" / "environment.sh").read_text())
-    slow.write_text((ROOT / "scripts" / "gpu.sh").read_text().replace("limit=100", "limit=2"))
+    slow.write_text((ROOT / "scripts" / "gpu.sh").read_text().replace("limit=150", "limit=2"))
     command = ["bash", str(slow), "--short", "--parts", "training", "--out_dir", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment | {"HANG": "61.5"}, capture_output=True, text=True)
     base, data, _ = (tmp_path / "out" / "report.txt").read_text().splitlines()
@@ -154,9 +154,9 @@ def test_results_of_a_turn_are_kept_until_its_end():
 
 
 def test_the_random_base_can_be_trained_on(tmp_path, capsys):
-    flags = ["--model_name", "pythia-14m", "--n_layer", "1", "--precision", "32-true", "--out_dir", str(tmp_path)]
+    flags = ["--model_name", "pythia-14m", "--precision", "32-true", "--out_dir", str(tmp_path)]
     main(script("scripts/demo/make_random_base.py"), flags)
-    assert load_model(tmp_path).config.n_layer == 1
+    assert load_model(tmp_path).config.n_layer == 6
     assert len(json.loads((tmp_path / "rows.json").read_text())) > 1000
     prepare(tmp_path / "rows.json", destination_path=tmp_path / "data", checkpoint_dir=tmp_path, max_seq_length=256)
     assert (tmp_path / "data" / "train.pt").is_file()

@@ -5,7 +5,6 @@ python scripts/demo/make_random_base.py --model_name Llama-3.2-1B --precision bf
 
 import json
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -24,19 +23,15 @@ from lit_gpt.files import prepare_out_dir, write_json
 REQUESTS = Path(__file__).parent / "requests" / "train.jsonl"
 
 
-def setup(
-    *, model_name: str, out_dir: str, n_layer: int | None = None, precision: Literal[tuple(PRECISIONS)] = "bf16-true"
-) -> None:
+def setup(*, model_name: str, out_dir: str, precision: Literal[tuple(PRECISIONS)] = "bf16-true") -> None:
     """Write a base with random weights, and rows.json for scripts/prepare_json.py.
 
     Args:
         model_name: a known model.
         out_dir: the folder to write.
-        n_layer: layers, where not all of the model's.
         precision: of the weights: 32-true, bf16-true or 16-true.
     """
     folder, config = prepare_out_dir(out_dir), Config.from_name(model_name)
-    config = replace(config, n_layer=n_layer or config.n_layer)
     model = meta_model(config, PRECISIONS[precision]).to_empty(device=choose_device())
     with torch.no_grad():
         for parameter in model.parameters():
