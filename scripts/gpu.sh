@@ -3,12 +3,14 @@
 #
 # Checks and measures in at most eight minutes what a GPU does here, with commands that anybody could type, the most
 # important first: bandwidth and kernels, training steps of Llama-2-7B, PEFT beside us, training as a user would,
-# exactness against fp64. Each is a process of its own with a time limit: one that fails, hangs, or leaves the GPU in a
-# bad state costs no other. What it prints goes to DIR/NAME.txt as it comes, its files to DIR/NAME. Weights are random,
-# nothing is downloaded. --short, and a machine without a GPU: tiny sizes, and not all of the steps (what CI runs).
+# exactness against fp64. Each is a process of its own with a time limit: one that fails, hangs, lacks a package or
+# leaves the GPU in a bad state costs no other. What it prints goes to DIR/NAME.txt as it comes, its files to DIR/NAME;
+# DIR/report.txt has a line for each. Weights are random, nothing is downloaded. --short, and a machine without a GPU:
+# tiny sizes, and not all of the steps (what CI runs).
 #
-# Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is; only where
-# none has does it make an environment and install. DIR is a new folder under logs/gpu, named for the time.
+# Takes $PYTHON, the active environment, .venv or python3, the first that has torch and lightning, as it is (most steps
+# need jsonargparse too, exactness pytest); only where none has does it make an environment and install. DIR is a new
+# folder under logs/gpu, named for the time.
 set -euo pipefail
 GIVEN="${PYTHON:-}"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
