@@ -84,9 +84,9 @@ def setup(
         precision: of the activation: 32-true, bf16-true or 16-true.
     """
     device = choose_device()
-    options = {"device": device, "dtype": PRECISIONS[precision]}
+    factory = {"device": device, "dtype": PRECISIONS[precision]}
     n, oft = 2 * width, 8 * blocks
-    a, b, c = (torch.randn(n, n, **options) for _ in range(3))
+    a, b, c = (torch.randn(n, n, **factory) for _ in range(3))
     print(f"{describe(device)}, {precision}")
     print(f"copy: {2e-9 * a.nbytes / seconds_of([lambda: a.copy_(b), lambda: b.copy_(c)], device):.3g} GB/s")
     print(f"product: {2e-12 * n**3 / seconds_of([lambda: a @ b], device):.3g} TFLOP/s")
@@ -100,7 +100,7 @@ def setup(
         cases[f"ETHER, {form}"] = (form, reflect, *[(blocks, width // blocks)] * 2)
         cases[f"ETHER+, {form}"] = (form, reflect, *[(blocks, width // blocks)] * 3)
     for name, (form, function, shape, *shapes) in cases.items():
-        xs = [torch.randn(rows, *shape, **options) for _ in range(N_SETS)]
+        xs = [torch.randn(rows, *shape, **factory) for _ in range(N_SETS)]
         with use_form(form):  # where the kernels are missing, a line on stderr says that products take their place
             forward, backward = time_both(function, xs, *shapes)
         print(f"{name:<20} {1e6 * forward:>8.1f} {1e6 * backward:>8.1f}", flush=True)

@@ -134,33 +134,33 @@ def setup(
         overwrite: let it replace an efficiency.json and a flops.png that are there.
     """
     config = read_config(model_name, checkpoint_dir, n_layer, seq_length)
-    there = {"dtype": PRECISIONS[precision], "device": choose_device()}
+    factory = {"dtype": PRECISIONS[precision], "device": choose_device()}
     if time:
-        check_timing(config, precision, quantize, **there)
+        check_timing(config, precision, quantize, **factory)
     elif compile or quantize or peft:
         raise UserError("--compile, --quantize and --peft say what is timed: give --time true too")
     folder = prepare_out_dir(out_dir or Path("logs/efficiency") / config.name, overwrite, names=(RESULTS, PICTURE))
     variants, left_out = choose_variants(config, targets=targets, methods=methods, blocks=blocks, oft_blocks=oft_blocks)
     title = f"{config.name}, layers: {config.n_layer}, T = {seq_length}, {' and '.join(targets)} adapted"
     print("\n".join((f"{title}, {precision}", *left_out, "")))
-    rows, length = count_steps(config, variants, seq_length, dtype=there["dtype"], targets=targets)
+    rows, length = count_steps(config, variants, seq_length, dtype=factory["dtype"], targets=targets)
     draw_flops(folder / PICTURE, rows, title=title, published=length == seq_length)
     how = {"compiled": compile, "quantize": quantize}
     if time:
-        for label, row in time_steps(config, variants, seq_length, rounds, peft=peft, **how, **there).items():
+        for label, row in time_steps(config, variants, seq_length, rounds, peft=peft, **how, **factory).items():
             rows.setdefault(label, {"label": label}).update(row)
     settings = {"model": config.to_dict(), "seq_length": seq_length, "targets": targets, "precision": precision, **how}
-    settings |= {"timed_on": costs.describe(there["device"]) if time else None, "torch": torch.__version__}
+    settings |= {"timed_on": costs.describe(factory["device"]) if time else None, "torch": torch.__version__}
     settings |= {"published_length": length, "left_out": left_out}
     write_json(folder / RESULTS, settings | {"rows": [*rows.values()]})
     print(f"\nSaved to {folder}: {RESULTS}, {PICTURE}")
 
 
-def check_timing(config: Config, precision: str, quantize: str | None, **there: Any) -> None:
-    """Raise UserError where steps cannot be timed; ``there``: dtype and device."""
-    warn_of_slow_products(precision, there["device"])
+def check_timing(config: Config, precision: str, quantize: str | None, **factory: Any) -> None:
+    """Raise UserError where steps cannot be timed; ``factory``: dtype and device."""
+    warn_of_slow_products(precision, factory["device"])
     check_quantize(quantize, precision)
-    if costs.fitting(config, **there) < 1:  # on a CPU the system would end the process without a word
+    if costs.fitting(config, **factory) < 1:  # on a CPU the system would end the process without a word
         raise UserError("--time true: the weights do not fit the memory here; time fewer layers, with --n_layer 2")
 
 
@@ -178,16 +178,16 @@ def count_steps(
 
 def time_steps(
     config: Config, variants: costs.Variants, T: int, rounds: int, *, peft: bool, compiled: bool, quantize: str | None,
-    **there: Any,
+    **factory: Any,
 ) -> Rows:  # fmt: skip
-    """Time a step of T tokens with each variant, print the table, and return its rows; ``there``: dtype and device."""
-    idx = torch.randint(config.vocab_size, (1, T), device=there["device"])
-    models = costs.random_models(config, variants, compiled=compiled, scheme=quantize, **there)
+    """Time a step of T tokens with each variant, print the table, return its rows; ``factory``: dtype and device."""
+    idx = torch.randint(config.vocab_size, (1, T), device=factory["device"])
+    models = costs.random_models(config, variants, compiled=compiled, scheme=quantize, **factory)
     times = costs.measure(models, idx, rounds)
     if peft:
         del models
         gc.collect()  # hooks make circles of them; one base at a time is to be on the device
-        times |= costs.measure(costs.peft_models(config, **there), idx, rounds)
+        times |= costs.measure(costs.peft_models(config, **factory), idx, rounds)
     costs.add_ratios(times)
     how = f"{costs.describe(idx.device)}, {'compiled' if compiled else 'eager'}{', ' + quantize if quantize else ''}"
     print(f"\nForward and backward on {how}, medians (ranges) of {rounds} rounds in turns:\n")

@@ -30,6 +30,8 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = ("part", "side")
 """Columns of words, of monitor.csv."""
+VALIDATIONS = {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
+"""Names of the validation losses, by column of metrics.csv."""
 PLAIN_EVERY = 10
 
 
@@ -202,14 +204,13 @@ def held_memory_bytes() -> int:
 
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
     """Draw the loss curves, write summary.json, the last file of a run, and print the lines that matter."""
-    names = validation_names(metrics.rows)
-    draw_losses(run_dir / LOSS_CURVE, metrics.rows, names=names, title=str(summary["method"]))
+    draw_losses(run_dir / LOSS_CURVE, metrics.rows, names=VALIDATIONS, title=str(summary["method"]))
     write_json(run_dir / SUMMARY, summary)
     peak, of_run, estimated = ((summary[f"{what}_memory_bytes"] or 0) / 2**30 for what in ("peak", "run", "estimated"))
     least = "" if torch.cuda.is_available() else "at least "
     lines = {
         f"{label} loss": f"{summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}"
-        for name, label in names.items()
+        for name, label in VALIDATIONS.items()
     }
     lines |= {
         "trained": f"{summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk",
@@ -221,10 +222,3 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
     }
     for name, text in lines.items():
         print(f"{name:<32} {text}")
-
-
-def validation_names(rows: list[dict[str, float]]) -> dict[str, str]:
-    """Return the names of the validation losses that a run has, by column; one where only responses are learned."""
-    if all(row["val_loss"] == row["val_response_loss"] for row in rows if "val_loss" in row):
-        return {"val_response_loss": "validation"}
-    return {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
