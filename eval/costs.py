@@ -15,9 +15,8 @@ Notable choices:
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -49,23 +48,26 @@ Rows = dict[str, dict[str, Any]]
 """By label, values by name."""
 Adapter = AdapterConfig | None
 """None for the floor."""
+Variants = Mapping[str, Adapter]
+"""By label."""
 
 
 def choose_variants(
-    config: Config, *, targets: Sequence[str], blocks: Sequence[int], oft_blocks: Sequence[int]
-) -> tuple[dict[str, Adapter], list[str]]:
-    """Return floor, LoRA, and every method at every n that divides the model's sizes; a line for each that does not."""
+    config: Config, *, targets: Sequence[str], blocks: Sequence[int], oft_blocks: Sequence[int],
+    methods: Sequence[str] = tuple(METHOD_NAMES),
+) -> tuple[dict[str, Adapter], list[str]]:  # fmt: skip
+    """Return floor, LoRA, and each method at every n that divides the model's sizes; a line for each that does not."""
     chosen = {target: target in targets for target in TARGETS}
     variants: dict[str, Adapter] = {FLOOR: None, LORA: LoraConfig(r=8, **chosen)}
     left_out, model = [], meta_model(replace(config, n_layer=1))
-    for method, name in METHOD_NAMES.items():
+    for method in methods:
         for n in oft_blocks if METHODS[method].matrices else blocks:
             adapter = EtherConfig(Htype=method, nb=n, **chosen)
             try:
                 check_blocks(model, adapter)
-                variants[f"{name} n={n}"] = adapter
+                variants[f"{METHOD_NAMES[method]} n={n}"] = adapter
             except UserError as error:
-                left_out.append(f"{name} n={n} is left out: {error}")
+                left_out.append(f"{METHOD_NAMES[method]} n={n} is left out: {error}")
     return variants, left_out
 
 
@@ -80,12 +82,14 @@ def attach(model: GPT, adapter: Adapter) -> GPT:
     return model
 
 
-def step_loss(model: GPT, idx: Tensor) -> Tensor:
-    """Return the loss of a step, ``model(idx, targets=idx)``, in one piece.
+def step_loss(model: nn.Module, idx: Tensor) -> Tensor:
+    """Return the loss of a step, ``model(idx, targets=idx)``, in one piece; the model may be transformers'.
 
-    Picking the positions with a target, as the model does, needs their number, which the meta device does not have.
+    Picking the positions with a target, as ours does, needs their number, which the meta device does not have.
     """
-    return F.cross_entropy(model(idx).flatten(0, 1).float(), idx.flatten(), reduction="sum")
+    logits = model(idx)
+    logits = getattr(logits, "logits", logits).flatten(0, 1).float()  # (T, vocabulary)
+    return F.cross_entropy(logits, idx.flatten(), reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------- counting
@@ -137,9 +141,7 @@ def random_base(config: Config, *, dtype: torch.dtype, device: torch.device, sch
     return base
 
 
-def random_models(
-    config: Config, variants: Mapping[str, Adapter], *, compiled: bool = False, **options: Any
-) -> dict[str, GPT]:
+def random_models(config: Config, variants: Variants, *, compiled: bool = False, **options: Any) -> dict[str, GPT]:
     """Return by label a model for each variant, all on one ``random_base``."""
     base = random_base(config, **options)
     models = {label: attach(share_weights(base), adapter) for label, adapter in variants.items()}
@@ -148,56 +150,60 @@ def random_models(
     return models
 
 
-def timed(calls: Mapping[Any, Callable[[], Any]], device: torch.device, *, rounds: int) -> dict[Any, dict[str, Any]]:
-    """Return for each call its ``seconds`` in each round; on a GPU also ``peak_bytes``, above those held before.
+def peft_models(config: Config, *, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+    """Return transformers' model of this kind with PEFT's LoRA and OFT on q and v, on one set of random weights."""
+    import peft
+    import transformers
 
-    The calls take turns, in another order each round; a round before the first is discarded.
-    """
-    found: dict[Any, dict[str, Any]] = {label: {"seconds": []} for label in calls}
-    on_gpu = device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
-        for label in random.Random(turn).sample(list(calls), len(calls)):
-            wait()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            held, start = torch.cuda.memory_allocated(), perf_counter()
-            calls[label]()
-            wait()
-            found[label]["seconds"] += [perf_counter() - start] * (turn > 0)
-            if on_gpu:
-                found[label]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
-    return found
+    sizes = transformers.AutoConfig.for_model(**config.to_hf(), use_cache=False)
+    with torch.device(device):
+        base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=dtype)
+    adapters = {
+        f"PEFT {LORA}": peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16),
+        "PEFT OFT b=16": peft.OFTConfig(target_modules=["q_proj", "v_proj"], r=0, oft_block_size=16),
+    }
+    return {label: peft.get_peft_model(share_weights(base), adapter).train() for label, adapter in adapters.items()}
 
 
-def measure(models: Mapping[str, nn.Module], idx: Tensor, *, rounds: int, loss: Any = step_loss) -> Rows:
-    """Time a step of each model, ``loss(model, idx)`` and its gradients, as ``timed``; with ``RATIOS`` over the rounds.
+def measure(models: Mapping[str, nn.Module], idx: Tensor, rounds: int) -> Rows:
+    """Return for each model its ``seconds`` of a step, ``step_loss`` and its gradients, in each round.
 
-    A peak is what the weights, which all share, this one adapter and a step take together.
+    The models take turns, in another order each round; a round before the first is discarded. On a GPU also the
+    ``peak_bytes`` of the last round: what the weights, which all share, this one adapter and a step take together.
     """
     trained = {label: [p for p in model.parameters() if p.requires_grad] for label, model in models.items()}
-
-    def step(label: str) -> None:  # an expert that no token reaches has no gradient
-        torch.autograd.grad(loss(models[label], idx), trained[label], allow_unused=True)
-
     n_bytes = {label: sum(p.nbytes for p in parameters) for label, parameters in trained.items()}
+    wait = torch.cuda.synchronize if idx.is_cuda else lambda: None
+    rows: Rows = {label: {"seconds": []} for label in models}
     shared = torch.cuda.memory_allocated() - sum(n_bytes.values())
-    rows = timed({label: partial(step, label) for label in models}, idx.device, rounds=rounds)
-    for label, row in rows.items():
-        for name, other in RATIOS.items() if rows.keys() >= {*RATIOS.values()} else ():
+    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
+        for label in random.Random(turn).sample(list(models), len(models)):
+            wait()
+            if idx.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            held, start = torch.cuda.memory_allocated(), perf_counter()
+            # An expert that no token reaches has no gradient.
+            torch.autograd.grad(step_loss(models[label], idx), trained[label], allow_unused=True)
+            wait()
+            rows[label]["seconds"] += [perf_counter() - start] * (turn > 0)
+            if idx.is_cuda:
+                rows[label]["peak_bytes"] = torch.cuda.max_memory_allocated() - held + shared + n_bytes[label]
+    return rows
+
+
+def add_ratios(rows: Rows) -> None:
+    """Give each row its times as ratios to the floor's and to LoRA's of the same round: median and range."""
+    for row in rows.values():
+        for name, other in RATIOS.items():
             ratios = [own / its for own, its in zip(row["seconds"], rows[other]["seconds"], strict=True)]
             row[name] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
-        if "peak_bytes" in row:
-            row["peak_bytes"] += shared + n_bytes[label]
-    return rows
 
 
 def time_columns(row: Mapping[str, Any]) -> dict[str, float | str]:
     """Return for people how long a step takes, median and range of the ratios, and on a GPU its peak memory."""
     columns: dict[str, float | str] = {"step, ms": 1e3 * median(row["seconds"])}
     for name, other in RATIOS.items():
-        if its := row.get(name):
-            columns[f"x {other}"] = f"{its['median']:.3f} ({its['min']:.3f} to {its['max']:.3f})"
+        columns[f"x {other}"] = "{median:.3f} ({min:.3f} to {max:.3f})".format(**row[name])
     return columns | ({"peak, GB": row["peak_bytes"] / 1e9} if "peak_bytes" in row else {})
 
 

@@ -26,8 +26,13 @@ if TYPE_CHECKING:  # see devices.py
     from lightning.fabric import Fabric
 
 
-_counted: dict[str, tuple[GPT, int]] = {}
-"""A model without data and the bytes that its step works with, by all they follow from: a sweep has few such cases."""
+REMEDIES = (
+    "lower --train.micro_batch_size or give --train.activation_checkpointing true (the result stays the same), or take "
+    "--precision bf16-true, under an adapter --quantize bnb.nf4, or data prepared with a smaller --max_seq_length"
+)
+"""What takes less memory, in words."""
+_working: dict[str, int] = {}
+"""Bytes that a step works with, by all that they follow from: the runs of a sweep are a few such cases."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +73,32 @@ def estimate_memory(plan: Plan, batch: tuple[Tensor, Tensor, list[int] | None], 
     Returns:
         None, after a line that says why, where this PyTorch cannot do it or an operator needs data to be followed.
     """
-    base = meta_model(plan.config, weights_dtype(plan.settings.precision, mixed=True))
-    idx, targets, lengths = batch
+    settings, (idx, targets, lengths) = plan.settings, batch
+    model = meta_model(plan.config, weights_dtype(settings.precision, mixed=True))
+    saved, largest = quantization_saves(model, settings.quantize) if settings.quantize else (0, 0)
     step = dict(lengths=lengths, n_losses=int((targets != IGNORE_INDEX).sum()))
-    step["accumulates"] = len(lengths or idx) < plan.settings.train.global_batch_size // fabric.world_size
-    checkpointing, precision = plan.settings.train.activation_checkpointing, plan.settings.precision
-    facts = repr((plan.config, plan.settings.adapter, precision, checkpointing, idx.shape, step, fabric.device))
-    try:
-        from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, like those of live_bytes.py
+    step["accumulates"] = len(lengths or idx) < settings.train.global_batch_size // fabric.world_size
+    checkpointing, facts = settings.train.activation_checkpointing, (settings.precision, idx.shape, step, fabric.device)
+    key = repr((plan.config, settings.adapter, checkpointing, *facts))
+    if key not in _working:
+        try:
+            from torch._subclasses.fake_tensor import FakeTensorMode  # a private name, like those of live_bytes.py
 
-        # Without a fallback: it would run an operator that needs data on real zeros of the same size.
-        with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
-            if facts not in _counted:
-                model = share_weights(base, fabric.device)
-                make_trainable(model, plan.settings.adapter)
-                model.activation_checkpointing = checkpointing
-                spread_evenly(model)
+            # Without a fallback: it would run an operator that needs data on real zeros of the same size.
+            with FakeTensorMode(allow_fallback_kernels=False), torch.device(fabric.device):
+                fake = share_weights(model, fabric.device)
+                make_trainable(fake, settings.adapter)
+                fake.activation_checkpointing = checkpointing
+                spread_evenly(fake)
                 idx = torch.zeros(idx.shape, dtype=torch.long)
-                _counted[facts] = model, working_bytes(model.train(), idx, fabric=fabric, **step)
-        model, working = _counted[facts]
-    except (ImportError, RuntimeError) as error:  # what fake tensors raise are RuntimeErrors
-        fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
-        return None
+                _working[key] = working_bytes(fake.train(), idx, fabric=fabric, **step)
+        except (ImportError, RuntimeError) as error:  # what fake tensors raise are RuntimeErrors
+            fabric.print(f"memory: no estimate ({' '.join(str(error).split())[:160]})")
+            return None
+    make_trainable(model, settings.adapter)
     frozen = frozen_bytes(model, fabric.world_size if is_sharded(fabric) else 1)
-    saved, largest = quantization_saves(base, plan.settings.quantize) if plan.settings.quantize else (0, 0)
     trained = 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return Memory(frozen - saved, trained, working + largest, fabric.device)
+    return Memory(frozen - saved, trained, _working[key] + largest, fabric.device)
 
 
 def working_bytes(
@@ -138,19 +143,6 @@ def frozen_bytes(model: GPT, n_shards: int) -> int:
         return total
     # Collected from the other shards: embedding and head for the whole pass, a block, and the next one meanwhile.
     return total // n_shards + total - sum(blocks) + 2 * max(blocks)
-
-
-def remedies(plan: Plan, *, fabric: "Fabric") -> str:
-    """Return in words what takes less memory than this run does; what changes nothing else comes first."""
-    settings, train = plan.settings, plan.settings.train
-    same = ["lower --train.micro_batch_size"] if train.micro_batch_size > 1 else []
-    same += [] if train.activation_checkpointing else ["give --train.activation_checkpointing true"]
-    rougher = ["--precision bf16-true"] if settings.precision == "32-true" else []
-    quantizable = settings.adapter is not None and "mixed" not in settings.precision and not is_sharded(fabric)
-    rougher += ["--quantize bnb.nf4"] if quantizable and settings.quantize is None else []
-    found = [" or ".join(same) + " (the result stays the same)"] if same else []
-    found += ["take " + " or ".join(rougher)] if rougher else []
-    return ", or ".join([*found, "prepare the data with a smaller --max_seq_length"])
 
 
 def share_weights(base: GPT, device: torch.device | str | None = None) -> GPT:

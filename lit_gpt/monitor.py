@@ -74,9 +74,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     most = max(rows, key=lambda row: row["weight_change"])
     mean = fmean(row["weight_change"] for row in rows)
     text = f"weights moved {mean:.2%}, at most {most['weight_change']:.2%} ({most['part']})"
-    for figure, label in (("distance", "|R - I| {:.3g}, at most {:.3g}"), ("angle", "angle {:.3g}°, at most {:.3g}°")):
-        found = [row for row in rows if f"{figure}_max" in row]
-        if found:
-            average = fmean(row[f"{figure}_mean"] for row in found)
-            text += "; " + label.format(average, max(row[f"{figure}_max"] for row in found))
+    for column, label in (("distance_max", "|R - I|"), ("angle_max", "degrees")):
+        if found := [row[column] for row in rows if column in row]:
+            text += f"; {label} at most {max(found):.3g}"
     return text

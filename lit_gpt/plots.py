@@ -3,7 +3,6 @@
 matplotlib is imported when a picture is drawn: it takes as long as the rest of the package.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,22 +20,20 @@ def draw_losses(path: Path, rows: list[dict[str, float]], *, names: Mapping[str,
     losses = points_of(rows, "loss")
     means = [(step, fmean(loss for _, loss in losses[max(0, i - 9) : i + 1])) for i, (step, _) in enumerate(losses)]
     with picture(path) as axes:
-        axes.plot(*transposed(losses), label="training, each step", color="0.8", linewidth=1)
-        axes.plot(*transposed(means), label="training, mean of ten steps", color="0.5")
-        for (name, label), color in zip(names.items(), ("tab:blue", "tab:orange"), strict=False):
-            axes.plot(*transposed(points_of(rows, name)), label=label, color=color, marker="o")
+        axes.plot(*zip(*losses, strict=True), label="training, each step", color="0.8", linewidth=1)
+        axes.plot(*zip(*means, strict=True), label="training, mean of ten steps", color="0.5")
+        for name, label in names.items():
+            axes.plot(*zip(*points_of(rows, name), strict=True), label=label, marker="o")
         axes.set(xlabel="optimizer step", ylabel="cross entropy (nats per token)", title=title)
 
 
 def compare_runs(path: Path | str, runs: Mapping[str, Points], *, ylabel: str, xlabel: str = "optimizer step") -> None:
     """Draw a curve of each run, by name."""
     with picture(path) as axes:
-        for index, (name, points) in enumerate(runs.items()):
-            style = ("-", "--", ":")[index // 10 % 3]  # after ten runs the colours come again
-            marker = "o" if len(points) < 40 else None
+        for name, points in runs.items():
             # No formula; and behind a space of no width, since names that begin with "_" are left out.
             label = "\u200b" + name.replace("$", r"\$")
-            axes.plot(*transposed(points), style, color=f"C{index % 10}", label=label, marker=marker, markersize=4)
+            axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
 
@@ -46,16 +43,10 @@ def points_of(rows: list[dict[str, float]], column: str) -> Points:
     return [(row["step"], row[column]) for row in rows if column in row]
 
 
-def transposed(points: Points) -> Iterator[tuple[float, ...]]:
-    """Return all steps, then all values."""
-    return zip(*points, strict=True)
-
-
 @contextmanager
 def picture(path: Path | str, *, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
     """Yield axes to draw into, and write the picture with a legend below."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no display is asked for
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()

@@ -30,6 +30,8 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = ("part", "side")
 """Columns of words, of monitor.csv."""
+VALIDATIONS = {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
+"""Names of the validation losses, by column of metrics.csv."""
 PLAIN_EVERY = 10
 
 
@@ -98,20 +100,14 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        settings: dict[str, Any],
-        n_steps: int,
-        state: dict[str, str] | None = None,
-        step: int = 0,
-    ) -> None:
+        self, run_dir: Path, *, settings: dict[str, Any], n_steps: int,
+        state: dict[str, str] | None = None, step: int = 0,
+    ) -> None:  # fmt: skip
         before = state or {"run_id": uuid.uuid4().hex[:8], "metrics": "", "monitor": ""}
         self.n_steps, self.run_id = n_steps, before["run_id"]
         self.metrics = Metrics(run_dir / METRICS, before["metrics"])
-        self.monitor: Metrics | None = None
-        if settings["train"]["monitor"]:
-            self.monitor = Metrics(run_dir / MONITOR, before["monitor"], monitor.COLUMNS)
+        monitors = settings["train"]["monitor"]
+        self.monitor = Metrics(run_dir / MONITOR, before["monitor"], monitor.COLUMNS) if monitors else None
         self.loggers = open_loggers(run_dir, settings["io"], run_id=self.run_id, step=step)
         for logger in self.loggers:
             logger.log_hyperparams(settings)
@@ -162,8 +158,7 @@ class Reporter:
 def check_logger(package: str) -> None:
     """Raise UserError unless a logger's package can be imported."""
     try:
-        if import_module(package).__file__ is None:
-            raise ImportError("a folder of that name")
+        import_module(package)
     except ImportError as error:
         raise UserError(f"--io.{package} true cannot import {package} ({error}): pip install {package}") from error
 
@@ -202,47 +197,28 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gib(n: int) -> str:
-    """Return bytes in GiB, for people."""
-    return f"{n / 2**30:.2f}"
-
-
 def held_memory_bytes() -> int:
-    """Return what the process has now, counted as ``peak_memory_bytes``."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:  # not Linux: what it has had at most comes nearest
-        return peak_memory_bytes()
-    return int(pages) * resource.getpagesize()
+    """Return what the process has taken when a run begins, counted as ``peak_memory_bytes``."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
     """Draw the loss curves, write summary.json, the last file of a run, and print the lines that matter."""
-    names = validation_names(metrics.rows)
-    draw_losses(run_dir / LOSS_CURVE, metrics.rows, names=names, title=str(summary["method"]))
+    draw_losses(run_dir / LOSS_CURVE, metrics.rows, names=VALIDATIONS, title=str(summary["method"]))
     write_json(run_dir / SUMMARY, summary)
-    for name, label in names.items():
-        print(f"{label + ' loss':<32} {summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}")
-    print(f"{'trained':<32} {summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk")
-    print(
-        f"{'time':<32} {summary['seconds']:.0f} s for {summary['steps']} steps, "
-        f"{summary['tokens_per_second']:.0f} real tokens/s, {summary['padding']:.0%} padding, "
-        f"{summary['overhead']:.1%} outside forward and backward"
-    )
+    peak, of_run, estimated = ((summary[f"{what}_memory_bytes"] or 0) / 2**30 for what in ("peak", "run", "estimated"))
     least = "" if torch.cuda.is_available() else "at least "
-    n_bytes = summary["estimated_memory_bytes"]
-    estimated = f" (estimated: {least}{gib(n_bytes)})" if n_bytes else ""
-    print(
-        f"{'peak memory':<32} {gib(summary['peak_memory_bytes'])} GiB, "
-        f"{gib(summary['run_memory_bytes'])} of them for this run{estimated}"
-    )
-    print(f"{'loss curve':<32} {run_dir / LOSS_CURVE}")
-
-
-def validation_names(rows: list[dict[str, float]]) -> dict[str, str]:
-    """Return the names of the validation losses that a run has, by column; one where only responses are learned."""
-    if all(row["val_loss"] == row["val_response_loss"] for row in rows if "val_loss" in row):
-        return {"val_response_loss": "validation"}
-    return {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
+    lines = {
+        f"{label} loss": f"{summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}"
+        for name, label in VALIDATIONS.items()
+    }
+    lines |= {
+        "trained": f"{summary['trainable_parameters']:,} parameters, {summary['adapter_bytes']:,} bytes on disk",
+        "time": f"{summary['seconds']:.0f} s for {summary['steps']} steps, {summary['tokens_per_second']:.0f} real "
+        f"tokens/s, {summary['padding']:.0%} padding, {summary['overhead']:.1%} outside forward and backward",
+        "peak memory": f"{peak:.2f} GiB, {of_run:.2f} of them for this run"
+        + (f" (estimated: {least}{estimated:.2f})" if estimated else ""),
+        "loss curve": run_dir / LOSS_CURVE,
+    }
+    for name, text in lines.items():
+        print(f"{name:<32} {text}")

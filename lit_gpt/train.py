@@ -36,7 +36,7 @@ from lit_gpt.errors import Problems, UserError, command
 from lit_gpt.files import atomic_write, staged_dir
 from lit_gpt.generate import generate
 from lit_gpt.loss import MULTIPLE
-from lit_gpt.memory import estimate_memory, remedies, share_weights
+from lit_gpt.memory import REMEDIES, estimate_memory, share_weights
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
 from lit_gpt.quantize import describe_size, load_base, n_parameters
@@ -94,7 +94,7 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
     with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
         trainer = Trainer(fabric, plan, base=base, deadline=started + plan.max_seconds)
-        with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=remedies(plan, fabric=fabric)):
+        with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=REMEDIES):
             trainer.set_up()
             trainer.begin(checkpoint)
             if trainer.train():

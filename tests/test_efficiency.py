@@ -228,6 +228,14 @@ def test_script_writes_its_two_files_and_no_others(tmp_path, capsys):
     assert "already holds efficiency.json" in capsys.readouterr().err
 
 
+def test_pefts_adapters_are_timed_beside(tmp_path, capsys):
+    flags = ["--model_name", "SmolLM2-135M", "--n_layer", "1", "--seq_length", "8", "--out_dir", str(tmp_path)]
+    efficiency(*flags, "--methods", "[]", "--time", "true", "--rounds", "1", "--peft", "true")
+    rows = json.loads((tmp_path / "efficiency.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == [FLOOR, LORA, f"PEFT {LORA}", "PEFT OFT b=16"]
+    assert all(row["time_x_lora"]["median"] > 0 for row in rows)
+
+
 def test_published_figures_stand_beside_the_models_they_belong_to(tmp_path, capsys):
     script = load_script(ROOT / "eval" / "efficiency.py")
     qv = ("query", "value")
@@ -261,6 +269,7 @@ def test_the_length_of_the_phi_figures_is_the_papers():
         (["--model_name", "pythia-14m", "--blocks", "[0]"], "must be at least 1, got 0"),
         (["--model_name", "pythia-14m", "--precision", "fp8"], "Got value: fp8"),
         (["--model_name", "Llama-2-70b-hf", "--time", "true"], "time fewer layers"),
+        (["--model_name", "pythia-14m", "--quantize", "bnb.nf4"], "--peft say what is timed: give --time true too"),
     ],
 )
 def test_mistakes_end_in_one_line(flags, message, tmp_path, capsys):

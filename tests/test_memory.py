@@ -17,7 +17,6 @@ from lit_gpt.memory import (
     Memory,
     estimate_memory,
     frozen_bytes,
-    remedies,
     share_weights,
     spread_evenly,
     working_bytes,
@@ -132,23 +131,6 @@ def test_what_depends_on_data_ends_the_estimate_and_not_the_run():
         assert working_bytes(model, idx, **how) > 0
 
 
-@pytest.mark.parametrize(
-    ("what", "told"),
-    [
-        ({}, "lower --train.micro_batch_size or give --train.activation_checkpointing true (the result stays the same)"
-         ", or take --precision bf16-true or --quantize bnb.nf4, or prepare the data with a smaller --max_seq_length"),
-        ({"micro_batch_size": 1, "activation_checkpointing": True, "precision": "bf16-true"},
-         "take --quantize bnb.nf4, or prepare the data with a smaller --max_seq_length"),
-        ({"adapter": False, "activation_checkpointing": True, "precision": "bf16-mixed"},
-         "lower --train.micro_batch_size (the result stays the same), or prepare"),
-        ({"adapter": False, "micro_batch_size": 1}, "give --train.activation_checkpointing true (the result stays the "
-         "same), or take --precision bf16-true, or prepare"),
-    ],
-)  # fmt: skip
-def test_remedies_are_those_that_a_run_has_left(work, what, told):
-    assert remedies(planned(work, **what), fabric=one_process()).startswith(told)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_estimated(work, bpe_dir, architecture):
     write_base(work / architecture, bpe_dir, **{"tie_embeddings": False, **ARCHITECTURES[architecture]})
@@ -177,7 +159,7 @@ def test_a_run_tells_estimate_and_measure(work, tmp_path, capsys):
 
 def test_without_pytorchs_private_names_there_is_no_estimate_and_training_goes_on(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lit_gpt.live_bytes", None)  # the module that imports them
-    monkeypatch.setattr(memory, "_counted", {})
+    monkeypatch.setattr(memory, "_working", {})
     summary = train(work, "ether", tmp_path / "run")
     assert "memory: no estimate (import of lit_gpt.live_bytes halted" in capsys.readouterr().out
     assert summary["estimated_memory_bytes"] is None and summary["val_loss_after"] > 0
