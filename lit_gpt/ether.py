@@ -28,8 +28,8 @@ from lit_gpt import adapter, reflections
 from lit_gpt.adapter import AdapterConfig, AdapterLayer, Part, linear_targets
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
+from lit_gpt.reflections import Vectors
 
-Vectors = tuple[Tensor, ...]
 SECOND_VECTOR = re.compile(r"(.*\.ether_R)([24])([qkv]?)")
 """Names of ETHER+'s v: ``ether_R2`` and ``ether_R4``, whose u are ``ether_R`` and ``ether_R3``."""
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter import is_finite
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.ether import METHODS, Vectors, check_sizes
-from lit_gpt.reflections import reflection_factors, working_dtype
+from lit_gpt.ether import METHODS, check_sizes
+from lit_gpt.reflections import Vectors, reflection_factors, working_dtype
 
 try:
     from peft import PeftConfig, mapping, utils
@@ -47,7 +47,7 @@ PREFIX = "ether_"
 """Names of adapter parameters begin so; PEFT finds them by it."""
 QKV_MODULES = (
     "q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value", "query_key_value", "qkv_proj", "qkv", "Wqkv",
-    "c_attn", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "c_attn", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"
 )  # fmt: skip
 
 
