@@ -69,7 +69,7 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         if style:
             about = f"{config.name}, finetuned with prompt style {style}. Weights are exactly those that were saved."
             load = commands(MODEL, folder=Path())
-            write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
+            write_card(staging, out_dir, library="transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():
