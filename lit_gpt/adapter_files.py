@@ -133,9 +133,9 @@ def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
     # Shapes without the 1 that those of q, k and v begin with; (n, b, b) where the parameters are matrices.
     shapes = {name: t.shape[1:] if ".attn.attn." in name else t.shape for name, t in state.items()}
     shape = next(iter(shapes.values()))
-    numbers = {int(number) for name in state if (number := name.rpartition("_R")[2].rstrip("qkv") or "1").isdecimal()}
+    second, two_sided = (any(f".ether_R{number}" in name for name in state) for number in (2, 3))
     matrices = len(shape) == 3 and shape[-1] == shape[-2]
-    method = "oft" if matrices else {1: "ether", 2: "etherplus"}.get(max(numbers, default=1), "etherplusHH")
+    method = "oft" if matrices else "etherplusHH" if two_sided else "etherplus" if second else "ether"
     ends = {"query": "_Rq", "key": "_Rk", "value": "_Rv", "projection": "attn.proj.ether_R", "head": "lm_head.ether_R"}
     targets = {target: any(name.endswith(end) for name in state) for target, end in ends.items()}
     targets["mlp"] = any(".mlp." in name for name in state)

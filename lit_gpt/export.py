@@ -34,8 +34,6 @@ from lit_gpt.serving import lora_commands, lora_limits, served_base, serving_not
 
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
-
-
 ROOT = "base_model.model."
 """PEFT begins the names of modules in its files so."""
 

@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.errors import UserError
-
 Vectors = tuple[Tensor, ...]
 """The u, or the u and v, of one side of a weight: (n, b) each."""
 
@@ -387,15 +385,8 @@ def use_form(name: str) -> Iterator[None]:
         _chosen["form"] = before
 
 
-def check_form() -> None:
-    """Raise UserError unless the chosen form, the environment's or ``use_form``'s, is one of ``FORMS``."""
-    if _chosen["form"] not in FORMS:
-        raise UserError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
-
-
 def _kernels_take(x: Tensor) -> bool:
     """Return True where the kernels take a reflection of x: they run there, and products are not asked for."""
-    check_form()
     if _chosen["form"] == "products" or not _kernels_run_on(x.device):
         return False
     from lit_gpt.kernels import LARGEST_BLOCK

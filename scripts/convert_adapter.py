@@ -119,8 +119,8 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     from lit_gpt.peft_ether import EtherLinear
 
     config, _, _ = read_peft(folder)
-    kind = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
-    model = getattr(transformers, kind).from_pretrained(str(base), dtype="auto")
+    auto_class = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
+    model = getattr(transformers, auto_class).from_pretrained(str(base), dtype="auto")
     model = peft.PeftModel.from_pretrained(model, folder).get_base_model()
     export = Export()
     for name, layer in model.named_modules():
@@ -145,9 +145,9 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
         style = (file.metadata() or {}).get(STYLE) or None
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
-        kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
-        if kind != "ETHER":
-            raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
+        method = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
+        if method != "ETHER":
+            raise UserError(f"{folder} holds {method}; an ETHER adapter alone was expected")
         return EtherPeftConfig.from_pretrained(folder), tensors, style
 
 
