@@ -27,18 +27,6 @@ VLLM_HEADS = ("Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe")
 WITHOUT_LORA_IN_VLLM = ("Falcon", "StableLm")
 """Models that are no ``SupportsLoRA`` there."""
 HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-MODEL = {
-    "transformers": "AutoModelForCausalLM.from_pretrained({folder})",
-    "vLLM": "vllm serve {folder}",
-    "llama.cpp": "python convert_hf_to_gguf.py {folder}",
-}
-"""Commands that load a model's folder, by program."""
-LORA = {
-    "PEFT": "AutoPeftModelForCausalLM.from_pretrained({folder})",
-    "vLLM": "vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={folder}",
-    "llama.cpp": "python convert_lora_to_gguf.py {folder} {flag} {base}",
-}
-"""Commands that load a LoRA folder."""
 CARD = """\
 ---
 library_name: {library}{base_model}
@@ -86,10 +74,14 @@ def served_base(checkpoint_dir: Path) -> tuple[Path, str]:
     return folder, on_hub or os.path.abspath(folder)
 
 
-def commands(table: dict[str, str], **values: object) -> dict[str, str]:
-    """Return the commands of ``MODEL`` or ``LORA`` with these values, quoted for Python or for a shell."""
-    python, shell = ({name: quote(str(value)) for name, value in values.items()} for quote in (repr, shlex.quote))
-    return {program: line.format(**python if "(" in line else shell) for program, line in table.items()}
+def model_commands(folder: Path) -> dict[str, str]:
+    """Return the commands that load a model's folder, by program; quoted for Python or for a shell."""
+    quoted = shlex.quote(str(folder))
+    return {
+        "transformers": f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        "vLLM": f"vllm serve {quoted}",
+        "llama.cpp": f"python convert_hf_to_gguf.py {quoted}",
+    }
 
 
 def lora_limits(config: Config, rank: int, *, head: bool) -> dict[str, str]:
@@ -122,10 +114,15 @@ def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Con
         rank: of the LoRA.
         without: programs that are left out.
     """
-    table = {program: line for program, line in LORA.items() if program not in without}
     limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
     flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
-    return commands(table, base=base, folder=folder, name=name, limit=limit, flag=flag)
+    base, quoted, name = (shlex.quote(str(word)) for word in (base, folder, name))
+    commands = {
+        "PEFT": f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
+        "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={quoted}",
+        "llama.cpp": f"python convert_lora_to_gguf.py {quoted} {flag} {base}",
+    }
+    return {program: line for program, line in commands.items() if program not in without}
 
 
 def serving_notes(folder: Path, style: str | None, dtype: torch.dtype) -> list[str]:
