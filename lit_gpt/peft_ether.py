@@ -218,8 +218,6 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the weight again, the last one first."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: there is nothing to unmerge", stacklevel=2)
         while self.merged_adapters:
             self.merged_adapters.pop()
             up, down, before = self.unmerging.pop()
@@ -243,7 +241,6 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     def add_to_weight(self, up: Tensor, down: Tensor, checked: str | None = None) -> None:
         """Add B A to the weight, which is quantized again where it was; raise where it must be finite and is not."""
         base, before = self.get_base_layer(), self.read_weight()
-        up, down = up.to(before.device), down.to(before.device)
         weight = torch.addmm(before.to(up.dtype), up, down).to(before.dtype)
         if checked and not is_finite(weight):
             raise UserError(f"merging {checked} gives NaN or infinity: it holds a zero vector, or its run diverged")
