@@ -31,7 +31,7 @@ LARGEST_BLOCK = 16384
 
 @triton.jit
 def _dot(x, w):
-    """Dot products over each block: (ROWS, BLOCKS, B) and (1, BLOCKS, B) to (ROWS, BLOCKS, 1)."""
+    """Return dot products over each block: (ROWS, BLOCKS, B) and (1, BLOCKS, B) to (ROWS, BLOCKS, 1)."""
     return tl.sum(x * w, axis=2, keep_dims=True)
 
 
@@ -45,7 +45,7 @@ def _unit(U, offsets, inside, WORK: tl.constexpr):
 
 @triton.jit
 def _update(a_u, u, a_v, v, PLUS: tl.constexpr):
-    """R z - z from the projections a = w . z: (ROWS, BLOCKS, B).
+    """Return R z - z from the projections a = w . z: (ROWS, BLOCKS, B).
 
     At v = -u the two products are equal and their difference is zero, provided that each is rounded by itself. A fused
     multiply-add would round but one of them, so these kernels are compiled without (``enable_fp_fusion=False``). By the

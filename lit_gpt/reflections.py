@@ -35,13 +35,13 @@ Vectors = tuple[Tensor, ...]
 
 
 def unit(u: Tensor) -> Tensor:
-    """Vectors scaled to length one over the last dimension, in fp32 (fp64 for fp64)."""
+    """Return vectors scaled to length one over the last dimension, in fp32 (fp64 for fp64)."""
     u = u.to(working_dtype(u.dtype))
     return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, but fp64 for fp64."""
+    """Return fp32, but fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -54,7 +54,7 @@ def reflect(
 ) -> Tensor:
     """Reflect block by block; x itself, bit for bit, where v = -u.
 
-    ETHER is x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
+    ETHER gives x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
 
     Args:
         x: (..., n, b).
@@ -68,12 +68,12 @@ def reflect(
 
 
 def cayley(a: Tensor) -> Tensor:
-    """OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
+    """Return OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
     return _Cayley.apply(a)
 
 
 def rotate(x: Tensor, rotation: Tensor, *, center: Tensor | None = None) -> Tensor:
-    """R x, block by block, or x + (R - I)(x - center), which for R = I is x bit for bit.
+    """Return R x, block by block, or x + (R - I)(x - center), which for R = I is x bit for bit.
 
     Args:
         x: (..., n, b).
@@ -280,7 +280,7 @@ class _Cayley(torch.autograd.Function):
 
 
 def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
-    """(W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
+    """Return (W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
     R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
@@ -304,7 +304,7 @@ def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
 
 
 def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
-    """W (rotated in the ``published`` layout) x: row group r of W meets I_n (x) R_r.
+    """Return W (rotated in the ``published`` layout) x: row group r of W meets I_n (x) R_r.
 
     Args:
         x: (..., d).
