@@ -15,7 +15,7 @@ Notable choices:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import safetensors.torch
@@ -75,17 +75,14 @@ class Export:
             tensors[f"{ROOT}{module}.lora_B.weight"] = F.pad(b, (0, missing)).contiguous()
         return tensors
 
-    @property
-    def update(self) -> float:
-        """Return the squared norm of the weight updates of all modules."""
-        return sum(squared_norm(a, b) for a, b in self.factors.values())
-
-    @property
+    @cached_property
     def rounding(self) -> float:
         """Return how far bf16 factors change the weight updates, relative to these; 0 where nothing is updated."""
-        rounded = ((a, b, a.bfloat16().float(), b.bfloat16().float()) for a, b in self.factors.values())
-        change = sum(squared_norm(torch.cat([a_16, a]), torch.cat([b_16, -b], dim=1)) for a, b, a_16, b_16 in rounded)
-        return (change / self.update) ** 0.5 if self.update else 0.0
+        update = change = 0.0  # squared norms, summed over all modules
+        for a, b in self.factors.values():
+            update += squared_norm(a, b)
+            change += squared_norm(torch.cat([a.bfloat16().float(), a]), torch.cat([b.bfloat16().float(), -b], dim=1))
+        return (change / update) ** 0.5 if update else 0.0
 
 
 def squared_norm(a: Tensor, b: Tensor) -> float:
@@ -130,7 +127,7 @@ def export_adapter(
         export = factorise(dict(adapter_layers(model)), config, weights)
     except UserError as error:
         raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
-    if not math.isfinite(export.update):
+    if not math.isfinite(export.rounding):
         raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
     served, base = served_base(checkpoint_dir)
     limits = lora_limits(config, export.rank, head="lm_head" in export.ranks)
@@ -164,7 +161,7 @@ def facts(export: Export, config: Config) -> list[str]:
     """Return rank, size and accuracy in words, and what tying the head means."""
     ranks = ", ".join(f"{name} {rank}" for name, rank in export.ranks.items())
     padded = "" if len({*export.ranks.values()}) == 1 else ", filled up with zeros"
-    size = sum(tensor.nbytes for tensor in export.tensors().values())
+    size = 4 * export.rank * sum(a.size(1) + b.size(0) for a, b in export.factors.values())
     found = [
         f"rank {export.rank} ({ranks}{padded}), {size / 1e6:.1f} MB in fp32",
         f"exact in fp32; on a server in bf16 its rounded factors change the weight update by {export.rounding:.1e}",
@@ -222,14 +219,6 @@ def place(layout: Layout, layer: AdapterLayer, key: str, part: Part) -> tuple[st
 
 def peft_config(export: Export, *, base: str) -> dict:
     """Return the content of PEFT's ``adapter_config.json``."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": sorted(export.ranks),
-        "r": export.rank,
-        "lora_alpha": export.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    size = {"target_modules": sorted(export.ranks), "r": export.rank, "lora_alpha": export.rank}
+    return {**about, **size, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
