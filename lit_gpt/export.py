@@ -32,6 +32,8 @@ from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, Layout, hf_layout
 from lit_gpt.serving import lora_commands, lora_limits, served_base, serving_notes, write_card
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of a PEFT folder."""
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
 ROOT = "base_model.model."
@@ -117,7 +119,7 @@ def export_adapter(
     if not adapter:
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     config = load_config(check_checkpoint_dir(checkpoint_dir))
-    out_dir = prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
+    out_dir = prepare_out_dir(out_dir, overwrite, names=[CONFIG], source=checkpoint_dir)
     check_base(adapter, checkpoint_dir)
     model, weights = meta_model(config), load_state(checkpoint_dir / WEIGHTS)
     attach_adapter(model, adapter)
@@ -136,10 +138,8 @@ def export_adapter(
     notes += [f"{server} takes {limit}: merge for it" for server, limit in limits.items()]
     load = partial(lora_commands, name=out_dir.resolve().name, rank=export.rank, without=limits)
     with staged_dir(out_dir, overwrite) as staging:
-        write_json(staging / "adapter_config.json", peft_config(export, base=base))
-        # Not save_file, which makes a file for the owner alone.
-        content = safetensors.torch.save(export.tensors(), metadata={"format": "pt"})
-        (staging / "adapter_model.safetensors").write_bytes(content)
+        write_json(staging / CONFIG, peft_config(export, base=base))
+        save_tensors(export.tensors(), staging)
         card = {"about": f"{about}. It computes the same function.", "notes": notes, "load": load(base, Path())}
         write_card(staging, out_dir, library="peft", base=base, **card)
     advice = [f"merge: {merge}"] if limits else []
@@ -147,6 +147,11 @@ def export_adapter(
     if served != checkpoint_dir:
         print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
     print(*(f"{program}: {line}" for program, line in load(str(served), out_dir).items()), sep="\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, **metadata: str) -> None:
+    """Write a PEFT folder's tensors; not by safetensors' save_file, whose files their owner alone can read."""
+    (folder / TENSORS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt", **metadata}))
 
 
 def describe(adapter: AdapterFile) -> str:

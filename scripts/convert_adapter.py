@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -29,7 +28,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import EtherConfig, add_ether
-from lit_gpt.export import IN_MEMORY, ROOT, Export, place
+from lit_gpt.export import CONFIG, IN_MEMORY, ROOT, TENSORS, Export, place, save_tensors
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
 from lit_gpt.serving import served_base, write_card
@@ -37,7 +36,6 @@ from lit_gpt.serving import served_base, write_card
 SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", "block_dropout", "flip_side")}
 """PEFT's names of an adapter's settings, with ours."""
 Form = Literal["peft", "lit", "lora"]
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """A key in the metadata of a PEFT folder's tensors, ours alone: the style of prompts."""
 ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
@@ -90,7 +88,7 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     written = EtherPeftConfig(**settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
     written.base_model_name_or_path = served_base(checkpoint_dir)[1]
     written.save_pretrained(out_dir)
-    save_file(tensors, out_dir / TENSORS, metadata={"format": "pt", STYLE: adapter.prompt_style or ""})
+    save_tensors(tensors, out_dir, **{STYLE: adapter.prompt_style or ""})
 
 
 def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
@@ -129,9 +127,10 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     kept = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping")
     settings = {"r": export.rank, "lora_alpha": export.rank} | {name: getattr(config, name) for name in kept}
     lora = peft.LoraConfig(**settings, inference_mode=True)
-    lora.base_model_name_or_path = base_name(base)
+    # What PEFT finds the base by from any folder: ORG/NAME, or the whole path of a folder elsewhere.
+    lora.base_model_name_or_path = hub_name(base) or str(base.resolve() if base.is_dir() else base)
     lora.save_pretrained(out_dir)
-    save_file(export.tensors(), out_dir / TENSORS, metadata={"format": "pt"})
+    save_tensors(export.tensors(), out_dir)
 
 
 def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
@@ -149,11 +148,6 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
         if method != "ETHER":
             raise UserError(f"{folder} holds {method}; an ETHER adapter alone was expected")
         return EtherPeftConfig.from_pretrained(folder), tensors, style
-
-
-def base_name(base: Path) -> str:
-    """Return what PEFT finds a base by from any folder: ORG/NAME, or the whole path of a folder elsewhere."""
-    return hub_name(base) or (str(base.resolve()) if base.is_dir() or base.is_absolute() else str(base))
 
 
 def counterparts(config: Config, ether: EtherConfig) -> Iterator[tuple[str, str, str | None]]:

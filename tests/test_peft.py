@@ -568,6 +568,7 @@ def test_a_converted_folder_names_its_base_and_says_how_it_is_loaded(parent, kno
     for out in (ours, convert("lora", ours, relative_base, Path("lora"))):
         named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert named == ("tiny/llama" if known else str(base))
+        assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "others can read all of it"
         card = ModelCard((out / "README.md").read_text())
         assert card.data.base_model == ("tiny/llama" if known else None) and card.data.library_name == "peft"
         assert ("`import lit_gpt.peft_ether`" in card.text) == (out == ours)
