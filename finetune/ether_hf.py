@@ -77,7 +77,7 @@ def setup(
     more = {"gradient_checkpointing": True} if activation_checkpointing else {}  # newer versions warn of the name
     args = transformers.TrainingArguments(  # the rows are in our order already
         str(out_dir), max_steps=n_steps, seed=seed, per_device_train_batch_size=micro_batch_size, logging_steps=1,
-        report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0, **more,
+        report_to=[], remove_unused_columns=False, train_sampling_strategy="sequential", max_grad_norm=0.0, **more
     )  # fmt: skip
     args.gradient_accumulation_steps, left = divmod(global_batch_size, micro_batch_size * args.world_size)
     if left or not args.gradient_accumulation_steps:

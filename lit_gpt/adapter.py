@@ -113,7 +113,7 @@ class SplitLinear(nn.Linear):
         self.parts = cut_parts(base, targets)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """(..., in) to (..., out), or to q, k and v apart."""
+        """Map (..., in) to (..., out), or to q, k and v apart."""
         outputs = self.outputs(x)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

@@ -114,18 +114,17 @@ def load_adapter(path: Path | str, kind: str | None = None) -> AdapterFile:
         state, meta = content.get("model"), content.get("config")
         if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"{path} is not an adapter file: it holds no adapter under 'model'")
-        kind = kind or (meta or {"kind": "ether"})["kind"]
+        if meta is None and not all(map(ether_filter, state)):
+            raise UserError(f"{path} is not an adapter file: it has no 'config', and its keys are not ETHER's")
+        found = meta["kind"] if meta else "ether"  # without one it is the original code's
+        if kind not in (None, found):
+            raise UserError(f"{path} holds {names.get(found, 'an unknown')} adapter; {names[kind]} one was expected")
         if meta is None:
-            if kind != "ether" or not all(map(ether_filter, state)):
-                raise UserError(f"{path} is not {names[kind]} adapter: no 'config', and its keys are not ETHER's")
             return AdapterFile(Path(path), "ether", infer_ether_config(state), state, {}, None)
-        if meta.get("kind") != kind:
-            found = names.get(meta.get("kind"), "an unknown")
-            raise UserError(f"{path} holds {found} adapter; {names[kind]} one was expected")
-        config_class = KINDS[kind].config_class
+        config_class = KINDS[found].config_class
         known = {field.name for field in fields(config_class)}  # an older version may have had others
-        config = config_class(**{name: value for name, value in meta[kind].items() if name in known})
-        return AdapterFile(Path(path), kind, config, state, {**meta["base"]}, meta["prompt_style"])
+        config = config_class(**{name: value for name, value in meta[found].items() if name in known})
+        return AdapterFile(Path(path), found, config, state, {**meta["base"]}, meta["prompt_style"])
 
 
 def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
@@ -133,9 +132,9 @@ def infer_ether_config(state: Mapping[str, Tensor]) -> EtherConfig:
     # Shapes without the 1 that those of q, k and v begin with; (n, b, b) where the parameters are matrices.
     shapes = {name: t.shape[1:] if ".attn.attn." in name else t.shape for name, t in state.items()}
     shape = next(iter(shapes.values()))
-    numbers = {int(number) for name in state if (number := name.rpartition("_R")[2].rstrip("qkv") or "1").isdecimal()}
+    second, two_sided = (any(f".ether_R{number}" in name for name in state) for number in (2, 3))
     matrices = len(shape) == 3 and shape[-1] == shape[-2]
-    method = "oft" if matrices else {1: "ether", 2: "etherplus"}.get(max(numbers, default=1), "etherplusHH")
+    method = "oft" if matrices else "etherplusHH" if two_sided else "etherplus" if second else "ether"
     ends = {"query": "_Rq", "key": "_Rk", "value": "_Rv", "projection": "attn.proj.ether_R", "head": "lm_head.ether_R"}
     targets = {target: any(name.endswith(end) for name in state) for target, end in ends.items()}
     targets["mlp"] = any(".mlp." in name for name in state)

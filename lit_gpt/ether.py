@@ -14,7 +14,6 @@ Notable choices:
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,26 +27,22 @@ from lit_gpt import adapter, reflections
 from lit_gpt.adapter import AdapterConfig, AdapterLayer, Part, linear_targets
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
-
-Vectors = tuple[Tensor, ...]
-SECOND_VECTOR = re.compile(r"(.*\.ether_R)([24])([qkv]?)")
-"""Names of ETHER+'s v: ``ether_R2`` and ``ether_R4``, whose u are ``ether_R`` and ``ether_R3``."""
+from lit_gpt.reflections import Vectors
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the registry: what is learned on a side of a weight, and how R acts on x (..., n, b).
+    """One entry of the registry: what is learned on a side of a weight, and how R acts on it.
 
     Attributes:
         tensors: parameters of one side: u; u and v; or A.
         two_sided: transforms both sides of W.
-        reflect: R x from x and vectors (n, b), for a symmetric R; options as in ``reflections.reflect``. Or
-        rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0.
+        rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0. Without it the parameters are
+            vectors (n, b), and R is a reflection.
     """
 
     tensors: int
     two_sided: bool = False
-    reflect: Callable[..., Tensor] = reflections.reflect
     rotation: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -60,12 +55,19 @@ class Method:
         a = parameters[0]
         return self.rotation(a if block_mask is None else a * block_mask.unsqueeze(-1))
 
-    def apply(self, x: Tensor, parameters: Vectors, *, transposed: bool = False, **options: Any) -> Tensor:
-        """Return R x, or with ``transposed`` R^T x, block by block; options as in ``reflections.reflect``."""
+    def apply(
+        self, x: Tensor, parameters: Vectors, *, center: Tensor | None = None, transposed: bool = False, **options: Any
+    ) -> Tensor:
+        """Return R x, or with ``transposed`` R^T x, of x (..., size), which is cut into n blocks.
+
+        The center, (size,), and options are those of ``reflections.reflect``.
+        """
+        blocks = (len(parameters[0]), -1)
+        x, center = x.unflatten(-1, blocks), None if center is None else center.unflatten(-1, blocks)
         if not self.matrices:
-            return self.reflect(x, *parameters, **options)
+            return reflections.reflect(x, *parameters, center=center, **options).flatten(-2)
         r = self.rotations(parameters, options.get("block_mask"))
-        return reflections.rotate(x, r.mT if transposed else r, center=options.get("center"))
+        return reflections.rotate(x, r.mT if transposed else r, center=center).flatten(-2)
 
 
 METHODS = {
@@ -103,8 +105,8 @@ class EtherConfig(AdapterConfig):
             raise UserError(f"Htype '{self.Htype}' is unknown; choices: {', '.join(METHODS)}")
         if self.block_layout not in BLOCK_LAYOUTS:
             raise UserError(f"block layout '{self.block_layout}' is unknown; choices: {', '.join(BLOCK_LAYOUTS)}")
-        if self.nb < 1:
-            raise UserError(f"the number of blocks must be at least 1, got {self.nb}")
+        if not isinstance(self.nb, int) or self.nb < 1:
+            raise UserError(f"the number of blocks must be at least 1, got {self.nb!r}")
         for name in ("dropout", "block_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -119,7 +121,7 @@ class EtherLayer(AdapterLayer):
         """Register the parameters of each adapted part and side, as training starts from them."""
         self.method = METHODS[self.adapter_config.Htype]
         self.sides = side_order(self, self.adapter_config)
-        if self.published and "input" in self.sides and self.quantized is not None:
+        if self.published and self.quantized is not None:
             raise UserError(
                 "the published block layout at n > 1 needs the weight itself, which a quantized base does not have; "
                 "use the diagonal layout or leave out --quantize"
@@ -161,12 +163,10 @@ class EtherLayer(AdapterLayer):
 
     def adapted_part(self, part: Part, x: Tensor) -> Tensor:
         """Return R_out(W(R_in x)) + b of one part: (..., in) to (..., its rows)."""
-        if "input" not in self.sides:
-            y = self.product(part, x)
-        elif self.published:
+        if self.published:
             y = self.published_product(part, x)
         else:
-            y = self.product(part, self.transform(part, "input", x))
+            y = self.product(part, self.transform(part, "input", x) if "input" in self.sides else x)
         return self.transform(part, "output", y, center=self.bias_of(part)) if "output" in self.sides else y
 
     def published_product(self, part: Part, x: Tensor) -> Tensor:
@@ -183,48 +183,36 @@ class EtherLayer(AdapterLayer):
     @property
     def published(self) -> bool:
         """Return True where the input side is in the original code's layout; for one block it is the diagonal one."""
-        return self.adapter_config.block_layout == "published" and self.adapter_config.nb > 1
+        return "input" in self.sides and self.adapter_config.block_layout == "published" and self.adapter_config.nb > 1
 
     def transform(self, part: Part, side: str, x: Tensor, *, center: Tensor | None = None) -> Tensor:
         """Return R x on one side of one part, or R(x - center) + center: (..., size) to (..., size)."""
-        blocks = (self.adapter_config.nb, -1)
-        y = self.method.apply(
-            x.unflatten(-1, blocks),
-            self.vectors(part, side),
-            center=None if center is None else center.unflatten(-1, blocks),
-            block_mask=self.draw_blocks(),
-            save_output=side == "output",  # attention keeps its v too; an input x has other readers that keep it
-        )
-        return y.flatten(-2)
+        options = {"center": center, "block_mask": self.draw_blocks()}
+        # Attention keeps its v too; an input x has other readers that keep it.
+        return self.method.apply(x, self.vectors(part, side), save_output=side == "output", **options)
 
     def draw_blocks(self) -> Tensor | None:
         """Return (n, 1), zero for the blocks dropped in this pass; None where none is."""
-        p = self.adapter_config.block_dropout
-        if p == 0.0 or not self.training:
-            return None
-        return (torch.rand(self.adapter_config.nb, 1, device=self.factory["device"]) >= p).float()
+        config = self.adapter_config
+        return draw_blocks(config.nb, config.block_dropout if self.training else 0.0, self.factory["device"])
 
     def merged_rows(self, part: Part, rows: Tensor) -> Tensor:
         """Return R_out W R_in of one part: rows take R_in's transpose, columns take R_out."""
-        blocks = (self.adapter_config.nb, -1)
         if "input" in self.sides:
-            # (f, n, b); published (f/n, j, r, b): row group r meets R_r in each of its n chunks j
-            x = rows.unflatten(-1, blocks)
-            x = x.unflatten(0, blocks).permute(1, 2, 0, 3) if self.published else x
-            x = self.method.apply(x, self.vectors(part, "input"), transposed=True)
-            x = x.permute(2, 0, 1, 3).flatten(0, 1) if self.published else x
-            rows = x.flatten(-2)
-        if "output" in self.sides:
-            columns = rows.T.unflatten(-1, blocks)
-            rows = self.method.apply(columns, self.vectors(part, "output")).flatten(-2).T
-        return rows
+            n, vectors = self.adapter_config.nb, self.vectors(part, "input")
+            if self.published:  # row group r meets R_r in each of its n chunks j: (r, f/n, j, b) to (f/n, j, r b)
+                rows = rows.unflatten(0, (n, -1)).unflatten(-1, (n, -1)).permute(1, 2, 0, 3).flatten(-2)
+            rows = self.method.apply(rows, vectors, transposed=True)
+            if self.published:
+                rows = rows.unflatten(-1, (n, -1)).permute(2, 0, 1, 3).flatten(-2).flatten(0, 1)
+        return self.method.apply(rows.T, self.vectors(part, "output")).T if "output" in self.sides else rows
 
     @property
     def full_rank(self) -> str | None:
         """Return why there is no ``low_rank``, or None."""
         if self.method.matrices:
             return f"{self.adapter_config.Htype} rotates all of a weight, which is no change of low rank"
-        if self.published and "input" in self.sides:
+        if self.published:
             n = self.adapter_config.nb
             return f"on the input side the published block layout has a rank of up to n^2, here n = {n}"
         return None
@@ -260,6 +248,11 @@ class EtherLinear(EtherLayer):
 
 class EtherQKVLinear(EtherLayer, QKVLinear):
     """The fused q, k, v, each with an adapter of its own."""
+
+
+def draw_blocks(n: int, dropout: float, device: torch.device) -> Tensor | None:
+    """Return a mask (n, 1), zero for each block with probability ``dropout``; None where that is 0."""
+    return (torch.rand(n, 1, device=device) >= dropout).float() if dropout else None
 
 
 def side_order(linear: nn.Linear, config: EtherConfig) -> tuple[str, ...]:
@@ -335,10 +328,10 @@ def set_ether_strength(state: Mapping[str, Tensor], config: EtherConfig, strengt
             f"--strength {strength:g}: plain ETHER cannot be scaled towards the base; ETHER+, OFT and LoRA can"
         )
     changed = dict(state)
-    for stem, number, part in (found.groups() for found in map(SECOND_VECTOR.fullmatch, state) if found):
-        u = state.get(f"{stem}{'' if number == '2' else '3'}{part}")
-        if u is not None:  # where it is missing the file fits no model, which is said when it is put on one
-            changed[f"{stem}{number}{part}"] = reflections.turn(u, state[f"{stem}{number}{part}"], strength)
+    for name, v in state.items():
+        u = state.get(name.replace("_R2", "_R").replace("_R4", "_R3"))  # its partner; where it is missing the file
+        if u is not None and u is not v:  # fits no model, which is said when it is put on one
+            changed[name] = reflections.turn(u, v, strength)
     return changed
 
 

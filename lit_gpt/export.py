@@ -12,30 +12,32 @@ Notable choices:
 - One weight at a time is read from the memory-mapped base: no more is held than that weight and the factors so far.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from lit_gpt.adapter import TARGETS, AdapterLayer, Part, adapter_layers, rows_in_memory
 from lit_gpt.adapter_files import AdapterFile, attach_adapter, check_base, open_adapter
-from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, hub_name, load_config, load_state, meta_model
+from lit_gpt.checkpoint import WEIGHTS, check_checkpoint_dir, load_config, load_state, meta_model
 from lit_gpt.config import Config
 from lit_gpt.errors import Problems, UserError, command
-from lit_gpt.files import atomic_write, prepare_out_dir, staged_dir, write_json
+from lit_gpt.files import prepare_out_dir, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, Layout, hf_layout
-from lit_gpt.serving import hf_folder, lora_commands, lora_limits, serving_notes, write_card
+from lit_gpt.serving import lora_commands, lora_limits, served_base, serving_notes, write_card
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of a PEFT folder."""
 IN_MEMORY = {"embed_out": "lm_head"}
 """Modules that transformers 5 calls otherwise than the checkpoint does: GPT-NeoX's head."""
+ROOT = "base_model.model."
+"""PEFT begins the names of modules in its files so."""
 
 
 @dataclass
@@ -43,43 +45,46 @@ class Export:
     """A LoRA in the making.
 
     Attributes:
-        tensors: of ``adapter_model.safetensors``.
-        ranks: by the last part of the module's name, the largest of all layers.
-        update, change: squared norms of the weight updates, and of what rounding the factors to bf16 changes in them,
-            summed over all modules.
+        factors: A (r, in) and B (out, r) of each Hugging Face module, by its name.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    update: float = 0.0
-    change: float = 0.0
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, module: str, a: Tensor, b: Tensor) -> None:
+        """Take the factors of one module."""
+        self.factors[IN_MEMORY.get(module, module)] = (a, b)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the largest rank in all layers, by the last part of the module's name."""
+        ranks: dict[str, int] = {}
+        for module, (a, _) in self.factors.items():
+            last = module.rpartition(".")[2]
+            ranks[last] = max(ranks.get(last, 0), len(a))
+        return ranks
 
     @property
     def rank(self) -> int:
         """Return the largest rank, which every module of the file gets."""
         return max(self.ranks.values())
 
-    def add(self, module: str, a: Tensor, b: Tensor) -> None:
-        """Take the A (r, in) and B (out, r) of one Hugging Face module."""
-        module = IN_MEMORY.get(module, module)
-        last = module.rpartition(".")[2]
-        self.ranks[last] = max(self.ranks.get(last, 0), len(a))
-        for name, factor in (("lora_A", a), ("lora_B", b)):
-            self.tensors[f"base_model.model.{module}.{name}.weight"] = factor.contiguous()
-        self.update += squared_norm(a, b)
-        self.change += squared_norm(torch.cat([a.bfloat16().float(), a]), torch.cat([b.bfloat16().float(), -b], dim=1))
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what ``adapter_model.safetensors`` holds: factors with zeros up to the largest rank."""
+        tensors, rank = {}, self.rank
+        for module, (a, b) in self.factors.items():
+            missing = rank - len(a)
+            tensors[f"{ROOT}{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, missing)).contiguous()
+            tensors[f"{ROOT}{module}.lora_B.weight"] = F.pad(b, (0, missing)).contiguous()
+        return tensors
 
-    def pad(self) -> None:
-        """Fill up every A and B with zeros to the largest rank, which changes no product."""
-        for name, factor in self.tensors.items():
-            down = ".lora_A." in name
-            missing = self.rank - factor.shape[0 if down else 1]
-            self.tensors[name] = functional.pad(factor, (0, 0, 0, missing) if down else (0, missing))
-
-    @property
+    @cached_property
     def rounding(self) -> float:
-        """Return how far bf16 factors change the weight update, relative to it; 0 where nothing is updated."""
-        return (self.change / self.update) ** 0.5 if self.update else 0.0
+        """Return how far bf16 factors change the weight updates, relative to these; 0 where nothing is updated."""
+        update = change = 0.0  # squared norms, summed over all modules
+        for a, b in self.factors.values():
+            update += squared_norm(a, b)
+            change += squared_norm(torch.cat([a.bfloat16().float(), a]), torch.cat([b.bfloat16().float(), -b], dim=1))
+        return (change / update) ** 0.5 if update else 0.0
 
 
 def squared_norm(a: Tensor, b: Tensor) -> float:
@@ -114,40 +119,39 @@ def export_adapter(
     if not adapter:
         raise UserError("nothing to export: give an adapter file with --ether_path or --lora_path")
     config = load_config(check_checkpoint_dir(checkpoint_dir))
-    out_dir = prepare_out_dir(out_dir, overwrite, names=["adapter_config.json"], source=checkpoint_dir)
+    out_dir = prepare_out_dir(out_dir, overwrite, names=[CONFIG], source=checkpoint_dir)
     check_base(adapter, checkpoint_dir)
-    model = meta_model(config)
+    model, weights = meta_model(config), load_state(checkpoint_dir / WEIGHTS)
     attach_adapter(model, adapter)
-    layers = dict(adapter_layers(model))
     flags = {"checkpoint_dir": checkpoint_dir, f"{adapter.kind}_path": adapter.path}
-    merge, weights = command(f"scripts/merge_{adapter.kind}.py", **flags), load_state(checkpoint_dir / WEIGHTS)
+    merge = command(f"scripts/merge_{adapter.kind}.py", **flags)
     try:
-        check_low_rank(layers, config)
-        export = factorise(layers, config, weights)
+        export = factorise(dict(adapter_layers(model)), config, weights)
     except UserError as error:
         raise UserError(f"{adapter.path} cannot be a LoRA: {error}; merge instead: {merge}") from error
-    if not math.isfinite(export.update):
+    if not math.isfinite(export.rounding):
         raise UserError(f"{adapter.path}: NaN or infinity in the update: convert the base model again, or train again")
-    served = hf_folder(checkpoint_dir)
-    on_hub = hub_name(checkpoint_dir) if served == checkpoint_dir else None
-    base, limits = on_hub or os.path.abspath(served), lora_limits(config, export.rank, head="lm_head" in export.ranks)
+    served, base = served_base(checkpoint_dir)
+    limits = lora_limits(config, export.rank, head="lm_head" in export.ranks)
+    about = f"{describe(adapter)}, as a LoRA of {base}"
     notes = facts(export, config) + serving_notes(checkpoint_dir, adapter.prompt_style, weights[EMBEDDING].dtype)
     notes += [f"{server} takes {limit}: merge for it" for server, limit in limits.items()]
     load = partial(lora_commands, name=out_dir.resolve().name, rank=export.rank, without=limits)
     with staged_dir(out_dir, overwrite) as staging:
-        write_json(staging / "adapter_config.json", peft_config(export, base=base))
-        with atomic_write(staging / "adapter_model.safetensors") as temporary:
-            # Not save_file, which puts a file of its own there, for the owner alone.
-            temporary.write_bytes(safetensors.torch.save(export.tensors, metadata={"format": "pt"}))
-        # The Hub refuses a page whose head names a folder as the base.
-        head = "library_name: peft" + (f"\nbase_model: {json.dumps(on_hub)}" if on_hub else "")
-        about = f"{describe(adapter)}, as a LoRA of {base}. It computes the same function."
-        write_card(staging, out_dir, head=head, about=about, notes=notes, load=load(base, Path()))
+        write_json(staging / CONFIG, peft_config(export, base=base))
+        save_tensors(export.tensors(), staging)
+        card = {"about": f"{about}. It computes the same function.", "notes": notes, "load": load(base, Path())}
+        write_card(staging, out_dir, library="peft", base=base, **card)
     advice = [f"merge: {merge}"] if limits else []
-    print(f"{out_dir}: {adapter.path}, {describe(adapter)}, as a LoRA of {base}", *notes, *advice, sep="\n")
+    print(f"{out_dir}: {adapter.path}, {about}", *notes, *advice, sep="\n")
     if served != checkpoint_dir:
         print(f"next: {command('scripts/convert_lit_checkpoint.py', checkpoint_dir=checkpoint_dir, out_dir=served)}")
     print(*(f"{program}: {line}" for program, line in load(str(served), out_dir).items()), sep="\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, **metadata: str) -> None:
+    """Write a PEFT folder's tensors; not by safetensors' save_file, whose files their owner alone can read."""
+    (folder / TENSORS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt", **metadata}))
 
 
 def describe(adapter: AdapterFile) -> str:
@@ -162,7 +166,7 @@ def facts(export: Export, config: Config) -> list[str]:
     """Return rank, size and accuracy in words, and what tying the head means."""
     ranks = ", ".join(f"{name} {rank}" for name, rank in export.ranks.items())
     padded = "" if len({*export.ranks.values()}) == 1 else ", filled up with zeros"
-    size = sum(tensor.nbytes for tensor in export.tensors.values())
+    size = 4 * export.rank * sum(a.size(1) + b.size(0) for a, b in export.factors.values())
     found = [
         f"rank {export.rank} ({ranks}{padded}), {size / 1e6:.1f} MB in fp32",
         f"exact in fp32; on a server in bf16 its rounded factors change the weight update by {export.rounding:.1e}",
@@ -174,22 +178,17 @@ def facts(export: Export, config: Config) -> list[str]:
     return found
 
 
-def check_low_rank(layers: Mapping[str, AdapterLayer], config: Config) -> None:
-    """Raise UserError with every reason why the adapter is no LoRA, whatever its ranks."""
-    problems = Problems(layer.full_rank for layer in layers.values() if layer.full_rank)
-    if any(".experts." in name for name in layers):
-        kind = config.architecture
-        problems.append(f"transformers holds the experts of a {kind} as plain parameters, not as Linears")
-    problems.check()
-
-
 @torch.no_grad()
 def factorise(layers: Mapping[str, AdapterLayer], config: Config, weights: Mapping[str, Tensor]) -> Export:
     """Return A and B of every Hugging Face module that the layers change, from the base's weights.
 
     Raises:
-        ValueError: a module's rank is so large that a LoRA saves nothing.
+        ValueError: the adapter is no LoRA, with every reason; or a module's rank is so large that a LoRA saves nothing.
     """
+    problems = Problems(layer.full_rank for layer in layers.values() if layer.full_rank)
+    experts = f"transformers holds the experts of a {config.architecture} as plain parameters, not as Linears"
+    problems.expect(not any(".experts." in name for name in layers), experts)
+    problems.check()
     layout, export = hf_layout(replace(config, tie_embeddings=False)), Export()  # a tied head may be adapted
     changes: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}  # of a module: A, B, the rows that B is for
     for name, layer in layers.items():
@@ -208,7 +207,6 @@ def factorise(layers: Mapping[str, AdapterLayer], config: Config, weights: Mappi
         if r * (f + d) >= f * d:
             raise UserError(f"rank {r} takes as much room as {module} itself, {f} x {d}")
         export.add(module, a, b)
-    export.pad()
     return export
 
 
@@ -226,14 +224,6 @@ def place(layout: Layout, layer: AdapterLayer, key: str, part: Part) -> tuple[st
 
 def peft_config(export: Export, *, base: str) -> dict:
     """Return the content of PEFT's ``adapter_config.json``."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": sorted(export.ranks),
-        "r": export.rank,
-        "lora_alpha": export.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    size = {"target_modules": sorted(export.ranks), "r": export.rank, "lora_alpha": export.rank}
+    return {**about, **size, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}

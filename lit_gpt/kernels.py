@@ -31,7 +31,7 @@ LARGEST_BLOCK = 16384
 
 @triton.jit
 def _dot(x, w):
-    """Dot products over each block: (ROWS, BLOCKS, B) and (1, BLOCKS, B) to (ROWS, BLOCKS, 1)."""
+    """Return dot products over each block: (ROWS, BLOCKS, B) and (1, BLOCKS, B) to (ROWS, BLOCKS, 1)."""
     return tl.sum(x * w, axis=2, keep_dims=True)
 
 
@@ -45,7 +45,7 @@ def _unit(U, offsets, inside, WORK: tl.constexpr):
 
 @triton.jit
 def _update(a_u, u, a_v, v, PLUS: tl.constexpr):
-    """R z - z from the projections a = w . z: (ROWS, BLOCKS, B).
+    """Return R z - z from the projections a = w . z: (ROWS, BLOCKS, B).
 
     At v = -u the two products are equal and their difference is zero, provided that each is rounded by itself. A fused
     multiply-add would round but one of them, so these kernels are compiled without (``enable_fp_fusion=False``). By the
@@ -63,7 +63,7 @@ def _update(a_u, u, a_v, v, PLUS: tl.constexpr):
 def _forward(
     X, Y, PROJECTIONS, M, x_row, x_block, x_element, U, V, CENTER, BLOCK_MASK, n,
     b: tl.constexpr, PLUS: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
-    SAVE_OUTPUT: tl.constexpr, WORK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr, WORK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
     block = (tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None]  # (1, BLOCKS, 1)
     i = tl.arange(0, B)[None, None, :]  # (1, 1, B)
@@ -95,7 +95,7 @@ def _backward(
     U, V, CENTER, BLOCK_MASK, n,
     b: tl.constexpr, PLUS: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_BLOCK_MASK: tl.constexpr,
     SAVE_OUTPUT: tl.constexpr, NEED_GRAD_X: tl.constexpr, WORK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
     block = (tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None]
     i = tl.arange(0, B)[None, None, :]
@@ -197,7 +197,7 @@ def _reflect(
 
 def _reflect_backward_fake(
     grad: Tensor, saved: Tensor, projections: Tensor, center: Tensor | None, block_mask: Tensor | None,
-    save_output: bool, need_grad_x: bool, vectors: list[Tensor],
+    save_output: bool, need_grad_x: bool, vectors: list[Tensor]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what ``_reflect_backward`` returns, not computed."""
     grad_x = torch.empty(grad.shape if need_grad_x else (0,), dtype=grad.dtype, device=grad.device)
@@ -206,7 +206,7 @@ def _reflect_backward_fake(
 
 def _reflect_backward(
     grad: Tensor, saved: Tensor, projections: Tensor, center: Tensor | None, block_mask: Tensor | None,
-    save_output: bool, need_grad_x: bool, vectors: list[Tensor],
+    save_output: bool, need_grad_x: bool, vectors: list[Tensor]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x and of the vectors (k, n, b)."""
     grad_x, grad_vectors = _reflect_backward_fake(
@@ -220,7 +220,7 @@ def _reflect_backward(
     with torch.cuda.device_of(grad):
         _backward[grid](
             grad, saved, projections, grad_x, partials, len(grad), *grad.stride(), *saved.stride(),
-            **flags, **arguments, **tile,
+            **flags, **arguments, **tile
         )  # fmt: skip
     return grad_x, torch.sum(partials, dim=0, out=grad_vectors)
 
@@ -241,36 +241,14 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-class FusedReflection(torch.autograd.Function):
-    """``reflections.reflect`` by the kernels; saves x, or R x and k numbers a block."""
+def reflect(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Return what ``_reflect`` does, from the same arguments."""
+    return (_reflect if _is_plain(x) else torch.ops.ether.reflect)(x, *options)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        center: Tensor | None,
-        block_mask: Tensor | None,
-        save_output: bool,
-        *vectors: Tensor,
-        unused: None = None,  # see reflections.py
-    ) -> Tensor:
-        reflect = _reflect if _is_plain(x) else torch.ops.ether.reflect
-        y, projections = reflect(x, center, block_mask, save_output, vectors)
-        ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, projections, center, block_mask, *vectors)
-        return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, projections, center, block_mask, *vectors = ctx.saved_tensors
-        need_grad_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        reflect_backward = _reflect_backward if _is_plain(grad) else torch.ops.ether.reflect_backward
-        grad_x, grad_vectors = reflect_backward(
-            grad, saved, projections, center, block_mask, ctx.save_output, need_grad_x, vectors
-        )
-        of_center = (grad - grad_x).unsqueeze(0).flatten(0, -3).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x if need_grad_x else None, of_center, None, None, *grad_vectors.to(vectors[0].dtype).unbind()
+def reflect_backward(grad: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Return what ``_reflect_backward`` does, from the same arguments."""
+    return (_reflect_backward if _is_plain(grad) else torch.ops.ether.reflect_backward)(grad, *options)
 
 
 def try_on(device: torch.device) -> None:

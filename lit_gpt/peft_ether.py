@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lit_gpt.adapter import is_finite
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.ether import METHODS, Vectors, check_sizes
-from lit_gpt.reflections import reflection_factors, working_dtype
+from lit_gpt.ether import METHODS, EtherConfig, check_sizes, draw_blocks
+from lit_gpt.reflections import Vectors, reflection_factors, working_dtype
 
 try:
     from peft import PeftConfig, mapping, utils
@@ -47,7 +47,7 @@ PREFIX = "ether_"
 """Names of adapter parameters begin so; PEFT finds them by it."""
 QKV_MODULES = (
     "q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value", "query_key_value", "qkv_proj", "qkv", "Wqkv",
-    "c_attn", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "c_attn", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"
 )  # fmt: skip
 
 
@@ -96,17 +96,13 @@ class EtherPeftConfig(PeftConfig):
         methods = [name for name, method in METHODS.items() if not method.matrices]
         if self.method not in methods:
             raise UserError(f"method {self.method!r} is unknown; choices: {', '.join(methods)}")
-        problems, indices = Problems(), self.layers_to_transform is not None
-        for name, n in {"n": self.n, **self.n_pattern}.items():
-            problems.expect(isinstance(n, int) and n >= 1, f"{name} is {n!r}; the number of blocks is at least 1")
-        for name in ("dropout", "block_dropout"):
-            problems.expect(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        flips = self.flip_side and METHODS[self.method].two_sided
-        problems.expect(not flips, f"flip_side means nothing for the two-sided {self.method}")
-        listed = not isinstance(self.target_modules, str)
-        problems.expect(listed or not indices, "layers_to_transform goes with a list of target_modules, not a str")
-        problems.expect(indices or not self.layers_pattern, "layers_pattern means nothing without layers_to_transform")
-        problems.check()
+        shared = {name: getattr(self, name) for name in ("dropout", "block_dropout", "flip_side")}
+        for n in (self.n, *self.n_pattern.values()):
+            EtherConfig(self.method, n, **shared)  # which checks them
+        if self.layers_to_transform is None and self.layers_pattern:
+            raise UserError("layers_pattern means nothing without layers_to_transform")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise UserError("layers_to_transform goes with a list of target_modules, not a str")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
@@ -200,11 +196,9 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
             return x
         config, n = self.settings[adapter_name]
         bias = self.get_base_layer().bias if side == "output" else None
-        options = {"center": None if bias is None else bias.to(x.dtype).unflatten(-1, (n, -1))}
-        if config.block_dropout and self.training:
-            options["block_mask"] = (torch.rand(n, 1, device=x.device) >= config.block_dropout).float()
-        method = METHODS[config.method]
-        return method.apply(x.unflatten(-1, (n, -1)), vectors, save_output=side == "output", **options).flatten(-2)
+        center = None if bias is None else bias.to(x.dtype)
+        mask = draw_blocks(n, config.block_dropout if self.training else 0.0, x.device)
+        return METHODS[config.method].apply(x, vectors, center=center, block_mask=mask, save_output=side == "output")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -224,8 +218,6 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take all merged adapters out of the weight again, the last one first."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: there is nothing to unmerge", stacklevel=2)
         while self.merged_adapters:
             self.merged_adapters.pop()
             up, down, before = self.unmerging.pop()
@@ -249,7 +241,6 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     def add_to_weight(self, up: Tensor, down: Tensor, checked: str | None = None) -> None:
         """Add B A to the weight, which is quantized again where it was; raise where it must be finite and is not."""
         base, before = self.get_base_layer(), self.read_weight()
-        up, down = up.to(before.device), down.to(before.device)
         weight = torch.addmm(before.to(up.dtype), up, down).to(before.dtype)
         if checked and not is_finite(weight):
             raise UserError(f"merging {checked} gives NaN or infinity: it holds a zero vector, or its run diverged")

@@ -19,7 +19,6 @@ Shapes: x (..., n, b), already cut into n blocks of b by ``unflatten``; vectors 
 norms and differences of vectors in fp32 (fp64 for fp64).
 """
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -31,74 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.errors import UserError
-
-FORMS = ("triton", "products")
-"""Ways to take a reflection: the fused kernels of ``kernels.py`` where they run, or thin products; the result is one.
-
-On an H100 the kernels take a third of the products' time, and less than a LoRA branch: README, "What a step costs"."""
-_chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
-
-
-@contextmanager
-def use_form(name: str) -> Iterator[None]:
-    """Take reflections in one of ``FORMS`` inside; elsewhere the environment's ETHER_REFLECTIONS decides."""
-    before, _chosen["form"] = _chosen["form"], name
-    try:
-        yield
-    finally:
-        _chosen["form"] = before
-
-
-def check_form() -> None:
-    """Raise UserError unless the chosen form, the environment's or ``use_form``'s, is one of ``FORMS``."""
-    if _chosen["form"] not in FORMS:
-        raise UserError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
-
-
-def _function(x: Tensor) -> type[torch.autograd.Function]:
-    """Return what takes a reflection of x: the kernels where they run, unless products are asked for."""
-    check_form()
-    if _chosen["form"] == "triton" and _kernels_run_on(x.device):
-        from lit_gpt.kernels import LARGEST_BLOCK, FusedReflection
-
-        if x.size(-1) <= LARGEST_BLOCK:
-            return FusedReflection
-    return _Reflection
-
-
-def _kernels_run_on(device: torch.device) -> bool:
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and _try_kernels(device)
-
-
-# Dynamo would ignore the cache below and trace into what it keeps. All that ``torch.compiler.assume_constant_result``
-# does is this, but it imports the compiler first: every script would take a second longer to start.
-_kernels_run_on._dynamo_marked_constant = True
-
-
-@cache
-def _try_kernels(device: torch.device) -> bool:
-    """Return whether the kernels run on a device; where they do not, say so on stderr."""
-    try:
-        from lit_gpt.kernels import try_on
-
-        try_on(device)
-    except Exception as error:  # whatever Triton, a driver or a compiler raises: the products need none of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"no Triton kernels on {device} ({reason}): reflections are taken as thin products", file=sys.stderr)
-        return False
-    return True
+Vectors = tuple[Tensor, ...]
+"""The u, or the u and v, of one side of a weight: (n, b) each."""
 
 
 def unit(u: Tensor) -> Tensor:
-    """Vectors scaled to length one over the last dimension, in fp32 (fp64 for fp64)."""
+    """Return vectors scaled to length one over the last dimension, in fp32 (fp64 for fp64)."""
     u = u.to(working_dtype(u.dtype))
     return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, but fp64 for fp64."""
+    """Return fp32, but fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -111,7 +54,7 @@ def reflect(
 ) -> Tensor:
     """Reflect block by block; x itself, bit for bit, where v = -u.
 
-    ETHER is x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
+    ETHER gives x - 2 u^ (u^ . x), ETHER+ x - u^ (u^ . x) + v^ (v^ . x).
 
     Args:
         x: (..., n, b).
@@ -121,16 +64,16 @@ def reflect(
         block_mask: (n, 1) of ones and zeros; a block with zero is left as it is (multiplicative dropout, 2311.06243).
         save_output: keep the result for the backward pass in place of x, where others keep the result too.
     """
-    return _function(x).apply(x, center, block_mask, save_output, *vectors)
+    return _Reflection.apply(x, center, block_mask, save_output, _kernels_take(x), *vectors)
 
 
 def cayley(a: Tensor) -> Tensor:
-    """OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
+    """Return OFT's rotations (..., b, b) from free matrices (..., b, b): Cayley's (I + S)(I - S)^-1."""
     return _Cayley.apply(a)
 
 
 def rotate(x: Tensor, rotation: Tensor, *, center: Tensor | None = None) -> Tensor:
-    """R x, block by block, or x + (R - I)(x - center), which for R = I is x bit for bit.
+    """Return R x, block by block, or x + (R - I)(x - center), which for R = I is x bit for bit.
 
     Args:
         x: (..., n, b).
@@ -191,52 +134,88 @@ def thin_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left and right, (n, k, b) in fp32 (fp64 for fp64), k the number of vectors.
     """
-    left, right = _sides(_partners(unit(torch.stack(vectors, dim=-2))), len(vectors))
-    return _factor(len(vectors)) * left, right
+    left, right = _left_and_right(_factor_rows(unit(torch.stack(vectors, dim=-2))), len(vectors))
+    return _coefficient(len(vectors)) * left, right
 
 
-def _factor(k: int) -> float:
-    """Return f of R - I = f sum over k of w_~k w_k^T, where w_~k is the partner of w_k.
-
-    ETHER has one vector, w = u^, which is its own partner, and f = -2. ETHER+ has the sum w_1 = u^ + v^ and the
-    difference w_2 = u^ - v^, each the other's partner, and f = -1/2.
-    """
+def _coefficient(k: int) -> float:
+    """Return c of R - I = c sum over k of left_k right_k^T: -2 for ETHER (k = 1), -1/2 for ETHER+ (k = 2)."""
     # A function and no table: torch.compile takes a global number for a variable, and fails at its second use.
     return -2.0 if k == 1 else -0.5
 
 
-def _partners(units: Tensor) -> Tensor:
-    """Return all w_k in a row, of which ``_sides`` are slices: u^, or sum, difference, sum again; (n, 1 or 3, b)."""
+def _factor_rows(units: Tensor) -> Tensor:
+    """Return left and right in one tensor, of which they are slices: u^, or s, d, s; (n, 1 or 3, b).
+
+    For ETHER both are u^. For ETHER+, with s = u^ + v^ and d = u^ - v^, right is s, d and left is d, s.
+    """
     if units.size(-2) == 1:
         return units
     u, v = units.unbind(-2)
-    total = u + v
-    return torch.stack([total, u - v, total], dim=-2)
+    s = u + v
+    return torch.stack([s, u - v, s], dim=-2)
 
 
-def _sides(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the partners w_~k and the vectors w_k: (n, k, b) each."""
-    return w[:, -k:], w[:, :k]
+def _left_and_right(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return left and right, (n, k, b) each, from their common ``_factor_rows``."""
+    return rows[:, -k:], rows[:, :k]
 
 
-def _apply(x: Tensor, w: Tensor, k: int, *, center: Tensor | None, block_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return R(x - center) + center, (N, n, b), and the projections w_k . (x - center), (n, N, k)."""
-    left, right = _sides(w, k)
+def _apply(
+    x: Tensor, rows: Tensor, k: int, *, center: Tensor | None, block_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return R(x - center) + center, (N, n, b), and the projections right_k . (x - center), (n, N, k)."""
+    left, right = _left_and_right(rows, k)
     projections = torch.bmm(x.transpose(0, 1), right.mT)
     if center is not None:
         projections = projections - torch.bmm(center.unsqueeze(1), right.mT)
     if block_mask is not None:
         projections = projections * block_mask.unsqueeze(-1).to(x.dtype)
-    return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=_factor(k)), projections
+    return torch.add(x, torch.bmm(projections, left).transpose(0, 1), alpha=_coefficient(k)), projections
+
+
+def _products(x: Tensor, center: Tensor | None, block_mask: Tensor | None, vectors: Vectors) -> tuple[Tensor, ...]:
+    """Return R(x - center) + center, and what the backward pass needs of it."""
+    stacked = torch.stack(vectors, dim=-2)
+    stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
+    lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
+    units = stacked / lengths
+    rows = _factor_rows(units).to(x.dtype)
+    y, projections = _apply(x.reshape(-1, *x.shape[-2:]), rows, len(vectors), center=center, block_mask=block_mask)
+    return y.view_as(x), projections.to(x.dtype), units, lengths, rows  # autocast takes the products in 16 bits
+
+
+def _products_backward(
+    grad: Tensor, saved: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the vectors (k, n, b); ``kept`` is what ``_products`` returned beside y."""
+    projections, units, lengths, rows = kept
+    k = units.size(-2)
+    g, saved = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, saved))  # (N, n, b)
+    grad_x, grad_projections = _apply(g, rows, k, center=None, block_mask=block_mask)
+    grad_projections = grad_projections.mT  # (n, k, N)
+    sums = torch.bmm(projections.mT, g.transpose(0, 1))
+    sums = torch.baddbmm(sums, grad_projections, saved.transpose(0, 1))  # (n, k, b)
+    if save_output:  # x = y - c sum_k a_k left_k, and of that sum only its products with g count
+        left, _ = _left_and_right(rows, k)
+        sums = torch.baddbmm(sums, grad_projections @ projections, left, alpha=-_coefficient(k))
+    if center is not None:
+        sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), center.unsqueeze(1), alpha=-1)
+    of_units = sums.to(units.dtype)
+    if k == 2:  # the first sum is the gradient of d = u^ - v^, the second one that of s = u^ + v^
+        of_d, of_s = of_units.unbind(-2)
+        of_units = torch.stack([of_s + of_d, of_s - of_d], dim=-2)
+    tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
+    return grad_x.view_as(grad), (tangential * (_coefficient(k) / lengths)).transpose(0, 1)
 
 
 class _Reflection(torch.autograd.Function):
     """Saves x or R x, and k numbers a block and position; autograd's own graph would keep several tensors of x's size.
 
-    With c the center, a_k = w_k . (x - c) and g the incoming gradient:
-        y = x + f sum_k a_k w_~k
-        dL/dx = R g, dL/dc = sum over positions of (I - R) g
-        dL/dw_~k = f sum over positions of a_k g + (w_k . g) (x - c)
+    With a_k = right_k . (x - center) and g the incoming gradient:
+        y = x + c sum_k a_k left_k
+        dL/dx = R g, dL/dcenter = sum over positions of (I - R) g
+        dL/dleft_k = c sum over positions of a_k g + (right_k . g) (x - center), left and right being the same vectors
         dL/du = (dL/du^ - u^ (u^ . dL/du^)) / |u|, for u^ = u / |u|
 
     Few operators, too: in small batches a GPU waits for their launches.
@@ -244,46 +223,36 @@ class _Reflection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        center: Tensor | None,
-        block_mask: Tensor | None,
-        save_output: bool,
-        *vectors: Tensor,
-        unused: None = None,  # without gradients Dynamo leaves ctx out of a call with as many arguments as names here
-    ) -> Tensor:
-        stacked = torch.stack(vectors, dim=-2)
-        stacked = stacked.to(working_dtype(stacked.dtype))  # (n, k, b)
-        lengths = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True)
-        units = stacked / lengths
-        w = _partners(units).to(x.dtype)
-        y, projections = _apply(x.reshape(-1, *x.shape[-2:]), w, len(vectors), center=center, block_mask=block_mask)
-        y, projections = y.view_as(x), projections.to(x.dtype)  # autocast takes the products in 16 bits
-        ctx.save_output = save_output
-        ctx.save_for_backward(y if save_output else x, center, block_mask, projections, units, lengths, w)
+        ctx: Any, x: Tensor, center: Tensor | None, block_mask: Tensor | None, save_output: bool, fused: bool,
+        *vectors: Tensor, unused: None = None
+    ) -> Tensor:  # fmt: skip
+        # ``unused``: without gradients Dynamo leaves ctx out of a call with as many arguments as there are names.
+        if fused:
+            from lit_gpt import kernels
+
+            y, projections = kernels.reflect(x, center, block_mask, save_output, vectors)
+            kept = (projections, *vectors)
+        else:
+            y, *kept = _products(x, center, block_mask, vectors)
+        ctx.save_output, ctx.fused = save_output, fused
+        ctx.save_for_backward(y if save_output else x, center, block_mask, *kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, center, block_mask, projections, units, lengths, w = ctx.saved_tensors
-        g, saved = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, saved))  # (N, n, b)
-        k = units.size(-2)
-        grad_x, grad_projections = _apply(g, w, k, center=None, block_mask=block_mask)
-        grad_projections = grad_projections.mT  # (n, k, N)
-        sums = torch.bmm(projections.mT, g.transpose(0, 1))
-        sums = torch.baddbmm(sums, grad_projections, saved.transpose(0, 1))  # (n, k, b)
-        if ctx.save_output:  # x = y - f sum_k a_k w_~k, and of that sum only its products with g count
-            sums = torch.baddbmm(sums, grad_projections @ projections, _sides(w, k)[0], alpha=-_factor(k))
-        if center is not None:
-            sums = torch.baddbmm(sums, grad_projections.sum(-1, keepdim=True), center.unsqueeze(1), alpha=-1)
-        of_units = sums.to(units.dtype)
-        if k == 2:  # the first sum is the difference's gradient, the second one the sum's
-            first, second = of_units.unbind(-2)
-            of_units = torch.stack([second + first, second - first], dim=-2)
-        tangential = torch.addcmul(of_units, units, _dot(units, of_units), value=-1)
-        of_center = (g - grad_x).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x.view_as(grad), of_center, None, None, *(tangential * (_factor(k) / lengths)).unbind(-2)
+        saved, center, block_mask, *kept = ctx.saved_tensors
+        of_center = ctx.needs_input_grad[1]
+        need_grad_x = ctx.needs_input_grad[0] or of_center
+        if ctx.fused:
+            from lit_gpt import kernels
+
+            options = (center, block_mask, ctx.save_output, need_grad_x)
+            grad_x, grad_vectors = kernels.reflect_backward(grad, saved, kept[0], *options, kept[1:])
+        else:
+            grad_x, grad_vectors = _products_backward(grad, saved, center, block_mask, ctx.save_output, kept)
+        grad_center = (grad - grad_x).unsqueeze(0).flatten(0, -3).sum(0) if of_center else None
+        return grad_x if need_grad_x else None, grad_center, None, None, None, *grad_vectors.unbind()
 
 
 class _Cayley(torch.autograd.Function):
@@ -311,7 +280,7 @@ class _Cayley(torch.autograd.Function):
 
 
 def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
-    """(W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
+    """Return (W (reflected in the ``published`` layout) - W) x, without a tensor of W's size.
 
     The original code multiplies row group r of W (f/n rows) by I_n (x) R_r: every chunk j of the input meets the same
     R_r. With R_r = I + sum_k left_k right_k^T this adds sum_jk [W_r (e_j (x) left_k)] (right_k . x_j) to y_r, so the
@@ -335,7 +304,7 @@ def published_update(x: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
 
 
 def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
-    """W (rotated in the ``published`` layout) x: row group r of W meets I_n (x) R_r.
+    """Return W (rotated in the ``published`` layout) x: row group r of W meets I_n (x) R_r.
 
     Args:
         x: (..., d).
@@ -355,10 +324,8 @@ def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
 def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return R - I as a product of two thin matrices, for an export.
 
-    ETHER's is -2 u^ u^T. ETHER+'s is that of ``thin_factors``, with the unit vectors s along u^ + v^ and d along
-    u^ - v^, as a server may round it to fp16, where the sum itself could be too small:
-
-        v^ v^T - u^ u^T = -1/2 |u^ + v^| |u^ - v^| (s d^T + d s^T)
+    The factors are those of ``thin_factors``, with right's vectors scaled to length one and their lengths in left, as a
+    server may round them to fp16, where the sum u^ + v^ itself could be too small.
 
     Args:
         vectors: u for ETHER, u and v for ETHER+, (n, b) each.
@@ -366,16 +333,11 @@ def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         left (n b, m) and right (m, n b) in fp64, m = n for ETHER and 2n for ETHER+, with R - I = left @ right.
     """
-    u, *rest = (unit(vector.double()) for vector in vectors)
-    if not rest:
-        left, right = (-2 * u,), (u,)
-    else:
-        pair = (u + rest[0], u - rest[0])
-        s, d = (F.normalize(vector, dim=-1) for vector in pair)
-        size = math.prod(torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in pair) / 2
-        left, right = (-size * d, -size * s), (s, d)
-    spread = [torch.cat([torch.block_diag(*side.split(1)) for side in sides]) for sides in (left, right)]  # (m, n b)
-    return spread[0].T, spread[1]
+    left, right = thin_factors(*(vector.double() for vector in vectors))  # (n, k, b)
+    size = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    sides = (left * size, F.normalize(right, dim=-1))
+    left, right = (torch.cat([torch.block_diag(*w.split(1)) for w in side.unbind(1)]) for side in sides)  # (m, n b)
+    return left.T, right
 
 
 def reflection_factors(
@@ -402,3 +364,56 @@ def reflection_factors(
         down.append(rows + (rows @ left) @ right if input else rows)
         up.append(left_out)
     return torch.cat(down), torch.cat(up, dim=1)
+
+
+# ---- which form takes a reflection: kernels or products
+
+FORMS = ("triton", "products")
+"""Ways to take a reflection: the fused kernels of ``kernels.py`` where they run, or thin products; the result is one.
+
+On an H100 the kernels take a third of the products' time, and less than a LoRA branch: README, "What a step costs"."""
+_chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
+
+
+@contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Take reflections in one of ``FORMS`` inside; elsewhere the environment's ETHER_REFLECTIONS decides."""
+    before, _chosen["form"] = _chosen["form"], name
+    try:
+        yield
+    finally:
+        _chosen["form"] = before
+
+
+def _kernels_take(x: Tensor) -> bool:
+    """Return True where the kernels take a reflection of x: they run there, and products are not asked for."""
+    if _chosen["form"] == "products" or not _kernels_run_on(x.device):
+        return False
+    from lit_gpt.kernels import LARGEST_BLOCK
+
+    return x.size(-1) <= LARGEST_BLOCK
+
+
+def _kernels_run_on(device: torch.device) -> bool:
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and _try_kernels(device)
+
+
+# Dynamo would ignore the cache below and trace into what it keeps. This attribute is all that
+# ``torch.compiler.assume_constant_result`` sets, but that imports the compiler first: every script would take a second
+# longer to start. A torch without the attribute traces the trial, which fails, says so in one line, and takes products.
+_kernels_run_on._dynamo_marked_constant = True
+
+
+@cache
+def _try_kernels(device: torch.device) -> bool:
+    """Return whether the kernels run on a device; where they do not, say so on stderr."""
+    try:
+        from lit_gpt.kernels import try_on
+
+        try_on(device)
+    except Exception as error:  # whatever Triton, a driver or a compiler raises: the products need none of them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"no Triton kernels on {device} ({reason}): reflections are taken as thin products", file=sys.stderr)
+        return False
+    return True

@@ -4,6 +4,7 @@ Tried in vLLM 0.32 and in llama.cpp of October 2026 by tests/servers.sh; what vL
 A sentence is written once: the scripts print it, and the card holds it. Computes nothing, and knows no adapter.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Container
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lit_gpt.checkpoint import hub_name
 from lit_gpt.config import Config
 from lit_gpt.errors import reading
 from lit_gpt.files import read_json, write_text
@@ -25,21 +27,9 @@ VLLM_HEADS = ("Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe")
 WITHOUT_LORA_IN_VLLM = ("Falcon", "StableLm")
 """Models that are no ``SupportsLoRA`` there."""
 HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-MODEL = {
-    "transformers": "AutoModelForCausalLM.from_pretrained({folder})",
-    "vLLM": "vllm serve {folder}",
-    "llama.cpp": "python convert_hf_to_gguf.py {folder}",
-}
-"""Commands that load a model's folder, by program."""
-LORA = {
-    "PEFT": "AutoPeftModelForCausalLM.from_pretrained({folder})",
-    "vLLM": "vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={folder}",
-    "llama.cpp": "python convert_lora_to_gguf.py {folder} {flag} {base}",
-}
-"""Commands that load a LoRA folder."""
 CARD = """\
 ---
-{head}
+library_name: {library}{base_model}
 pipeline_tag: text-generation
 tags: [ether]
 ---
@@ -77,10 +67,21 @@ def hf_folder(checkpoint_dir: Path) -> Path:
     return Path(f"{os.path.abspath(checkpoint_dir)}-hf")
 
 
-def commands(table: dict[str, str], **values: object) -> dict[str, str]:
-    """Return the commands of ``MODEL`` or ``LORA`` with these values, quoted for Python or for a shell."""
-    python, shell = ({name: quote(str(value)) for name, value in values.items()} for quote in (repr, shlex.quote))
-    return {program: line.format(**python if "(" in line else shell) for program, line in table.items()}
+def served_base(checkpoint_dir: Path) -> tuple[Path, str]:
+    """Return a base's ``hf_folder``, and the name that finds it from any folder: ORG/NAME on the Hub, or a path."""
+    folder = hf_folder(checkpoint_dir)
+    on_hub = hub_name(checkpoint_dir) if folder == checkpoint_dir else None
+    return folder, on_hub or os.path.abspath(folder)
+
+
+def model_commands(folder: Path) -> dict[str, str]:
+    """Return the commands that load a model's folder, by program; quoted for Python or for a shell."""
+    quoted = shlex.quote(str(folder))
+    return {
+        "transformers": f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        "vLLM": f"vllm serve {quoted}",
+        "llama.cpp": f"python convert_hf_to_gguf.py {quoted}",
+    }
 
 
 def lora_limits(config: Config, rank: int, *, head: bool) -> dict[str, str]:
@@ -113,10 +114,15 @@ def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Con
         rank: of the LoRA.
         without: programs that are left out.
     """
-    table = {program: line for program, line in LORA.items() if program not in without}
     limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
     flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
-    return commands(table, base=base, folder=folder, name=name, limit=limit, flag=flag)
+    base, quoted, name = (shlex.quote(str(word)) for word in (base, folder, name))
+    commands = {
+        "PEFT": f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
+        "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={quoted}",
+        "llama.cpp": f"python convert_lora_to_gguf.py {quoted} {flag} {base}",
+    }
+    return {program: line for program, line in commands.items() if program not in without}
 
 
 def serving_notes(folder: Path, style: str | None, dtype: torch.dtype) -> list[str]:
@@ -135,21 +141,26 @@ def serving_notes(folder: Path, style: str | None, dtype: torch.dtype) -> list[s
     return notes + [FP32] * (dtype == torch.float32)
 
 
-def write_card(staging: Path, out_dir: Path, *, head: str, about: str, notes: list[str], load: dict[str, str]) -> None:
+def write_card(
+    staging: Path, out_dir: Path, *, library: str, about: str, notes: list[str], load: dict[str, str], base: str = ""
+) -> None:
     """Write README.md, a folder's page on the Hub, unless there is one already.
 
     Args:
         staging: the folder to write into.
         out_dir: where its files go, and whose README.md stays as it is.
-        head: the first lines of the front matter.
+        library: that loads the folder.
         about: a sentence.
         notes: sentences for a list.
         load: commands, by program.
+        base: of an adapter: its name on the Hub, or its folder.
     """
     if os.path.lexists(out_dir / "README.md"):
         print(f"{out_dir / 'README.md'} stays as it is")
         return
+    on_hub = base and not Path(base).is_absolute()  # the Hub refuses a page whose head names a folder as the base
+    head = {"library": library, "base_model": f"\nbase_model: {json.dumps(base)}" if on_hub else ""}
     lists = notes, [f"{program}: `{line}`" for program, line in load.items()]
     notes, commands = ("\n".join(f"- {line}" for line in lines) for lines in lists)
-    title = out_dir.resolve().name
-    write_text(staging / "README.md", CARD.format(head=head, title=title, about=about, notes=notes, commands=commands))
+    card = CARD.format(**head, title=out_dir.resolve().name, about=about, notes=notes, commands=commands)
+    write_text(staging / "README.md", card)

@@ -26,7 +26,6 @@ from lit_gpt.files import file_sha256, settled
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
-from lit_gpt.reflections import check_form
 from lit_gpt.report import check_logger
 from lit_gpt.run_folder import check_run_folder, flatten
 from lit_gpt.tokenizer import Tokenizer
@@ -289,7 +288,6 @@ def check_values(settings: Settings, problems: Problems) -> None:
     )
     known = io.out_dir or io.jobnum or not settings.resume
     problems.expect(known, "--resume true needs to know the run folder: give --io.out_dir DIR")
-    problems.attempt(check_form)
     problems.attempt(check_quantize, settings.quantize, settings.precision, full=adapter is None)
     for package in ("tensorboard", "wandb"):
         if getattr(io, package):

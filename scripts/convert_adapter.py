@@ -10,7 +10,6 @@ each of q, k, v and every other Linear: they correspond where each of these is a
 by whatever has never heard of ETHER. Of a file of ours, export_lora.py makes it without transformers.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
@@ -30,23 +28,22 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, reading
 from lit_gpt.ether import EtherConfig, add_ether
-from lit_gpt.export import IN_MEMORY, Export, place
+from lit_gpt.export import CONFIG, IN_MEMORY, ROOT, TENSORS, Export, place, save_tensors
 from lit_gpt.files import prepare_out_dir, read_json, staged_dir
 from lit_gpt.hf import hf_layout
-from lit_gpt.serving import hf_folder, write_card
+from lit_gpt.serving import served_base, write_card
 
 SETTINGS = {"method": "Htype", "n": "nb"} | {name: name for name in ("dropout", "block_dropout", "flip_side")}
 """PEFT's names of an adapter's settings, with ours."""
 Form = Literal["peft", "lit", "lora"]
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STYLE = "prompt_style"
 """A key in the metadata of a PEFT folder's tensors, ours alone: the style of prompts."""
 ABOUT = {"peft": "An ETHER adapter", "lora": "An ETHER adapter in the form of a LoRA"}
+NOTES = {
+    "peft": "`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER",
+    "lora": "it computes the same function, exactly in fp32; PEFT loads it as any LoRA",
+}
 """The beginning of the folder's page, and a note on it."""
-NOTES = {"peft": "`import lit_gpt.peft_ether`, of ETHER's repository, comes first: PEFT by itself knows no ETHER"}
-NOTES |= {"lora": "it computes the same function, exactly in fp32; PEFT loads it as any LoRA"}
-ROOT = "base_model.model."
-"""PEFT begins all names in its files so."""
 
 
 def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> None:
@@ -66,11 +63,9 @@ def setup(*, to: Form, adapter_path: Path, checkpoint_dir: Path, out_dir: Path, 
         {"peft": to_peft, "lit": to_lit, "lora": to_lora}[to](adapter_path, checkpoint_dir, staging)
         if to != "lit":
             base = read_json(staging / CONFIG)["base_model_name_or_path"]
-            # The Hub refuses a page whose head names a folder as the base.
-            head = "library_name: peft" + ("" if Path(base).is_absolute() else f"\nbase_model: {json.dumps(base)}")
             about = f"{ABOUT[to]} of {base}, made of {adapter_path.name}."
             load = {"PEFT": "AutoPeftModelForCausalLM.from_pretrained('.')"}
-            write_card(staging, out_dir, head=head, about=about, notes=[NOTES[to]], load=load)
+            write_card(staging, out_dir, library="peft", base=base, about=about, notes=[NOTES[to]], load=load)
     print(f"{adapter_path} -> {out_dir}")
 
 
@@ -91,9 +86,9 @@ def to_peft(path: Path, checkpoint_dir: Path, out_dir: Path) -> None:
     settings = {name: getattr(adapter.config, ours) for name, ours in SETTINGS.items()}
     targets = {name.split(".")[-2] for name in tensors}
     written = EtherPeftConfig(**settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True)
-    written.base_model_name_or_path = base_name(hf_folder(checkpoint_dir))
+    written.base_model_name_or_path = served_base(checkpoint_dir)[1]
     written.save_pretrained(out_dir)
-    save_file(tensors, out_dir / TENSORS, metadata={"format": "pt", STYLE: adapter.prompt_style or ""})
+    save_tensors(tensors, out_dir, **{STYLE: adapter.prompt_style or ""})
 
 
 def to_lit(folder: Path, checkpoint_dir: Path, out_dir: Path) -> None:
@@ -122,20 +117,20 @@ def to_lora(folder: Path, base: Path, out_dir: Path) -> None:
     from lit_gpt.peft_ether import EtherLinear
 
     config, _, _ = read_peft(folder)
-    kind = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
-    model = getattr(transformers, kind).from_pretrained(str(base), dtype="auto")
+    auto_class = (config.auto_mapping or {}).get("base_model_class", "AutoModelForCausalLM")
+    model = getattr(transformers, auto_class).from_pretrained(str(base), dtype="auto")
     model = peft.PeftModel.from_pretrained(model, folder).get_base_model()
     export = Export()
     for name, layer in model.named_modules():
         if isinstance(layer, EtherLinear):
             export.add(name, *layer.factors("default"))
-    export.pad()
     kept = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping")
     settings = {"r": export.rank, "lora_alpha": export.rank} | {name: getattr(config, name) for name in kept}
     lora = peft.LoraConfig(**settings, inference_mode=True)
-    lora.base_model_name_or_path = base_name(base)
+    # What PEFT finds the base by from any folder: ORG/NAME, or the whole path of a folder elsewhere.
+    lora.base_model_name_or_path = hub_name(base) or str(base.resolve() if base.is_dir() else base)
     lora.save_pretrained(out_dir)
-    save_file(export.tensors, out_dir / TENSORS, metadata={"format": "pt"})
+    save_tensors(export.tensors(), out_dir)
 
 
 def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
@@ -149,15 +144,10 @@ def read_peft(folder: Path) -> tuple[Any, dict[str, Tensor], str | None]:
         style = (file.metadata() or {}).get(STYLE) or None
     with reading(folder / CONFIG):
         described = read_json(folder / CONFIG)
-        kind = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
-        if kind != "ETHER":
-            raise UserError(f"{folder} holds {kind}; an ETHER adapter alone was expected")
+        method = "modules trained in full" if described.get("modules_to_save") else described["peft_type"]
+        if method != "ETHER":
+            raise UserError(f"{folder} holds {method}; an ETHER adapter alone was expected")
         return EtherPeftConfig.from_pretrained(folder), tensors, style
-
-
-def base_name(base: Path) -> str:
-    """Return what PEFT finds a base by from any folder: ORG/NAME, or the whole path of a folder elsewhere."""
-    return hub_name(base) or (str(base.resolve()) if base.is_dir() or base.is_absolute() else str(base))
 
 
 def counterparts(config: Config, ether: EtherConfig) -> Iterator[tuple[str, str, str | None]]:

@@ -26,7 +26,7 @@ from lit_gpt.errors import reading
 from lit_gpt.files import check_space, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
 from lit_gpt.hf_config import SPECIAL_IDS, text_config
-from lit_gpt.serving import MODEL, commands, serving_notes, write_card
+from lit_gpt.serving import model_commands, serving_notes, write_card
 from lit_gpt.tokenizer import list_answer_end
 
 SHARD_SIZE = "5GB"
@@ -68,14 +68,14 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         notes = serving_notes(staging, style, dtype)
         if style:
             about = f"{config.name}, finetuned with prompt style {style}. Weights are exactly those that were saved."
-            load = commands(MODEL, folder=Path())
-            write_card(staging, out_dir, head="library_name: transformers", about=about, notes=notes, load=load)
+            load = model_commands(Path())
+            write_card(staging, out_dir, library="transformers", about=about, notes=notes, load=load)
         write_weights(hf_weights, make, staging)
         current = {path.name for path in staging.iterdir()}
     for path in out_dir.iterdir():
         if re.fullmatch(OUR_WEIGHTS, path.name) and path.name not in current:
             path.unlink()  # of a larger model that was here before: transformers would mix them
-    load = [f"{program}: {line}" for program, line in commands(MODEL, folder=out_dir).items()]
+    load = [f"{program}: {line}" for program, line in model_commands(out_dir).items()]
     print(f"{config.name}: {config.architecture} -> {out_dir}", *notes, *load, sep="\n")
 
 

@@ -39,7 +39,7 @@ from lit_gpt.ether import (
 )
 from lit_gpt.lora import LoraConfig, add_lora, lora_filter, merge_lora_weights
 from lit_gpt.model import QKVLinear
-from lit_gpt.reflections import axis_angle, cayley, reflect, rotate, thin_factors, turn, unit, use_form
+from lit_gpt.reflections import axis_angle, cayley, reflect, rotate, thin_factors, turn, unit
 
 GOLDEN = Path(__file__).parent / "golden"
 IDX = torch.arange(2 * 12).remainder(48).view(2, 12)
@@ -447,8 +447,6 @@ def test_what_an_original_file_is_follows_from_any_of_its_tensors(model, method,
 
 
 def test_refusals_say_what_to_do():
-    with use_form("fast"), pytest.raises(ValueError, match="is 'fast' in the environment; choices: triton, products"):
-        adapted_model("mha_bias", "ether")(IDX)
     with pytest.raises(ValueError, match="choices: ether, etherplus, etherplusHH, oft"):
         EtherConfig(Htype="etherplusH")
     with pytest.raises(

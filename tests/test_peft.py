@@ -446,11 +446,11 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_replaced(name):
     "fields, message",
     [
         (dict(method="oft"), "method 'oft' is unknown; choices: ether, etherplus, etherplusHH"),
-        (dict(n=0), "n is 0"),
-        (dict(n="2"), "n is '2'"),
-        (dict(n_pattern={"q": 1.5}), "q is 1.5"),
+        (dict(n=0), "at least 1, got 0"),
+        (dict(n="2"), "at least 1, got '2'"),
+        (dict(n_pattern={"q": 1.5}), "at least 1, got 1.5"),
         (dict(block_dropout=1.0), "block_dropout must be in"),
-        (dict(flip_side=True), "flip_side means nothing"),
+        (dict(flip_side=True), "flip_side moves a one-sided transform; etherplusHH acts on both sides"),
         (dict(target_modules="all-linear", layers_to_transform=[0]), "layers_to_transform goes with a list"),
         (dict(layers_pattern="h"), "layers_pattern means nothing"),
     ],
@@ -568,6 +568,7 @@ def test_a_converted_folder_names_its_base_and_says_how_it_is_loaded(parent, kno
     for out in (ours, convert("lora", ours, relative_base, Path("lora"))):
         named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert named == ("tiny/llama" if known else str(base))
+        assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "others can read all of it"
         card = ModelCard((out / "README.md").read_text())
         assert card.data.base_model == ("tiny/llama" if known else None) and card.data.library_name == "peft"
         assert ("`import lit_gpt.peft_ether`" in card.text) == (out == ours)
