@@ -74,9 +74,9 @@ def merge_adapter(
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
         check_base(adapter, check_checkpoint_dir(checkpoint_dir))
-        if "quantize" in adapter.base:
-            print(describe_merge(adapter.base["quantize"], checkpoint_dir))
         model, base = open_base(checkpoint_dir)
+        if "quantize" in adapter.base:
+            print(describe_merge(adapter.base["quantize"], model, base))
         attach_adapter(model, adapter)
         rows, origin = held_out_rows(path, verify_data_dir, checkpoint_dir=checkpoint_dir) if verify else ([], "")
         checkpoint.copy_side_files(checkpoint_dir, staging)
