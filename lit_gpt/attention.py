@@ -126,8 +126,9 @@ class Pattern:
         self.longest = max(self.lengths)
         self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         self.fused = bool(lengths) and not config.attention_softcap and runs_fused(device, self.dtype, config.head_size)
-        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
-        self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
+        if lengths:
+            bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+            self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
         masked = [] if self.fused else trees
         self.masks = [attention_mask(window, first, trunk, device, branches) for trunk, branches in masked]
 

@@ -16,6 +16,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lit_gpt.config import Config
 from lit_gpt.devices import warn_of_slow_products, weights_dtype
-from lit_gpt.errors import UserError, command, reading
+from lit_gpt.errors import UserError, command
 from lit_gpt.files import WEIGHTS, Progress, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer_files import NAMES
@@ -34,10 +35,7 @@ CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.bool: "BOOL",
-}  # fmt: skip
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
@@ -93,12 +91,9 @@ def load_state(path: Path | str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    zipped = zipfile.is_zipfile(path)
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        state = map_or_read(
-            lambda: torch.load(path, map_location="cpu", mmap=zipped, weights_only=True),
-            lambda: torch.load(path, map_location="cpu", weights_only=True),
-        )
+        state = map_or_read(partial(load, mmap=zipfile.is_zipfile(path)), load)
     except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
@@ -240,8 +235,8 @@ def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Ten
     end = 0
     for name, blank in blanks.items():
         start, end = end, end + blank.nbytes
-        dtype = SAFETENSORS_DTYPES[blank.dtype]
-        header[name] = {"dtype": dtype, "shape": list(blank.shape), "data_offsets": [start, end]}
+        about = {"dtype": SAFETENSORS_DTYPES[blank.dtype], "shape": list(blank.shape)}
+        header[name] = about | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -270,8 +265,7 @@ def load_prompt_style(checkpoint_dir: Path | str) -> str:
     """Return the prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
-        with reading(folder / PROMPT_STYLE):
-            return str(read_json(folder / PROMPT_STYLE)["style"])
+        return read_json(folder / PROMPT_STYLE)["style"]
     settings = folder / "tokenizer_config.json"
     template = settings.is_file() and read_json(settings).get("chat_template")
     return "chat" if template or (folder / "chat_template.jinja").is_file() else "plain"

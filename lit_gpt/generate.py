@@ -77,9 +77,8 @@ def check_sampling(
     """Raise one ``ValueError`` that names every setting out of range."""
     problems = Problems()
     problems.expect(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    problems.expect(
-        0 <= temperature < float("inf"), f"temperature must be 0 (greedy) or a positive number, not {temperature}"
-    )
+    positive = 0 <= temperature < float("inf")
+    problems.expect(positive, f"temperature must be 0 (greedy) or a positive number, not {temperature}")
     problems.expect(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
     problems.expect(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
     problems.expect(0 <= seed < 2**64, f"seed must be 0 or more and below 2^64, not {seed}")
@@ -116,7 +115,7 @@ def _stream(
             for _ in range(limit):
                 if stretch(len(held)) != stretch(len(ids)):
                     held.clear()  # its keys were rotated for a shorter text
-                new = torch.tensor([ids[len(held) :]], device=next(model.parameters()).device)  # (1, T), later (1, 1)
+                new = torch.tensor([ids[len(held) :]], device=model.transformer.wte.weight.device)  # (1, T)
                 hidden = model.hidden(new, input_pos=len(held))  # (1, T, d)
                 held += ids[len(held) :]
                 token = choose(model.logits(hidden[:, -1])[0, : model.config.vocab_size]).item()

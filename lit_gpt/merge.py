@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lit_gpt import checkpoint
 from lit_gpt.adapter import adapter_layers, is_finite, rows_in_memory
 from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter, set_strength
-from lit_gpt.checkpoint import CONFIG, PROMPT_STYLE, WEIGHTS, check_checkpoint_dir, load_config
 from lit_gpt.data import TEST_FILE, check_ids, load_split
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
@@ -67,11 +66,11 @@ def merge_adapter(
     """
     weights_dtype(precision)  # refuses an unknown one
     adapter = set_strength(load_adapter(path, kind), strength)
-    names = [*checkpoint.side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
+    names = [*checkpoint.side_files(checkpoint_dir), checkpoint.CONFIG, checkpoint.PROMPT_STYLE]
     out_dir = out_dir or Path(path).parent / "merged"
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
-        check_base(adapter, check_checkpoint_dir(checkpoint_dir))
+        check_base(adapter, checkpoint.check_checkpoint_dir(checkpoint_dir))
         model, base = open_base(checkpoint_dir)
         if "quantize" in adapter.base:
             print(describe_merge(adapter.base["quantize"], model, base))
@@ -133,8 +132,8 @@ def write_merged(model: GPT, base: Mapping[str, Tensor], precision: str, folder:
         moved.extend(moves)
         return interleave_qkv(merged, layer.config) if isinstance(layer, QKVLinear) else merged
 
-    write_json(folder / CONFIG, replace(model.config, tie_embeddings=tied).to_dict())
-    checkpoint.stream_state(template, make, folder / WEIGHTS)
+    write_json(folder / checkpoint.CONFIG, replace(model.config, tie_embeddings=tied).to_dict())
+    checkpoint.stream_state(template, make, folder / checkpoint.WEIGHTS)
     changes, roundings = zip(*moved, strict=True)
     low, high, middle = min(changes), max(changes), median(changes)
     told = f"merged {len(changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
@@ -155,7 +154,7 @@ def held_out_rows(path: Path | str, checkpoint_dir: Path) -> tuple[list[Tensor],
         file = Path(io["val_data_dir"] or io["train_data_dir"]) / TEST_FILE
         if file.is_file():
             rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in load_split(file)[:VERIFY_ROWS]]
-            check_ids(rows, Tokenizer(checkpoint_dir), load_config(checkpoint_dir))
+            check_ids(rows, Tokenizer(checkpoint_dir), checkpoint.load_config(checkpoint_dir))
             return rows, f"{len(rows)} rows of {file}"
     return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
 
@@ -190,17 +189,15 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
     Raises:
         ValueError: logits are not finite.
     """
-    idx = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T)
-    hidden = unmerged.hidden(idx), merged.hidden(idx)  # all rows at once: each weight is read once
+    ids, lengths = torch.cat(list(rows))[None], [len(row) for row in rows]
+    # All rows at once, packed: each weight is read once.
+    hidden = [model.hidden(ids, lengths=lengths)[0].split(lengths) for model in (unmerged, merged)]
     gap = scale = divergence = 0.0
-    for index, row in enumerate(rows):
-        p, q = (
-            model.logits(states[index, : len(row)]).double()  # (t, V)
-            for model, states in zip((unmerged, merged), hidden, strict=True)
-        )
+    for pair in zip(*hidden, strict=True):
+        p, q = (model.logits(x).double() for model, x in zip((unmerged, merged), pair, strict=True))  # (t, V) each
         if not (is_finite(p) and is_finite(q)):
             raise UserError("verification gives logits that are not finite; the merged model was not kept")
         gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += F.kl_div(q, p, reduction="sum", log_target=True).item()
-    return gap, gap / scale, divergence / sum(map(len, rows))
+    return gap, gap / scale, divergence / sum(lengths)

@@ -5,7 +5,7 @@ Notable choices:
   heads, then its key head, then its value head); in memory its rows are [q | k | v], so that each projection is a
   contiguous block that an adapter can multiply alone. ``QKVLinear`` converts while it loads and saves.
 - Adapters replace ``nn.Linear`` modules from outside; nothing here knows of them.
-- Layers of one kind (window, rotary embedding) share a mask and angles, computed once a pass.
+- Layers of one kind (window, rotary embedding) share the pattern of who sees whom and the angles, made once a pass.
 
 Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head size, V padded vocabulary.
 """
@@ -210,16 +210,17 @@ class QKVLinear(nn.Linear):
         biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
         return tuple(F.linear(x, *rows) for rows in zip(self.weight.split(self.sizes), biases, strict=True))
 
+    # A tensor on the meta device has no rows to order, and torch.cat would import the compiler for it.
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight", "bias"):
-            if prefix + name in destination:
-                destination[prefix + name] = interleave_qkv(destination[prefix + name], self.config)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in destination and not destination[name].is_meta:
+                destination[name] = interleave_qkv(destination[name], self.config)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        for name in ("weight", "bias"):
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = deinterleave_qkv(state_dict[prefix + name], self.config)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in state_dict and not state_dict[name].is_meta:
+                state_dict[name] = deinterleave_qkv(state_dict[name], self.config)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -84,10 +84,6 @@ class QuantizedWeight(nn.ModuleList):
         return self
 
 
-class QuantizedLinear(SplitLinear):
-    """A Linear without a weight of its own; ``quantized`` multiplies."""
-
-
 class QuantizedQKVLinear(SplitLinear, QKVLinear):
     """The fused query, key and value projection, each quantized by itself."""
 
@@ -126,7 +122,7 @@ def quantize_model(
         device: where the weights go; the meta device tries out what would fit.
     """
     for name, linear in quantizable(model).items():
-        kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else QuantizedLinear
+        kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else SplitLinear
         parts = rows_in_memory(linear, state[f"{name}.weight"]).split(getattr(linear, "sizes", linear.out_features))
         quantized = QuantizedWeight(quantize_rows(rows.to(dtype), scheme, device=device) for rows in parts)
         model.set_submodule(name, kind(linear, quantized=quantized))
