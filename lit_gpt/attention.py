@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.config import Config
+from lit_gpt.config import Config, LayerKind
 from lit_gpt.errors import UserError
+from lit_gpt.rope import rope_angles
 
 # PyTorch prefers cuDNN's attention on an H100 and newer cards. cuDNN builds a plan for every new shape and set of
 # strides, forward and backward, in 50 to 500 ms each; lengths that vary, packed ones above all, are always new.
@@ -94,8 +95,8 @@ class KVCache:
         return torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
 
 
-class Pattern:
-    """Who sees whom in the attention of one pass; made once for each kind of layer.
+class AttentionContext:
+    """What attention needs beside its input: who sees whom, and the positions; made once a pass for a kind of layer.
 
     Each row is one sequence. Or the only row is packed with trees, one after another along T: each a trunk, and
     branches that continue it and do not see one another. Training's samples are trunks alone, evaluation's trees are
@@ -106,36 +107,41 @@ class Pattern:
     Attributes:
         start: None goes without the cache.
         packed: false for one sequence a row.
-        spans: first position and end of each trunk and branch.
         lengths: of the trees.
+        rope: cosines and sines of the positions; None where the layer knows no positions.
         fused: one call attends in all trees, and needs no masks.
         masks: of the trees, where they need one.
     """
 
     def __init__(
-        self, config: Config, window: int | None, x: Tensor, start: int | None, lengths: Lengths, trees: Trees
+        self, config: Config, kind: LayerKind, x: Tensor, start: int | None, lengths: Lengths, trees: Trees
     ) -> None:
-        self.window, self.start, self.packed = window, start, bool(lengths or trees)
+        self.window, self.cap, self.start = kind.window, config.attention_softcap or 0.0, start
+        self.packed = bool(lengths or trees)
         first, device = start or 0, x.device
         trees = trees or [(length, ()) for length in lengths or [x.size(1)]]
-        self.spans: list[tuple[int, int]] = []
+        spans: list[tuple[int, int]] = []  # first position and end of each trunk and branch
         for trunk, branches in trees:
             fork = first + trunk
-            self.spans += [(first, fork), *((fork, fork + length) for length in branches)]
+            spans += [(first, fork), *((fork, fork + length) for length in branches)]
+        if (end := max(end for _, end in spans)) > config.block_size:
+            raise UserError(f"{end} tokens do not fit the model's context of {config.block_size}")
+        flags = dict(device=device, dtype=x.dtype, local=kind.rope == "local")
+        self.rope = None if kind.rope == "none" else rope_angles(config, spans, **flags)
         self.lengths = [trunk + sum(branches) for trunk, branches in trees]
         self.longest = max(self.lengths)
         self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-        self.fused = bool(lengths) and not config.attention_softcap and runs_fused(device, self.dtype, config.head_size)
+        self.fused = bool(lengths) and not self.cap and runs_fused(device, self.dtype, config.head_size)
         if lengths:
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
             self.bounds = bounds.to(device, non_blocking=True) if self.fused else bounds
         masked = [] if self.fused else trees
-        self.masks = [attention_mask(window, first, trunk, device, branches) for trunk, branches in masked]
+        self.masks = [attention_mask(kind.window, first, trunk, device, branches) for trunk, branches in masked]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention (B, H, T, S) of q (B, H, T, S) to k and v (B, G, start + T, S)."""
         if not self.packed:
-            return attend(q, k, v, self.masks[0], cap)
+            return attend(q, k, v, self.masks[0], self.cap)
         q, k, v = (tensor.to(self.dtype) for tensor in (q, k, v))  # rotated q and k are fp32 under autocast
         if self.fused:
             # Here: it imports the compiler, which would double the time that a script takes to start.
@@ -150,8 +156,8 @@ class Pattern:
             sizes = (self.bounds, self.bounds, self.longest, self.longest)  # of queries and of keys
             return varlen_attn(*rows, *sizes, **options).transpose(0, 1).unsqueeze(0)
         if torch.compiler.is_compiling():
-            return attend_samples(q, k, v, self.bounds, self.window, cap)
-        return attend_trees(q, k, v, self.lengths, self.masks, cap)
+            return attend_samples(q, k, v, self.bounds, self.window, self.cap)
+        return attend_trees(q, k, v, self.lengths, self.masks, self.cap)
 
 
 def runs_fused(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

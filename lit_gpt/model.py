@@ -5,7 +5,7 @@ Notable choices:
   heads, then its key head, then its value head); in memory its rows are [q | k | v], so that each projection is a
   contiguous block that an adapter can multiply alone. ``QKVLinear`` converts while it loads and saves.
 - Adapters replace ``nn.Linear`` modules from outside; nothing here knows of them.
-- Layers of one kind (window, rotary embedding) share the pattern of who sees whom and the angles, made once a pass.
+- Layers of one kind (window, rotary embedding) share what attention needs beside its input, made once a pass.
 
 Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head size, V padded vocabulary.
 """
@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_gpt.attention import KVCache, Lengths, Pattern, Trees
+from lit_gpt.attention import AttentionContext, KVCache, Lengths, Trees
 from lit_gpt.config import Config, LayerKind
-from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
 from lit_gpt.norms import build_norm, build_qk_norm
-from lit_gpt.rope import Rope, apply_rope, rope_angles
+from lit_gpt.rope import apply_rope
 
 
 class GPT(nn.Module):
@@ -92,24 +91,12 @@ class GPT(nn.Module):
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's type, as Gemma's is
         kinds = dict.fromkeys(block.kind for block in self.transformer.h)
-        contexts = {kind: self.attention_context(kind, x, input_pos, lengths, trees) for kind in kinds}
+        contexts = {kind: AttentionContext(self.config, kind, x, input_pos, lengths, trees) for kind in kinds}
         compute_again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             context = contexts[block.kind]
-            x = checkpoint(block, x, *context, use_reentrant=False) if compute_again else block(x, *context)
+            x = checkpoint(block, x, context, use_reentrant=False) if compute_again else block(x, context)
         return self.transformer.ln_f(x)
-
-    def attention_context(
-        self, kind: LayerKind, x: Tensor, start: int | None, lengths: Lengths, trees: Trees
-    ) -> tuple[Rope | None, Pattern]:
-        """Return the angles and the pattern of attention in layers of this kind; angles None where they know none."""
-        pattern = Pattern(self.config, kind.window, x, start, lengths, trees)
-        if (end := max(end for _, end in pattern.spans)) > self.config.block_size:
-            raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
-        if kind.rope == "none":
-            return None, pattern
-        flags = dict(device=x.device, dtype=x.dtype, local=kind.rope == "local")
-        return rope_angles(self.config, pattern.spans, **flags), pattern
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
         """Make room for the keys and values of ``batch_size`` sequences; forward then takes ``input_pos``."""
@@ -148,10 +135,10 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp_class](config)
         self.post_mlp_norm = post(config)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map (B, T, d) to (B, T, d); ``context`` is for the attention."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
         normed = self.norm_1(x)
-        attended = self.post_attention_norm(self.attn(normed, *context))
+        attended = self.post_attention_norm(self.attn(normed, context))
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
         x = torch.add(x, attended, alpha=self.residual_scale)
@@ -170,8 +157,8 @@ class CausalSelfAttention(nn.Module):
         self.norm_k = build_qk_norm(config, config.n_query_groups) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
-    def forward(self, x: Tensor, rope: Rope | None, pattern: Pattern) -> Tensor:
-        """Map (B, T, d) to (B, T, d), with the angles of the positions (if any) and the pattern of who sees whom."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
         (B, T, _), config = x.shape, self.config
         q, k, v = self.attn(x)  # (B, T, H or G * S)
         if config.qkv_clip:
@@ -183,13 +170,13 @@ class CausalSelfAttention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if config.attention_scale:
             q = q * (config.attention_scale * config.head_size**0.5)  # attend divides by that root
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if pattern.start is not None:
+        if context.rope is not None:
+            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if context.start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
-            with_cache = self.kv_cache.followed_by if pattern.packed else self.kv_cache.update
-            k, v = with_cache(k, v, start=pattern.start)  # (B, G, start + T, S)
-        y = pattern.attend(q, k, v, config.attention_softcap or 0.0)  # (B, H, T, S)
+            with_cache = self.kv_cache.followed_by if context.packed else self.kv_cache.update
+            k, v = with_cache(k, v, start=context.start)  # (B, G, start + T, S)
+        y = context.attend(q, k, v)  # (B, H, T, S)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
 
