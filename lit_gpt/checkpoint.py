@@ -56,9 +56,7 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     """
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder; get a model with `python scripts/download.py --repo_id ORG/NAME`"
-        )
+        raise FileNotFoundError(f"{folder} is not a folder; get one: python scripts/download.py --repo_id ORG/NAME")
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in TOKENIZERS):
         missing.append(" or ".join(TOKENIZERS))
