@@ -15,10 +15,10 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
@@ -41,37 +41,36 @@ PASTE_SECONDS = 0.05  # between two lines of a paste; by hand nobody is so quick
 Message = dict[str, str]  # "role" and "content"
 
 
-@dataclass
-class Reply:
-    """An answer and how it came about."""
+class Reply(NamedTuple):
+    """An answer and how it came about.
+
+    Attributes:
+        text: the answer, without the token that ended it.
+        tokens: of the answer.
+        prompt_tokens: of all that it answers.
+        seconds: that prompt and answer took.
+        end: the reason for its end; empty where the model ended it.
+    """
 
     text: str
-    """The answer, without the token that ended it."""
     tokens: int
     prompt_tokens: int
     seconds: float
-    """From the first token to the last."""
-    first_seconds: float
-    """Up to the first token."""
     end: str
-    """The reason for its end; empty where the model ended it."""
 
     def summary(self) -> str:
         """Return one line on the speed, and on an end that was not the model's."""
-        rate = (self.tokens - 1) / self.seconds if self.tokens > 1 else self.tokens / max(self.first_seconds, 1e-9)
-        prompt = f"prompt: {self.prompt_tokens} tokens, {self.first_seconds:.2f} s"
-        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; {prompt}{self.end and f'; {self.end}'}]"
+        rate = self.tokens / max(self.seconds, 1e-9)
+        end = f"; {self.end}" if self.end else ""
+        return f"[{self.tokens} tokens, {rate:.1f} tokens/s; prompt: {self.prompt_tokens} tokens{end}]"
 
 
-def encode(tokenizer: Tokenizer, style: str, messages: str | Sequence[Message]) -> list[int]:
-    """Return the ids of a prompt, or of a conversation up to the beginning of the next answer."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
+def encode(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to the next answer's beginning; of one prompt where the style is not chat."""
     if style == CHAT:
         return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True), bos=False)
-    if len(messages) > 1:
-        raise UserError(f"prompt style {style} takes one prompt, a conversation needs the model's chat template")
-    return encode_prompt(tokenizer, style, instruction=messages[0]["content"])
+    (prompt,) = messages
+    return encode_prompt(tokenizer, style, instruction=prompt["content"])
 
 
 def with_system(system: str | None, turns: list[Message]) -> list[Message]:
@@ -104,47 +103,49 @@ class Conversation:
         Raises:
             ValueError: the prompt alone does not fit the context; the conversation stays as it was.
         """
-        turns = self.fitting([*self.turns, {"role": "user", "content": text}])
-        messages, context = with_system(self.system, turns), self.model.config.block_size
-        prompt = encode(self.tokenizer, self.style, messages)
+        start, context, longest = time.perf_counter(), self.model.config.block_size, self.sampling["max_new_tokens"]
+        turns, prompt = self.fitting([*self.turns, {"role": "user", "content": text}])
         self.tokenizer.check_ids(prompt, self.model.config.padded_vocab_size)
         if len(prompt) >= context:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, the model's context holds {context} with its answer: shorten it"
             )
-        answer, times = "", [time.perf_counter()]
+        answer, tokens, end = "", [], ""
 
-        def timed(tokens: Iterator[int]) -> Iterator[int]:
-            for token in tokens:
-                times.append(time.perf_counter())
+        def listed() -> Iterator[int]:
+            stops = self.tokenizer.stop_ids
+            for token in generate(self.model, prompt, stop_ids=stops, cached=self.cached, **self.sampling):
+                tokens.append(token)
                 yield token
 
-        ids = generate(self.model, prompt, stop_ids=self.tokenizer.stop_ids, cached=self.cached, **self.sampling)
-        ends = {context - len(prompt): CONTEXT_ENDS, self.sampling["max_new_tokens"]: "cut at --max_new_tokens"}
-        with closing(ids):  # gives the model back at once, whatever ended the stream
-            try:
-                for piece in stream_text(self.tokenizer, timed(ids)):
-                    answer += piece
-                    write(piece)
-                end = ends.get(len(times) - 1, "")
-            except KeyboardInterrupt:
-                end = INTERRUPTED
+        try:
+            for piece in stream_text(self.tokenizer, listed()):
+                answer += piece
+                write(piece)
+            end = {context - len(prompt): CONTEXT_ENDS, longest: "cut at --max_new_tokens"}.get(len(tokens), "")
+        except KeyboardInterrupt:
+            end = INTERRUPTED
         if self.style == CHAT and (answer or end != INTERRUPTED):
             # The next prompt is the one of a training row with this answer.
-            content = written(self.tokenizer, messages, answer)
+            content = written(self.tokenizer, with_system(self.system, turns), answer)
             self.turns = [*turns, {"role": "assistant", "content": content}]
-        start, first, last = times[0], times[:2][-1], times[-1]
-        return Reply(answer, len(times) - 1, len(prompt), last - first, first - start, end)
+        return Reply(answer, len(tokens), len(prompt), time.perf_counter() - start, end)
 
-    def fitting(self, turns: list[Message]) -> list[Message]:
-        """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits."""
-        context, kept = self.model.config.block_size, list(turns)
+    def fitting(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
+        """Drop the oldest turns, a question with its answer, until a quarter of the context or a whole answer fits.
+
+        Returns:
+            The turns that are left, and their ids.
+        """
+        context, n_turns = self.model.config.block_size, len(turns)
         longest = context - min(self.sampling["max_new_tokens"], context // 4)
-        while len(kept) > 1 and len(encode(self.tokenizer, self.style, with_system(self.system, kept))) > longest:
-            del kept[:2]
-        if dropped := (len(turns) - len(kept)) // 2:
+        while len(ids := encode(self.tokenizer, self.style, with_system(self.system, turns))) > longest:
+            if len(turns) == 1:
+                break
+            turns = turns[2:]
+        if dropped := (n_turns - len(turns)) // 2:
             print(f"[the conversation outgrew the context: {dropped} oldest turns dropped]", file=sys.stderr)
-        return kept
+        return turns, ids
 
 
 def show_answer(conversation: Conversation, text: str) -> None:

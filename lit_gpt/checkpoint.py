@@ -15,7 +15,8 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lit_gpt.config import Config
 from lit_gpt.devices import warn_of_slow_products, weights_dtype
-from lit_gpt.errors import UserError, command, reading
+from lit_gpt.errors import UserError, command
 from lit_gpt.files import WEIGHTS, Progress, atomic_write, check_space, map_or_read, read_json, write_json
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer_files import NAMES
@@ -34,10 +35,7 @@ CONFIG = "lit_config.json"
 PROMPT_STYLE = "prompt_style.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.bool: "BOOL",
-}  # fmt: skip
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types that a model's weights may have, with their names in the format."""
 
 # What a base-shaped folder holds beside its weights, and what a copy of it needs.
@@ -58,11 +56,7 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     """
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
-        known = sorted(str(path.parent) for path in Path("checkpoints").glob(f"*/*/{WEIGHTS}"))
-        have = f"; folders at hand: {', '.join(known)}" if known else ""
-        raise FileNotFoundError(
-            f"{folder} is not a folder{have}; get a model with `python scripts/download.py --repo_id ORG/NAME`"
-        )
+        raise FileNotFoundError(f"{folder} is not a folder; get one: python scripts/download.py --repo_id ORG/NAME")
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in TOKENIZERS):
         missing.append(" or ".join(TOKENIZERS))
@@ -71,10 +65,8 @@ def check_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
         inside = [*folder.glob("lit_model_*_finetuned.pth"), *(path.parent for path in folder.glob(f"*/{WEIGHTS}"))]
         make = command("scripts/convert_hf_checkpoint.py", checkpoint_dir=folder)
         meant = f"did you mean {' or '.join(map(str, sorted(inside)))}?"
-        raise FileNotFoundError(
-            f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; "
-            + (meant if inside else f"make it with `{make}` from Hugging Face files")
-        )
+        remedy = meant if inside else f"make it with `{make}` from Hugging Face files"
+        raise FileNotFoundError(f"{folder} is not a checkpoint folder: {', '.join(missing)} missing; {remedy}")
     return folder
 
 
@@ -97,12 +89,9 @@ def load_state(path: Path | str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    zipped = zipfile.is_zipfile(path)
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        state = map_or_read(
-            lambda: torch.load(path, map_location="cpu", mmap=zipped, weights_only=True),
-            lambda: torch.load(path, map_location="cpu", weights_only=True),
-        )
+        state = map_or_read(partial(load, mmap=zipfile.is_zipfile(path)), load)
     except Exception as error:  # torch raises whatever its readers stumble on: RuntimeError, UnpicklingError, KeyError
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path} is corrupt, cut short, or not a PyTorch file ({reason}); make it again") from error
@@ -188,27 +177,24 @@ def stream_state(template: Mapping[str, Tensor], make: Callable[[str], Tensor], 
     Raises:
         OSError: there is no room for it.
     """
-    first = {id(tensor): name for name, tensor in reversed(template.items())}  # of a tensor's names
+    owners: dict[int, str] = {}  # the first names
+    for name, tensor in template.items():
+        owners.setdefault(id(tensor), name)
     # Never touched, so there is no memory behind them.
-    blanks = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in template.values()}
-    size = sum(blank.nbytes for blank in blanks.values())
-    with atomic_write(path) as temporary, Progress(desc=f"writing {Path(path).name}", total=size, unit="B") as bar:
-        check_space(temporary, size)
+    blanks = {name: torch.empty(template[name].shape, dtype=template[name].dtype) for name in owners.values()}
+    with atomic_write(path) as temporary:
+        check_space(temporary, sum(blank.nbytes for blank in blanks.values()))
         with torch.serialization.skip_data():  # all of the file but the tensors' bytes
-            _torch_save({name: blanks[id(tensor)] for name, tensor in template.items()}, temporary)
+            _torch_save({name: blanks[owners[id(tensor)]] for name, tensor in template.items()}, temporary)
         with zipfile.ZipFile(temporary, "a") as archive, temporary.open("rb+") as file:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for index, (key, blank) in enumerate(blanks.items()):  # as torch numbers storages: as they first appear
-                tensor = make(first[key])
-                assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), first[key]
-                _fill_record(file, records[f"data/{index}"], tensor)
-                bar.update(tensor.nbytes)
+            for index, data in enumerate(_bytes_of(blanks, make, path)):  # as torch numbers storages
+                _fill_record(file, records[f"data/{index}"], data)
             archive.comment = b""  # counts as a change: closing writes the archive's directory anew, checksums included
 
 
-def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> None:
-    """Write a tensor's bytes where an archive has left room for them, and their checksum behind and into ``record``."""
-    data = _bytes_of(tensor)
+def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, data: numpy.ndarray) -> None:
+    """Write bytes where an archive has left room for them, and their checksum behind them and into ``record``."""
     assert record.file_size == data.nbytes
     file.seek(record.header_offset + 26)  # the last four of a header's 30 bytes are the lengths of what follows it
     file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
@@ -219,8 +205,16 @@ def _fill_record(file: BinaryIO, record: zipfile.ZipInfo, tensor: Tensor) -> Non
         file.write(struct.pack("<I", record.CRC))
 
 
-def _bytes_of(tensor: Tensor) -> numpy.ndarray:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+def _bytes_of(
+    template: Mapping[str, Tensor], make: Callable[[str], Tensor], path: Path | str
+) -> Iterator[numpy.ndarray]:
+    """Yield the bytes of one tensor after the other, each as it is made, under a bar."""
+    with Progress(desc=f"writing {Path(path).name}", total=sum(t.nbytes for t in template.values()), unit="B") as bar:
+        for name, blank in template.items():
+            tensor = make(name)
+            assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
+            yield tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+            bar.update(tensor.nbytes)
 
 
 def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Tensor], path: Path | str) -> None:
@@ -239,18 +233,14 @@ def stream_safetensors(template: Mapping[str, Tensor], make: Callable[[str], Ten
     end = 0
     for name, blank in blanks.items():
         start, end = end, end + blank.nbytes
-        dtype = SAFETENSORS_DTYPES[blank.dtype]
-        header[name] = {"dtype": dtype, "shape": list(blank.shape), "data_offsets": [start, end]}
+        about = {"dtype": SAFETENSORS_DTYPES[blank.dtype], "shape": list(blank.shape)}
+        header[name] = about | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    progress = Progress(desc=f"writing {Path(path).name}", total=end, unit="B")
-    with atomic_write(path) as temporary, temporary.open("wb") as file, progress as bar:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, blank in blanks.items():
-            tensor = make(name)
-            assert (tensor.shape, tensor.dtype) == (blank.shape, blank.dtype), name
-            file.write(_bytes_of(tensor))
-            bar.update(tensor.nbytes)
+        for data in _bytes_of(blanks, make, path):
+            file.write(data)
 
 
 def side_files(folder: Path | str) -> list[str]:
@@ -273,8 +263,7 @@ def load_prompt_style(checkpoint_dir: Path | str) -> str:
     """Return the prompt style recorded with a model; else its chat template where it has one; else the bare text."""
     folder = Path(checkpoint_dir)
     if (folder / PROMPT_STYLE).is_file():
-        with reading(folder / PROMPT_STYLE):
-            return str(read_json(folder / PROMPT_STYLE)["style"])
+        return read_json(folder / PROMPT_STYLE)["style"]
     settings = folder / "tokenizer_config.json"
     template = settings.is_file() and read_json(settings).get("chat_template")
     return "chat" if template or (folder / "chat_template.jinja").is_file() else "plain"

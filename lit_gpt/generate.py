@@ -77,9 +77,8 @@ def check_sampling(
     """Raise one ``ValueError`` that names every setting out of range."""
     problems = Problems()
     problems.expect(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    problems.expect(
-        0 <= temperature < float("inf"), f"temperature must be 0 (greedy) or a positive number, not {temperature}"
-    )
+    positive = 0 <= temperature < float("inf")
+    problems.expect(positive, f"temperature must be 0 (greedy) or a positive number, not {temperature}")
     problems.expect(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
     problems.expect(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
     problems.expect(0 <= seed < 2**64, f"seed must be 0 or more and below 2^64, not {seed}")
@@ -103,41 +102,30 @@ def _stream(
     model: GPT, prompt: list[int], *, choose: Callable, limit: int, stop_ids: Collection[int], cached: list[int] | None
 ) -> Iterator[int]:
     """Yield the ids that ``choose`` takes; every argument is checked."""
+    stretch, cache, need = model.config.rope_stretch, model.transformer.h[0].attn.kv_cache, len(prompt) + limit
+    ids, held = list(prompt), [] if cached is None else cached  # the cache holds the keys of the second
     with evaluation_mode(model):
         try:
-            held = _open_cache(model, prompt, limit=limit, cached=cached)
-            new = prompt[len(held) :]
-            idx = torch.tensor([new], device=next(model.parameters()).device)  # (1, T), later (1, 1)
+            fits = held and cache is not None and cache.k.size(2) >= need
+            if not fits or stretch(len(held)) != stretch(len(prompt)):
+                # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
+                model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, need * (2 if held else 1)))
+                held.clear()
+            del held[common_length(held, prompt[:-1]) :]
             for _ in range(limit):
-                end = len(held) + len(new)
-                if held and model.config.rope_stretch(len(held)) != model.config.rope_stretch(end):
-                    new = [*held, *new]  # its keys were rotated for a shorter text
-                    held.clear()
-                    idx = torch.tensor([new], device=idx.device)
-                hidden = model.hidden(idx, input_pos=len(held))  # (1, T, d)
-                held += new
-                logits = model.logits(hidden[:, -1])[0, : model.config.vocab_size]  # (V,)
-                idx = choose(logits).view(1, 1)
-                new = [idx.item()]
-                if new[0] in stop_ids:
+                if stretch(len(held)) != stretch(len(ids)):
+                    held.clear()  # its keys were rotated for a shorter text
+                new = torch.tensor([ids[len(held) :]], device=model.transformer.wte.weight.device)  # (1, T)
+                hidden = model.hidden(new, input_pos=len(held))  # (1, T, d)
+                held += ids[len(held) :]
+                token = choose(model.logits(hidden[:, -1])[0, : model.config.vocab_size]).item()
+                if token in stop_ids:
                     return
-                yield new[0]
+                ids.append(token)
+                yield token
         finally:
             if cached is None:
                 model.clear_kv_cache()
-
-
-def _open_cache(model: GPT, prompt: list[int], *, limit: int, cached: list[int] | None) -> list[int]:
-    """Make room for prompt and answer; return the ids of the prompt that the cache holds already, never all of it."""
-    need, held = len(prompt) + limit, [] if cached is None else cached
-    cache = model.transformer.h[0].attn.kv_cache
-    if cached is None or cache is None or cache.k.size(2) < need:
-        # Twice what is needed from the second time on: a conversation that grows is seldom computed anew.
-        model.set_kv_cache(batch_size=1, max_seq_length=min(model.config.block_size, 2 * need if held else need))
-        held.clear()
-    same = model.config.rope_stretch(len(held)) == model.config.rope_stretch(len(prompt))
-    del held[common_length(held, prompt[:-1]) if same else 0 :]
-    return held
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -16,14 +16,14 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
 from lit_gpt import checkpoint
-from lit_gpt.adapter import adapter_layers, adapter_parameters, is_finite, rows_in_memory
+from lit_gpt.adapter import adapter_layers, is_finite, rows_in_memory
 from lit_gpt.adapter_files import attach_adapter, check_base, load_adapter, set_strength
-from lit_gpt.checkpoint import CONFIG, PROMPT_STYLE, WEIGHTS, check_checkpoint_dir, load_config
-from lit_gpt.data import TEST_FILE, check_fit, load_split, read_data_config
+from lit_gpt.data import TEST_FILE, check_ids, load_split
 from lit_gpt.devices import weights_dtype
 from lit_gpt.errors import UserError, command
 from lit_gpt.files import prepare_out_dir, staged_dir, write_json
@@ -46,7 +46,6 @@ def merge_adapter(
     precision: str = "bf16-true",
     strength: float = 1.0,
     verify: bool = False,
-    verify_data_dir: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a base-shaped folder with the adapter merged.
@@ -58,27 +57,25 @@ def merge_adapter(
         out_dir: the folder to write; merged/ beside the adapter file by default.
         precision: of the written weights: 32-true, bf16-true or 16-true.
         strength: of the adapter: 0 leaves the base as it is, 1 merges what was learned, 0.5 goes half the way.
-        verify: compare the logits of the merged and the unmerged model on a few rows, both computed in fp32.
-        verify_data_dir: prepared data whose test.pt gives these rows; by default that of the adapter's run.
+        verify: compare the logits of the merged and the unmerged model, both computed in fp32, on a few rows that the
+            adapter's run held out.
         overwrite: write into a folder that already holds a model.
 
     Raises:
         ValueError, OSError: one line that says what to do; nothing is left then.
     """
     weights_dtype(precision)  # refuses an unknown one
-    if verify_data_dir and not verify:
-        raise UserError("--verify_data_dir is of no use without --verify true")
     adapter = set_strength(load_adapter(path, kind), strength)
-    names = [*checkpoint.side_files(checkpoint_dir), CONFIG, PROMPT_STYLE]
+    names = [*checkpoint.side_files(checkpoint_dir), checkpoint.CONFIG, checkpoint.PROMPT_STYLE]
     out_dir = out_dir or Path(path).parent / "merged"
     out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
     with staged_dir(out_dir, overwrite) as staging:
-        check_base(adapter, check_checkpoint_dir(checkpoint_dir))
-        if "quantize" in adapter.base:
-            print(describe_merge(adapter.base["quantize"], checkpoint_dir))
+        check_base(adapter, checkpoint.check_checkpoint_dir(checkpoint_dir))
         model, base = open_base(checkpoint_dir)
+        if "quantize" in adapter.base:
+            print(describe_merge(adapter.base["quantize"], model, base))
         attach_adapter(model, adapter)
-        rows, origin = held_out_rows(path, verify_data_dir, checkpoint_dir=checkpoint_dir) if verify else ([], "")
+        rows, origin = held_out_rows(path, checkpoint_dir) if verify else ([], "")
         checkpoint.copy_side_files(checkpoint_dir, staging)
         if adapter.prompt_style:
             checkpoint.save_prompt_style(staging, adapter.prompt_style)
@@ -114,10 +111,9 @@ def write_merged(model: GPT, base: Mapping[str, Tensor], precision: str, folder:
     Raises:
         ValueError: a weight is not finite; says why.
     """
-    own, dtype = adapter_parameters(model), weights_dtype(precision)
+    dtype, moved = weights_dtype(precision), []
     layers = {f"{name}.weight": layer for name, layer in adapter_layers(model)}
-    moved: list[tuple[float, float]] = []
-    names = [name for name in model.state_dict() if name not in own]
+    names = [name for name in model.state_dict() if name in base]  # an adapter has more
     template = {name: torch.empty_like(base[name], dtype=dtype, device="meta") for name in names}
     tied = model.config.tie_embeddings and HEAD not in layers  # an adapted head leaves the embedding alone
     if tied:
@@ -136,37 +132,31 @@ def write_merged(model: GPT, base: Mapping[str, Tensor], precision: str, folder:
         moved.extend(moves)
         return interleave_qkv(merged, layer.config) if isinstance(layer, QKVLinear) else merged
 
-    write_json(folder / CONFIG, replace(model.config, tie_embeddings=tied).to_dict())
-    checkpoint.stream_state(template, make, folder / WEIGHTS)
+    write_json(folder / checkpoint.CONFIG, replace(model.config, tie_embeddings=tied).to_dict())
+    checkpoint.stream_state(template, make, folder / checkpoint.WEIGHTS)
     changes, roundings = zip(*moved, strict=True)
     low, high, middle = min(changes), max(changes), median(changes)
-    rounded = f"; rounding to {precision} moved them by {median(roundings):.1e} (median)"
-    print(
-        f"merged {len(changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
-        f"{'' if dtype == torch.float32 else rounded}"
-    )
+    told = f"merged {len(changes)} weights: |W'-W|/|W| {low:.1e} to {high:.1e}, median {middle:.1e}"
+    if dtype != torch.float32:
+        told += f"; rounding to {precision} moved them by {median(roundings):.1e} (median)"
+    print(told)
 
 
 # ------------------------------------------------------------------------------------------------- verification
-def held_out_rows(path: Path | str, data_dir: Path | None, *, checkpoint_dir: Path) -> tuple[list[Tensor], str]:
-    """Return rows of token ids that were not trained on, and in words where they are from.
+def held_out_rows(path: Path | str, checkpoint_dir: Path) -> tuple[list[Tensor], str]:
+    """Return rows of token ids that the run of an adapter file did not train on, and in words where they are from.
 
-    Args:
-        path: the adapter file, beside which its run's hparams.yaml may lie.
-        data_dir: a folder of prepared data; by default the one that the run validated with, else a sentence.
-        checkpoint_dir: the base model's folder.
+    The hparams.yaml beside the file names the run's data. Where that is not there, the row is a sentence.
     """
     settings = Path(path).parent / "hparams.yaml"
-    if data_dir is None and settings.is_file():
+    if settings.is_file():
         io = yaml.safe_load(settings.read_text(encoding="utf-8"))["io"]
-        data_dir = Path(io["val_data_dir"] or io["train_data_dir"])
-        data_dir = data_dir if data_dir.is_dir() else None
-    if data_dir is None:
-        return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
-    samples = load_split(data_dir / TEST_FILE)[:VERIFY_ROWS]
-    check_fit(checkpoint_dir, load_config(checkpoint_dir), data=read_data_config(data_dir), samples=samples)
-    rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in samples]
-    return rows, f"{len(rows)} rows of {data_dir / TEST_FILE}"
+        file = Path(io["val_data_dir"] or io["train_data_dir"]) / TEST_FILE
+        if file.is_file():
+            rows = [sample["input_ids"][:VERIFY_TOKENS].long() for sample in load_split(file)[:VERIFY_ROWS]]
+            check_ids(rows, Tokenizer(checkpoint_dir), checkpoint.load_config(checkpoint_dir))
+            return rows, f"{len(rows)} rows of {file}"
+    return [torch.tensor(Tokenizer(checkpoint_dir).encode(PROBE))], "a sentence, for want of held-out rows"
 
 
 def stream_weights(model: GPT, state: Mapping[str, Tensor]) -> GPT:
@@ -199,17 +189,15 @@ def compare_logits(unmerged: GPT, merged: GPT, rows: Sequence[Tensor]) -> tuple[
     Raises:
         ValueError: logits are not finite.
     """
-    idx = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T)
-    hidden = unmerged.hidden(idx), merged.hidden(idx)  # all rows at once: each weight is read once
+    ids, lengths = torch.cat(list(rows))[None], [len(row) for row in rows]
+    # All rows at once, packed: each weight is read once.
+    hidden = [model.hidden(ids, lengths=lengths)[0].split(lengths) for model in (unmerged, merged)]
     gap = scale = divergence = 0.0
-    for index, row in enumerate(rows):
-        p, q = (
-            model.logits(states[index, : len(row)]).double()  # (t, V)
-            for model, states in zip((unmerged, merged), hidden, strict=True)
-        )
+    for pair in zip(*hidden, strict=True):
+        p, q = (model.logits(x).double() for model, x in zip((unmerged, merged), pair, strict=True))  # (t, V) each
         if not (is_finite(p) and is_finite(q)):
             raise UserError("verification gives logits that are not finite; the merged model was not kept")
         gap, scale = max(gap, (p - q).abs().max().item()), max(scale, p.abs().max().item())
         p, q = p.log_softmax(-1), q.log_softmax(-1)
-        divergence += (p.exp() * (p - q)).sum().item()
-    return gap, gap / scale, divergence / sum(map(len, rows))
+        divergence += F.kl_div(q, p, reduction="sum", log_target=True).item()
+    return gap, gap / scale, divergence / sum(lengths)

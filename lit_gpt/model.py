@@ -5,11 +5,12 @@ Notable choices:
   heads, then its key head, then its value head); in memory its rows are [q | k | v], so that each projection is a
   contiguous block that an adapter can multiply alone. ``QKVLinear`` converts while it loads and saves.
 - Adapters replace ``nn.Linear`` modules from outside; nothing here knows of them.
-- Layers of one kind (window, rotary embedding) share a mask and angles, computed once a pass.
+- Layers of one kind (window, rotary embedding) share what attention needs beside its input, made once a pass.
 
 Shapes: B batch, T tokens, d n_embd, H query heads, G key/value groups, S head size, V padded vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_gpt.attention import Forest, KVCache, Lengths, Packing, Trees, attend, attention_mask
+from lit_gpt.attention import AttentionContext, KVCache, Lengths, Trees
 from lit_gpt.config import Config, LayerKind
-from lit_gpt.errors import UserError
 from lit_gpt.loss import IGNORE_INDEX, chunked_cross_entropy
-from lit_gpt.norms import build_norm, build_qk_norm, no_norm
-from lit_gpt.rope import Rope, apply_rope, rope_angles
+from lit_gpt.norms import build_norm, build_qk_norm
+from lit_gpt.rope import apply_rope
 
 
 class GPT(nn.Module):
@@ -91,29 +91,12 @@ class GPT(nn.Module):
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's type, as Gemma's is
         kinds = dict.fromkeys(block.kind for block in self.transformer.h)
-        contexts = {kind: self.attention_context(kind, x, input_pos, lengths, trees) for kind in kinds}
+        contexts = {kind: AttentionContext(self.config, kind, x, input_pos, lengths, trees) for kind in kinds}
         compute_again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             context = contexts[block.kind]
-            x = checkpoint(block, x, *context, use_reentrant=False) if compute_again else block(x, *context)
+            x = checkpoint(block, x, context, use_reentrant=False) if compute_again else block(x, context)
         return self.transformer.ln_f(x)
-
-    def attention_context(
-        self, kind: LayerKind, x: Tensor, start: int | None, lengths: Lengths, trees: Trees
-    ) -> tuple[Rope | None, Tensor | None, int | None, Packing | Forest | None]:
-        """Return what the attention of this kind of layer needs beside its input: see ``CausalSelfAttention``."""
-        samples, mask, first, flags = None, None, start or 0, dict(device=x.device, dtype=x.dtype)
-        if trees:
-            samples = Forest(trees, kind.window, first, x.device)
-        elif lengths:
-            samples = Packing(lengths, self.config, kind.window, **flags)
-        else:
-            mask = attention_mask(kind.window, first, x.size(1), x.device)
-        spans = samples.spans if samples else [(first, first + x.size(1))]
-        if (end := max(end for _, end in spans)) > self.config.block_size:
-            raise UserError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
-        rope = None if kind.rope == "none" else rope_angles(self.config, spans, **flags, local=kind.rope == "local")
-        return rope, mask, start, samples
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
         """Make room for the keys and values of ``batch_size`` sequences; forward then takes ``input_pos``."""
@@ -144,7 +127,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind = kind
         self.parallel_residual, self.residual_scale = config.parallel_residual, config.residual_scale
-        pre, post = (build_norm if present else no_norm for present in (config.pre_norm, config.post_norm))
+        pre, post = (build_norm if present else nn.Identity for present in (config.pre_norm, config.post_norm))
         self.norm_1 = pre(config)
         self.attn = CausalSelfAttention(config)
         self.post_attention_norm = post(config)
@@ -152,10 +135,10 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp_class](config)
         self.post_mlp_norm = post(config)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map (B, T, d) to (B, T, d); ``context`` is for the attention."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
         normed = self.norm_1(x)
-        attended = self.post_attention_norm(self.attn(normed, *context))
+        attended = self.post_attention_norm(self.attn(normed, context))
         if self.parallel_residual:
             return x + attended + self.mlp(normed if self.norm_2 is None else self.norm_2(x))
         x = torch.add(x, attended, alpha=self.residual_scale)
@@ -174,18 +157,8 @@ class CausalSelfAttention(nn.Module):
         self.norm_k = build_qk_norm(config, config.n_query_groups) if config.qk_norm else None
         self.kv_cache: KVCache | None = None
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, mask: Tensor | None, start: int | None, samples: Packing | Forest | None
-    ) -> Tensor:
-        """Map (B, T, d) to (B, T, d).
-
-        Args:
-            x: (B, T, d).
-            rope: cosines and sines of the positions; None where the layer knows no positions.
-            mask: (T, start + T), true where a query may look; None for causal attention.
-            start: position of x's first token in the cache; None goes without the cache.
-            samples: those that x's only row is made of; None for one sample a row.
-        """
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
         (B, T, _), config = x.shape, self.config
         q, k, v = self.attn(x)  # (B, T, H or G * S)
         if config.qkv_clip:
@@ -197,18 +170,13 @@ class CausalSelfAttention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if config.attention_scale:
             q = q * (config.attention_scale * config.head_size**0.5)  # attend divides by that root
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if start is not None:
+        if context.rope is not None:
+            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if context.start is not None:
             assert self.kv_cache is not None, "call set_kv_cache before giving input_pos"
-            with_cache = self.kv_cache.update if samples is None else self.kv_cache.followed_by
-            k, v = with_cache(k, v, start=start)  # (B, G, start + T, S)
-        if T == 1 and samples is None:
-            # The query heads of a group become queries that read its keys once: bf16 on a CPU, 4 times as fast.
-            q = q.reshape(B, config.n_query_groups, -1, config.head_size)  # (B, G, H / G, S)
-        cap = config.attention_softcap or 0.0
-        y = attend(q, k, v, mask, cap, is_causal=T > 1) if samples is None else samples.attend(q, k, v, cap)
-        y = y.reshape(B, config.n_head, T, config.head_size)
+            with_cache = self.kv_cache.followed_by if context.packed else self.kv_cache.update
+            k, v = with_cache(k, v, start=context.start)  # (B, G, start + T, S)
+        y = context.attend(q, k, v)  # (B, H, T, S)
         return self.proj(y.transpose(1, 2).reshape(B, T, config.q_size))
 
 
@@ -229,16 +197,17 @@ class QKVLinear(nn.Linear):
         biases = (None,) * 3 if self.bias is None else self.bias.split(self.sizes)
         return tuple(F.linear(x, *rows) for rows in zip(self.weight.split(self.sizes), biases, strict=True))
 
+    # A tensor on the meta device has no rows to order, and torch.cat would import the compiler for it.
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight", "bias"):
-            if prefix + name in destination:
-                destination[prefix + name] = interleave_qkv(destination[prefix + name], self.config)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in destination and not destination[name].is_meta:
+                destination[name] = interleave_qkv(destination[name], self.config)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        for name in ("weight", "bias"):
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = deinterleave_qkv(state_dict[prefix + name], self.config)
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in state_dict and not state_dict[name].is_meta:
+                state_dict[name] = deinterleave_qkv(state_dict[name], self.config)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -257,29 +226,19 @@ class GptNeoxMLP(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """SwiGLU (Shazeer, 2002.05202): a gate and a value of the MLP's width, multiplied."""
+    """A gate and a value of the MLP's width, multiplied (Shazeer, 2002.05202)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
         self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        gelu = partial(F.gelu, approximate=config.gelu_approximate)
+        self.activation = gelu if config.mlp_class == "GemmaMLP" else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., d)."""
-        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
-
-
-class GemmaMLP(LLaMAMLP):
-    """``LLaMAMLP`` with a GELU, GPT-NeoX's or tanh's, in place of the SiLU."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.gelu_approximate = config.gelu_approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d) to (..., d)."""
-        return self.proj(F.gelu(self.fc_1(x), approximate=self.gelu_approximate) * self.fc_2(x))
+        return self.proj(self.activation(self.fc_1(x)) * self.fc_2(x))
 
 
 class LLaMAMoE(nn.Module):
@@ -307,7 +266,7 @@ class LLaMAMoE(nn.Module):
         return out.view_as(x)
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP, "LLaMAMoE": LLaMAMoE}
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": LLaMAMLP, "LLaMAMoE": LLaMAMoE}
 
 
 def interleave_qkv(rows: Tensor, config: Config) -> Tensor:

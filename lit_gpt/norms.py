@@ -49,11 +49,6 @@ def build_norm(config: Config) -> nn.Module:
     return NORMS[config.norm_class](config.n_embd, eps=config.norm_eps)
 
 
-def no_norm(config: Config) -> nn.Module:
-    """Return what stands where this model has no norm."""
-    return nn.Identity()
-
-
 def build_qk_norm(config: Config, n_heads: int) -> nn.Module:
     """Return the norm of q or k, of so many heads."""
     if config.qk_norm_over == "heads":

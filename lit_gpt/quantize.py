@@ -18,27 +18,15 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from lit_gpt import checkpoint
 from lit_gpt.adapter import TARGETS, SplitLinear, linear_targets, rows_in_memory
-from lit_gpt.checkpoint import WEIGHTS, load_config, load_model, load_state, meta_model
+from lit_gpt.checkpoint import check_checkpoint_dir, load_config, load_model, meta_model, open_model
 from lit_gpt.devices import PRECISIONS, warn_of_slow_products, weights_dtype
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT, QKVLinear
 
-INT8 = "bnb.int8"
-FOUR_BIT = {
-    "bnb.nf4": {"quant_type": "nf4", "compress_statistics": False},
-    "bnb.nf4-dq": {"quant_type": "nf4", "compress_statistics": True},
-    "bnb.fp4": {"quant_type": "fp4", "compress_statistics": False},
-    "bnb.fp4-dq": {"quant_type": "fp4", "compress_statistics": True},
-}
-SCHEMES = (*FOUR_BIT, INT8)
-"""Values of ``--quantize``; -dq quantizes the scales of the blocks too."""
-# Half a byte and a scale for 64 weights: four bytes, or with -dq one, whose own scale serves 256; int8's is a row's.
-BYTES_PER_WEIGHT = {
-    scheme: 1 / 2 + (1 / 64 + 4 / (64 * 256) if how["compress_statistics"] else 4 / 64)
-    for scheme, how in FOUR_BIT.items()
-} | {INT8: 1.0}
+SCHEMES = {"bnb.nf4": 4.5, "bnb.nf4-dq": 4.127, "bnb.fp4": 4.5, "bnb.fp4-dq": 4.127, "bnb.int8": 8.0}
+"""Values of ``--quantize``, with the bits of a weight: 64 weights have a scale of 32 bits. With -dq it has 8, and 256
+scales have one of 32; int8 has one for each row."""
 INT8_OUTLIERS = 6.0  # activations above this stay in half precision: the threshold of LLM.int8(), 2208.07339
 ERROR_ROWS = 256
 
@@ -96,10 +84,6 @@ class QuantizedWeight(nn.ModuleList):
         return self
 
 
-class QuantizedLinear(SplitLinear):
-    """A Linear without a weight of its own; ``quantized`` multiplies."""
-
-
 class QuantizedQKVLinear(SplitLinear, QKVLinear):
     """The fused query, key and value projection, each quantized by itself."""
 
@@ -108,12 +92,13 @@ def quantize_rows(rows: Tensor, scheme: str, *, device: torch.device | str = "cp
     """Return bitsandbytes' layer for a (rows, in) weight; its products are in the dtype of ``rows``."""
     bnb = import_bitsandbytes()
     shape = {"input_features": rows.size(1), "output_features": rows.size(0), "bias": False, "device": "meta"}
-    if scheme == INT8:
+    if scheme == "bnb.int8":
         layer = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=INT8_OUTLIERS)
         weight = bnb.nn.Int8Params(rows, requires_grad=False)
     else:
-        layer = bnb.nn.Linear4bit(**shape, compute_dtype=rows.dtype, **FOUR_BIT[scheme])
-        weight = bnb.nn.Params4bit(rows, requires_grad=False, module=layer, **FOUR_BIT[scheme])
+        how = {"quant_type": scheme[4:7], "compress_statistics": scheme.endswith("-dq")}
+        layer = bnb.nn.Linear4bit(**shape, compute_dtype=rows.dtype, **how)
+        weight = bnb.nn.Params4bit(rows, requires_grad=False, module=layer, **how)
     layer.weight = weight.to(device=device)  # quantizes there; on the meta device it stays a shape
     return layer
 
@@ -137,7 +122,7 @@ def quantize_model(
         device: where the weights go; the meta device tries out what would fit.
     """
     for name, linear in quantizable(model).items():
-        kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else QuantizedLinear
+        kind = QuantizedQKVLinear if isinstance(linear, QKVLinear) else SplitLinear
         parts = rows_in_memory(linear, state[f"{name}.weight"]).split(getattr(linear, "sizes", linear.out_features))
         quantized = QuantizedWeight(quantize_rows(rows.to(dtype), scheme, device=device) for rows in parts)
         model.set_submodule(name, kind(linear, quantized=quantized))
@@ -159,44 +144,29 @@ def load_base(
     check_quantize(scheme, precision)
     dtype = weights_dtype(precision)
     warn_of_slow_products(precision, torch.device(device))
-    config = load_config(checkpoint.check_checkpoint_dir(checkpoint_dir))
+    config = load_config(check_checkpoint_dir(checkpoint_dir))
     later = {f"{name}.weight" for name in quantizable(meta_model(config))}
 
     def place(name: str, tensor: Tensor) -> Tensor:
         return tensor.to("meta") if name in later else tensor.to(device, dtype)
 
-    model, state = checkpoint.open_model(checkpoint_dir, place)
+    model, state = open_model(checkpoint_dir, place)
     quantize_model(model, scheme, state, dtype=dtype, device=device)
     return model.eval()
 
 
 def n_parameters(model: nn.Module) -> int:
     """Return the number of a model's parameters; those of a quantized weight are its elements, not its bytes."""
-    packed = {id(layer.weight): _numel(layer) for layer in _quantized_layers(model)}
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
-
-
-def describe_size(model: nn.Module, scheme: str, precision: str) -> str:
-    """Return one line on what quantization saves."""
-    itemsize = weights_dtype(precision).itemsize
-    whole, packed = n_parameters(model) * itemsize, sum(map(_numel, _quantized_layers(model)))
-    now = whole - packed * (itemsize - BYTES_PER_WEIGHT[scheme])
-    return f"base in {scheme}: the model takes {now / 1e6:.1f} MB, in {precision} {whole / 1e6:.1f} MB"
+    layers = [layer for module in model.modules() if isinstance(module, QuantizedWeight) for layer in module]
+    packed = {layer.weight: layer.in_features * layer.out_features for layer in layers}
+    return sum(packed.get(parameter, parameter.numel()) for parameter in model.parameters())
 
 
 def quantization_saves(model: GPT, scheme: str) -> tuple[int, int]:
     """Return the bytes that quantizing a model will save, and those of its largest weight when it is unpacked."""
     weights = [linear.weight for linear in quantizable(model).values()]
-    saved = sum(weight.nbytes - weight.numel() * BYTES_PER_WEIGHT[scheme] for weight in weights)
+    saved = sum(weight.nbytes - weight.numel() * SCHEMES[scheme] / 8 for weight in weights)
     return round(saved), max(weight.nbytes for weight in weights)
-
-
-def _quantized_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for module in model.modules() if isinstance(module, QuantizedWeight) for layer in module]
-
-
-def _numel(layer: nn.Linear) -> int:
-    return layer.in_features * layer.out_features
 
 
 @torch.no_grad()
@@ -210,16 +180,10 @@ def quantization_error(scheme: str, weights: Iterable[Tensor]) -> float:
     return median(errors)
 
 
-def describe_merge(scheme: str, checkpoint_dir: Path | str) -> str:
-    """Return one line on merging an adapter that was trained on a quantized base.
-
-    Args:
-        scheme: of that base.
-        checkpoint_dir: the base unquantized, which the adapter is merged into.
-    """
-    names, state = quantizable(meta_model(load_config(checkpoint_dir))), load_state(Path(checkpoint_dir) / WEIGHTS)
+def describe_merge(scheme: str, model: GPT, state: Mapping[str, Tensor]) -> str:
+    """Return one line on merging an adapter that was trained on a base in ``scheme`` into that base unquantized."""
     try:
-        error = quantization_error(scheme, (state[f"{name}.weight"] for name in names))
+        error = quantization_error(scheme, (state[f"{name}.weight"] for name in quantizable(model)))
         how_far = f"its weights had moved by {error:.1e} (median of |Q(W)-W|/|W|)"
     except UserError:
         how_far = "how far that is from it can be said where bitsandbytes is installed"

@@ -39,7 +39,7 @@ from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import REMEDIES, estimate_memory, share_weights
 from lit_gpt.model import GPT
 from lit_gpt.monitor import measure
-from lit_gpt.quantize import describe_size, load_base, n_parameters
+from lit_gpt.quantize import load_base, n_parameters
 from lit_gpt.report import Reporter, held_memory_bytes, peak_memory_bytes, write_summary
 from lit_gpt.settings import Plan, Settings
 from lit_gpt.tokenizer import Tokenizer, list_answer_end
@@ -228,8 +228,6 @@ class Trainer:
     def announce(self, model: GPT) -> None:
         """Say what was worked out, before it costs anything."""
         plan, settings, options, say = self.plan, self.settings, self.train_args, self.fabric.print
-        if settings.quantize is not None:
-            say(describe_size(model, settings.quantize, settings.precision))
         say(
             f"{settings.method} on {plan.base_dir}: {self.n_trained:,} of {n_parameters(model):,} parameters train, "
             f"{settings.precision}\n{len(plan.train_set)} samples to train on, {len(plan.val_set)} held out; "

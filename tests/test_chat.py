@@ -127,8 +127,6 @@ def test_a_prompt_style_keeps_no_conversation(trained_dir):
     talk = Conversation(load_model(trained_dir), tokenizer, "alpaca", sampling={"max_new_tokens": 4})
     lengths = [talk.ask("Name three colours", lambda piece: None).prompt_tokens for _ in range(2)]
     assert lengths == [len(tokenizer.encode(alpaca("Name three colours", "")))] * 2
-    with pytest.raises(ValueError, match="takes one prompt"):
-        encode(tokenizer, "alpaca", TALK[:3])
 
 
 def test_the_oldest_turns_go_where_the_conversation_outgrows_the_context(trained_dir, capsys):
