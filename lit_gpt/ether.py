@@ -140,7 +140,8 @@ class EtherLayer(AdapterLayer):
         # kaiming_uniform(a=sqrt(5)) of a (1, n, b) tensor sees a fan-in of n b; of an (n, b) one, of b.
         bound = 1 / math.sqrt(size if self.lead else block)
         u = torch.empty(*self.lead, n, block, **self.factory).uniform_(-bound, bound)
-        return [u, -u][: self.method.tensors]
+        v = u.clone() if u.is_meta else -u  # on the meta device a minus imports PyTorch's compiler, 144 MB
+        return [u, v][: self.method.tensors]
 
     @property
     def lead(self) -> tuple[int, ...]:
