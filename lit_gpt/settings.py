@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -163,11 +163,6 @@ class Settings:
         """Return the number of processes on all machines."""
         return self.devices * self.num_nodes
 
-    def hparams(self) -> dict[str, Any]:
-        """Return what hparams.yaml holds: every option but resume and overwrite."""
-        values = {"method": self.method} | asdict(self)
-        return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
-
 
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
@@ -220,9 +215,10 @@ class Plan:
             problems.attempt(check_base, self.init_adapter, base_dir)
         problems.check()
         self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
-        # A resumed run must find these unchanged.
         self.input_hashes = {"base model": self.base["fingerprint"]}
         self.input_hashes |= {file.name: file_sha256(file) for file in (train_file, val_file)}
+        # Of hparams.yaml; a resumed run must find unchanged what decides its result.
+        self.hparams = {"method": settings.method} | asdict(settings) | self.input_hashes
         if settings.quantize:
             self.base["quantize"] = settings.quantize
 

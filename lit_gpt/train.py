@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, gather, is_sharded, share_start, together, unsharded
 from lit_gpt.errors import Problems, UserError, command
-from lit_gpt.files import atomic_write, staged_dir
+from lit_gpt.files import staged_dir, write_text
 from lit_gpt.generate import generate
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import estimate_memory, remedies, share_weights
@@ -79,26 +80,21 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
     plan = together(lambda: Plan(settings, given=given, problems=problems))
-    settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
-    has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
-    plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
-    hparams = settings.hparams()
-    if has_result:
-        together(lambda: run_folder.check_finished(plan.run_dir, hparams, plan.input_hashes))
-        fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
-        return
-    together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
+    plan.run_dir = gather(plan.run_dir)[0]
+    together(lambda: check_alike(run_folder.flatten(plan.hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
-    inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
-    with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
+    with run_folder.open_run(fabric, plan.run_dir, plan.hparams, resume=settings.resume) as (finished, checkpoint):
+        if finished:
+            fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
+            return
         trainer = Trainer(fabric, plan, base=base, deadline=started + plan.max_seconds)
         with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=remedies(plan, fabric=fabric)):
             trainer.set_up()
             trainer.begin(checkpoint)
-            if trainer.train():
-                with run_folder.stop_signal():  # nothing stops a run that is done while its result is written
+            with run_folder.stop_signal() as stop:  # once the run is done, none stops it while its result is written
+                if trainer.train(stop):
                     trainer.finish()
 
 
@@ -172,10 +168,6 @@ class Position:
     """Number of validations in a row without a lower loss, under --train.patience."""
 
 
-STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_losses", "worse": "since_best"}
-"""Names of a ``Position``'s fields in the checkpoints of earlier versions."""
-
-
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
@@ -245,60 +237,56 @@ class Trainer:
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
-        run_dir, hparams = self.plan.run_dir, self.settings.hparams()
-        state = load_state(checkpoint / run_folder.STATE) if checkpoint else None
-        if state:
-            self.start = state["start"]
+        fabric, plan, reported = self.fabric, self.plan, None
+        if checkpoint:
+            state = load_state(checkpoint / run_folder.STATE)
             load_result(self.model.module, checkpoint, self.settings)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.fabric.strategy.precision.load_state_dict(state["precision"])
-            self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
-            run_folder.restore_random_state(state["random"][self.fabric.global_rank])
-            self.fabric.print(f"going on from {checkpoint}")
+            fabric.strategy.precision.load_state_dict(state["precision"])
+            self.position, self.start, reported = Position(**state["position"]), state["start"], state["reporter"]
+            run_folder.restore_random_state(state["random"][fabric.global_rank])
+            fabric.print(f"going on from {checkpoint}")
         else:
             if self.train_args.monitor:
                 self.start = adapter_state(self.model.module)
             # From here on processes draw differently: each has a dropout of its own.
-            self.fabric.seed_everything(self.settings.seed + self.fabric.global_rank, verbose=False)
-        if not self.fabric.is_global_zero:
-            return
-        if not state:
-            run_folder.clear_run(run_dir)
-        with atomic_write(run_dir / run_folder.SETTINGS) as temporary:
-            temporary.write_text(yaml.safe_dump(hparams, sort_keys=False), encoding="utf-8")
-        progress = dict(n_steps=self.plan.n_steps, step=self.position.step, state=state and state["reporter"])
-        self.reporter = Reporter(run_dir, settings=hparams, **progress)
+            fabric.seed_everything(self.settings.seed + fabric.global_rank, verbose=False)
+        if fabric.is_global_zero:
+            if not checkpoint:
+                run_folder.clear_run(plan.run_dir)
+            write_text(plan.run_dir / run_folder.SETTINGS, yaml.safe_dump(plan.hparams, sort_keys=False))
+            progress = dict(n_steps=plan.n_steps, step=self.position.step, state=reported)
+            self.reporter = Reporter(plan.run_dir, settings=plan.hparams, **progress)
 
-    def train(self) -> bool:
+    def train(self, stop: SimpleNamespace) -> bool:
         """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
 
         Return True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.train_args, self.plan.n_steps
-        with run_folder.stop_signal() as stop:
-            if position.step == 0:
-                with nullcontext() if self.settings.init_from else adapters_off(self.model):
-                    position.first_losses = position.last_losses = self.validate()
-            while position.step < n_steps and position.since_best < (options.patience or math.inf):
-                position.step += 1
+        if position.step == 0:
+            with nullcontext() if self.settings.init_from else adapters_off(self.model):
+                position.first_losses = position.last_losses = self.validate()
+        while position.step < n_steps and position.since_best < (options.patience or math.inf):
+            position.step += 1
+            with self.clock("seconds"):
+                values = self.train_step()
+            with self.clock("seconds"):
+                self.record(**values)
+            improved = False
+            if position.step % self.settings.eval.interval == 0 or position.step == n_steps:
+                position.last_losses = self.validate()
+                improved = options.patience is not None and self.compare_with_best()
+            if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
+                self.show_sample(self.tokenizer)
+            reason = self.reason_to_stop(stop)
+            due = options.save_interval and position.step % options.save_interval == 0
+            if due or improved or reason:
                 with self.clock("seconds"):
-                    values = self.train_step()
-                with self.clock("seconds"):
-                    self.record(**values)
-                improved = False
-                if position.step % self.settings.eval.interval == 0 or position.step == n_steps:
-                    position.last_losses = self.validate()
-                    improved = options.patience is not None and self.compare_with_best()
-                if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
-                    self.show_sample(self.tokenizer)
-                reason = self.reason_to_leave(stop.received)
-                due = options.save_interval and position.step % options.save_interval == 0
-                if due or improved or reason is not None:
-                    with self.clock("seconds"):
-                        self.save_checkpoint()
-                if reason is not None and position.step < n_steps:
-                    self.leave(reason)
-                    return False
+                    self.save_checkpoint()
+            if reason and position.step < n_steps:
+                self.leave(reason)
+                return False
         return True
 
     # ------------------------------------------------------------------------------------------------- one step
@@ -431,11 +419,13 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, received: int) -> int | None:
-        """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
-        asked = torch.tensor([received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+    def reason_to_stop(self, stop: SimpleNamespace) -> str:
+        """Return the name of the signal that came to any process, or that the time is over; "" to go on."""
+        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
-        return received or (0 if over else None)
+        if received:
+            return signal.Signals(received).name
+        return f"--train.max_time {self.train_args.max_time} is over" if over else ""
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N, from which ``begin`` resumes to the same bits."""
@@ -445,9 +435,6 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
             random=gather(run_folder.random_state()),
-            settings=self.settings.hparams(),
-            facts=self.plan.input_hashes,
-            environment=run_folder.environment(),
         )
         if self.reporter is None:
             return
@@ -457,28 +444,24 @@ class Trainer:
             save_result(self.model.module, folder, self.plan)
             save_state(state, folder / run_folder.STATE)
 
-    def leave(self, received: int) -> None:
-        """Say how to go on; the first process exits with the signal's code, after the others are through."""
+    def leave(self, reason: str) -> None:
+        """Say how to go on; the first process exits with a signal's code, after the others are through."""
         self.fabric.barrier()
         if self.reporter is None:
             return
         self.reporter.close()
         run_dir = self.plan.run_dir
-        why = signal.Signals(received).name if received else f"--train.max_time {self.train_args.max_time} is over"
         print(
-            f"{why}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
+            f"{reason}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
             f"--io.out_dir {shlex.quote(str(run_dir))} --resume true goes on from there"
         )
-        if received:
-            raise SystemExit(128 + received)
+        if reason in signal.Signals.__members__:
+            raise SystemExit(128 + signal.Signals[reason])
 
     def take_best(self) -> None:
         """Go back to the best step's result."""
         position, folder = self.position, run_folder.checkpoint_folder(self.plan.run_dir, self.position.best_step)
-        if not position.best_step:
-            self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
-            return
-        kept = f"step {position.step}, since {folder} is damaged"
+        kept = f"step {position.step}, as there is no checkpoint of a better one"  # none was finite, or it is damaged
         if run_folder.find_damage(folder) is None:
             load_result(self.model.module, folder, self.settings)
             position.last_losses = position.best_losses
@@ -518,7 +501,6 @@ class Trainer:
             run_memory_bytes=peak - self.held_memory,
             estimated_memory_bytes=self.memory and self.memory.total,
             precision=self.settings.precision,
-            inputs=self.plan.input_hashes,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)
         print(f"next: {next_command(self.plan)}")
