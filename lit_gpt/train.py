@@ -175,8 +175,7 @@ class Trainer:
         self.fabric, self.plan, self.deadline, self.base = fabric, plan, deadline, base
         self.settings, self.train_args = plan.settings, plan.settings.train
         self.batching = make_batching(plan, fabric)
-        largest = self.batching.largest(plan.train_set, self.train_args.global_batch_size // fabric.world_size)
-        self.largest_batch = self.batching.collate(largest, fabric.device)
+        self.largest_batch = self.batching.collate(self.batching.largest(plan.train_set), fabric.device)
         self.memory = estimate_memory(plan, self.largest_batch, fabric=fabric)
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=plan.settings.seed)
         self.position = Position()
