@@ -119,10 +119,9 @@ def open_run(
 def check_same_run(run_dir: Path, hparams: dict[str, Any], *, finished: bool = False) -> None:
     """Raise UserError, which names what has changed, where a folder's run had other settings, data or base."""
     if changed := changes(flatten(read_settings(run_dir)), flatten(hparams)):
-        kind = "a finished run" if finished else "a run"
-        raise UserError(
-            f"{run_dir} holds {kind} with other settings: {changed}. Set them back, or give another --io.out_dir"
-        )
+        found = "a finished run" if finished else "a run"
+        remedy = "Set them back, or give another --io.out_dir"
+        raise UserError(f"{run_dir} holds {found} with other settings: {changed}. {remedy}")
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:

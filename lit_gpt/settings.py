@@ -316,11 +316,9 @@ def parse_duration(text: str | float | None) -> float:
 def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, samples: list[Sample]) -> list[int]:
     """Return the ids that sample generations answer: of --eval.sample_prompt, or of a sample up to its response."""
     if eval.sample_prompt is None:
-        for sample in samples:
-            ids, response = sample["input_ids"].tolist(), sample["response"].tolist()
-            if any(response[1:]):
-                return ids[: response.index(True)] or ids[:1]
-        return samples[0]["input_ids"].tolist()[:1]
+        sample = next((each for each in samples if each["response"][1:].any()), samples[0])
+        start = int(sample["response"].int().argmax())  # of its response
+        return sample["input_ids"][: max(1, start)].tolist()
     tokenizer = Tokenizer(base_dir)
     ids = encode_prompt(tokenizer, style, instruction=eval.sample_prompt)
     tokenizer.check_ids(ids, config.padded_vocab_size)

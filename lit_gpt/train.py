@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from lit_gpt import run_folder
-from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
+from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
@@ -148,7 +148,6 @@ class Position:
     samples: int = 0
     tokens: int = 0
     """Tokens trained on, padding not counted."""
-    targets: int = 0
     padded: int = 0
     """Tokens that this process has computed, padding counted."""
     seconds: float = 0.0
@@ -298,8 +297,7 @@ class Trainer:
             group["lr"] = rate
         rows = self.order[(position.step - 1) * size : position.step * size]
         batch = [plan.train_set[i] for i in rows]
-        targets = n_targets(batch)
-        total = self.forward_backward(batch, targets)
+        total = self.forward_backward(batch)
         with self.clock("computing"):
             norm = self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.train_args.max_grad_norm or math.inf, error_if_nonfinite=False
@@ -319,12 +317,12 @@ class Trainer:
         self.optimizer.zero_grad()
         position.samples += len(batch)
         position.tokens += sum(map(length, batch))
-        position.targets += targets
         return values
 
-    def forward_backward(self, batch: Sequence[Sample], n_targets_in_all: int) -> torch.Tensor:
+    def forward_backward(self, batch: Sequence[Sample]) -> torch.Tensor:
         """Leave the gradient of a step's mean loss; return this process's share of that loss."""
         micros, n_micros = self.batching.local_micro_batches(batch)
+        n_targets_in_all = n_targets(batch)
         total = torch.zeros((), device=self.fabric.device)
         for index, micro in enumerate(micros):
             idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
@@ -480,7 +478,6 @@ class Trainer:
         peak = peak_memory_bytes()
         summary = dict(
             method=self.settings.method,
-            learning_rate=self.train_args.learning_rate,
             trainable_parameters=self.n_trained,
             adapter_bytes=n_bytes,
             val_loss_before=position.first_losses[0],
@@ -491,7 +488,6 @@ class Trainer:
             skipped_steps=position.skipped,
             samples=position.samples,
             tokens=position.tokens,
-            target_tokens=position.targets,
             padding=1 - position.tokens / self.fabric.world_size / max(1, position.padded),
             seconds=position.seconds,
             overhead=1 - position.computing / max(position.seconds, 1e-9),
@@ -499,44 +495,43 @@ class Trainer:
             peak_memory_bytes=peak,
             run_memory_bytes=peak - self.held_memory,
             estimated_memory_bytes=self.memory and self.memory.total,
-            precision=self.settings.precision,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)
         print(f"next: {next_command(self.plan)}")
 
 
 # --------------------------------------------------------------------------------------------------- the result
+def result_file(folder: Path, settings: Settings) -> Path:
+    """Return the path of a result in a run's or a checkpoint's folder: of the adapter, or of all weights."""
+    return folder / (KINDS[settings.kind].file_name if settings.adapter else f"{run_folder.FINAL}/{WEIGHTS}")
+
+
 def save_result(model: GPT, folder: Path, plan: Plan) -> int:
-    """Write the adapter file or, of full finetuning, the folder final/; return its bytes."""
-    if plan.settings.adapter is not None:
-        kind = plan.settings.kind
-        path = folder / KINDS[kind].file_name
-        about = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
-        save_adapter(path, model, **about)
+    """Write the adapter file or, of full finetuning, the folder final/; return the bytes of what trained."""
+    settings, path, style = plan.settings, result_file(folder, plan.settings), plan.prompt_style
+    if settings.adapter:
+        save_adapter(path, model, kind=settings.kind, config=settings.adapter, base=plan.base, prompt_style=style)
         return path.stat().st_size
-    with staged_dir(folder / run_folder.FINAL, overwrite=True) as staging:
+    with staged_dir(path.parent, overwrite=True) as staging:
         copy_side_files(plan.base_dir, staging)
-        save_prompt_style(staging, plan.prompt_style)
-        list_answer_end(staging, plan.prompt_style)
+        save_prompt_style(staging, style)
+        list_answer_end(staging, style)
         save_state(model.state_dict(), staging / WEIGHTS)
-    return (folder / run_folder.FINAL / WEIGHTS).stat().st_size
+    return path.stat().st_size
 
 
-@torch.no_grad()
 def load_result(model: GPT, folder: Path, settings: Settings) -> None:
     """Put what ``save_result`` wrote, of the same settings, back into the model."""
-    if settings.adapter is None:
-        model.load_state_dict(load_state(folder / run_folder.FINAL / WEIGHTS))
-        return
-    saved = load_adapter(folder / KINDS[settings.kind].file_name, settings.kind).state
-    for name, parameter in adapter_parameters(model).items():
-        parameter.copy_(saved[name])
+    path = result_file(folder, settings)
+    if settings.adapter:
+        fill_adapter(model, load_adapter(path, settings.kind))
+    else:
+        model.load_state_dict(load_state(path))
 
 
 def next_command(plan: Plan) -> str:
     """Return what to type when a run has ended."""
-    kind = plan.settings.kind
-    if plan.settings.adapter is None:
-        return command("chat/base.py", checkpoint_dir=plan.run_dir / run_folder.FINAL)
-    flags = {"checkpoint_dir": plan.base_dir, f"{kind}_path": plan.run_dir / KINDS[kind].file_name}
-    return command(f"scripts/merge_{kind}.py", **flags)
+    kind, result = plan.settings.kind, result_file(plan.run_dir, plan.settings)
+    if plan.settings.adapter:
+        return command(f"scripts/merge_{kind}.py", **{"checkpoint_dir": plan.base_dir, f"{kind}_path": result})
+    return command("chat/base.py", checkpoint_dir=result.parent)
