@@ -63,11 +63,7 @@ def adapter_flags(setup: Callable) -> dict[str, tuple[Field, str]]:
         return {}
     documented = map(docstring_parser.parse_from_object, config_class.__mro__[:-1])  # the last one is object
     helps = {param.arg_name: param.description for docstring in documented for param in docstring.params}
-    flags = {}
-    for field in fields(config_class):
-        assert field.name in helps, f"{config_class.__name__}.{field.name} needs a docstring, its flag's help"
-        flags[config_class.flag(field.name)] = (field, helps[field.name])
-    return flags
+    return {config_class.flag(field.name): (field, helps[field.name]) for field in fields(config_class)}
 
 
 def gather_adapter(setup: Callable, values: dict) -> dict:

@@ -200,17 +200,13 @@ def remove_leftovers(*folders: Path) -> None:
         remove(path)
 
 
-def temporary_name(path: Path) -> Path:
-    """Return a new name beside ``path``, with our prefix; torch.save stores what is before the last dot."""
-    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
-
-
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
     path = settled(path)
     settled_folder(path.parent).mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    # torch.save stores what is before the last dot.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
     temporary.touch(exist_ok=False)
     try:
         yield temporary

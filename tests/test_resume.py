@@ -59,7 +59,7 @@ def kill_until_done(work, out, *more, n_kills: int, seed: int) -> tuple[int, int
         time.sleep(rng.uniform(0, 0.4))
         hits += training.alive
         training.end(signal.SIGKILL)
-        in_save += any((out / "checkpoints").glob(".ether-tmp-step-*"))
+        in_save += any((out / "checkpoints").glob(".ether-tmp-*"))
     code, text = Training(work, out, *more, "--resume", "true").end()
     assert code == 0, text
     return hits, in_save
