@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_gpt.devices import gather, is_lost_process, shard
+from lit_gpt.devices import MIXED_PRECISIONS, gather, is_lost_process, shard
 from lit_gpt.errors import UserError
 from lit_gpt.settings import Settings
 
@@ -61,9 +61,10 @@ def check_launch(settings: Settings) -> None:
             f"{flags} does not suit the processes that torchrun, srun or the environment tells of ({', '.join(wrong)}):"
             " give --devices the processes on each machine and --num_nodes the machines"
         )
-    needed = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    no_rank = num_nodes == 1 or "GROUP_RANK" in os.environ  # torchrun's word for it
-    missing = [name for name in needed[no_rank:] if name not in said]
+    needed = ["MASTER_ADDR", "MASTER_PORT"]
+    if num_nodes > 1 and "GROUP_RANK" not in os.environ:  # torchrun's word for it
+        needed = ["NODE_RANK", *needed]
+    missing = [name for name in needed if name not in said]
     if missing and processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):  # else Fabric starts the others itself
         raise UserError(
             f"{flags}: {', '.join(missing)} not set in the environment, so the machines would wait for each other in "
@@ -85,7 +86,8 @@ def launch_fabric(settings: Settings) -> Fabric:
         # Every process reads the base itself: the first one does not send it to the others.
         strategy = DDPStrategy(timeout=patience, init_sync=False)
     os.environ.update(launch_variables())  # what Fabric goes by; alone it takes a batch script for a task of srun's
-    precision = settings.precision if "mixed" in settings.precision else "32-true"  # weights are cast where they load
+    # Weights are cast where they are loaded.
+    precision = settings.precision if settings.precision in MIXED_PRECISIONS else "32-true"
     options = dict(strategy=strategy, precision=precision, plugins=[LightningEnvironment()])
     try:
         fabric = Fabric(devices=settings.devices, num_nodes=settings.num_nodes, **options)
