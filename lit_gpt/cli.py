@@ -92,7 +92,7 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
     try:
         parsed = parser.parse_args(args)
         parser.validate(parsed, skip_unset=False)  # a --config may say null where the type has none
-        values = parser.instantiate_classes(parsed).as_dict()
+        values = parser.instantiate(parsed).as_dict()
     except (ArgumentError, OSError, TypeError, ValueError, RecursionError) as error:  # the others: of a --config
         written = "".join(f"{text}; " for sign, text in WRITTEN.items() if f"Expected a <class '{sign}'>" in str(error))
         fail(f"{one_line(error)} ({written}{meant_flags(parser, args)}--help lists the flags)", code=2)
