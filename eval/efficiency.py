@@ -108,7 +108,7 @@ def setup(
     time: bool = False,
     rounds: PositiveInt = 15,
     compile: bool = False,
-    quantize: Literal[SCHEMES] | None = None,
+    quantize: Literal[tuple(SCHEMES)] | None = None,
     peft: bool = False,
     out_dir: Path | None = None,
     overwrite: bool = False,

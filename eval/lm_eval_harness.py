@@ -40,11 +40,10 @@ from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
 from lit_gpt.devices import PRECISIONS
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.files import finite, refuse_existing, staged_dir
+from lit_gpt.files import LOCK, finite, locked, refuse_existing, staged_dir
 from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
-from lit_gpt.run_folder import LOCK, locked
 from lit_gpt.tokenizer import Tokenizer
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}

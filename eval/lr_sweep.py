@@ -29,13 +29,13 @@ from lit_gpt.cli import main
 from lit_gpt.devices import choose_device
 from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.ether import METHODS, EtherConfig
-from lit_gpt.files import finite, read_json, remove_leftovers, write_json, write_text
+from lit_gpt.files import finite, locked, read_json, remove_leftovers, write_json, write_text
 from lit_gpt.lora import LoraConfig
 from lit_gpt.model import GPT
 from lit_gpt.plots import picture
 from lit_gpt.quantize import load_base
 from lit_gpt.report import read_metrics
-from lit_gpt.run_folder import MONITOR, SUMMARY, changes, flatten, locked
+from lit_gpt.run_folder import MONITOR, SUMMARY, changes, flatten
 from lit_gpt.settings import EvalArgs, IOArgs, Plan, Settings, TrainArgs
 from lit_gpt.train import Diverged, finetune
 

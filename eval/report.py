@@ -38,11 +38,10 @@ from lit_gpt.cli import main, one_line
 from lit_gpt.data import TEST_FILE, Sample, check_fit, load_split, read_data_config
 from lit_gpt.devices import PRECISIONS, choose_device
 from lit_gpt.errors import Problems, UserError, command, reading
-from lit_gpt.files import file_sha256, remove_leftovers, write_json, write_text
+from lit_gpt.files import file_sha256, locked, remove_leftovers, write_json, write_text
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.model import GPT
 from lit_gpt.plots import compare_runs
-from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
 
 TASKS = {"mmlu": ("MMLU", 0.25), "arc_challenge": ("ARC", 0.2502)}

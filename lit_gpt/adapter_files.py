@@ -123,7 +123,10 @@ def load_adapter(path: Path | str, kind: str | None = None) -> AdapterFile:
             return AdapterFile(Path(path), "ether", infer_ether_config(state), state, {}, None)
         config_class = KINDS[found].config_class
         known = {field.name for field in fields(config_class)}  # an older version may have had others
-        config = config_class(**{name: value for name, value in meta[found].items() if name in known})
+        try:
+            config = config_class(**{name: value for name, value in meta[found].items() if name in known})
+        except UserError as error:
+            raise UserError(f"{path} does not hold what it should: {error}") from error
         return AdapterFile(Path(path), found, config, state, {**meta["base"]}, meta["prompt_style"])
 
 

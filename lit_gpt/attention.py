@@ -130,7 +130,8 @@ class AttentionContext:
         self.rope = None if kind.rope == "none" else rope_angles(config, spans, **flags)
         self.lengths = [trunk + sum(branches) for trunk, branches in trees]
         self.longest = max(self.lengths)
-        self.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+        autocast = self.packed and torch.is_autocast_enabled(device.type)  # the meta device has none, and raises
+        self.dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
         self.fused = bool(lengths) and not self.cap and runs_fused(device, self.dtype, config.head_size)
         if lengths:
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")

@@ -105,17 +105,9 @@ class Batching:
         mine = cuts[self.rank]
         return mine + [EMPTY_MICRO_BATCH] * (max(map(len, cuts)) - len(mine)), sum(map(len, cuts))
 
-    def largest(self, samples: Sequence[Sample], n_samples: int) -> list[Sample]:
-        """Choose samples of a pass that is as large as any can be, at most ``n_samples``."""
-        ordered = sorted(samples, key=length, reverse=True)
-        if self.n_tokens is None:
-            return ordered[: self.size]
-        chosen, room = [], self.n_tokens
-        for sample in ordered:
-            if self.rounded(sample) <= room and len(chosen) < n_samples:
-                chosen.append(sample)
-                room -= self.rounded(sample)
-        return chosen
+    def largest(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return a pass as large as any can be: of the longest sample, again and again."""
+        return [max(samples, key=length)] * self.size
 
     def collate(
         self, samples: Sequence[Sample], device: torch.device | str | None = None

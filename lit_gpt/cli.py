@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
-from typing import get_args
 
 import docstring_parser
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as Secret
 
-from lit_gpt.errors import Problems, UserError, out_of_memory
+from lit_gpt.errors import UserError, out_of_memory
 
 __all__ = ["Secret", "build_parser", "main"]
 
@@ -64,11 +63,7 @@ def adapter_flags(setup: Callable) -> dict[str, tuple[Field, str]]:
         return {}
     documented = map(docstring_parser.parse_from_object, config_class.__mro__[:-1])  # the last one is object
     helps = {param.arg_name: param.description for docstring in documented for param in docstring.params}
-    flags = {}
-    for field in fields(config_class):
-        assert field.name in helps, f"{config_class.__name__}.{field.name} needs a docstring, its flag's help"
-        flags[config_class.flag(field.name)] = (field, helps[field.name])
-    return flags
+    return {config_class.flag(field.name): (field, helps[field.name]) for field in fields(config_class)}
 
 
 def gather_adapter(setup: Callable, values: dict) -> dict:
@@ -96,9 +91,9 @@ def main(setup: Callable, args: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
         parsed = parser.parse_args(args)
-        values = parser.instantiate_classes(parsed).as_dict()
-        check_values(parser, parsed)
-    except (ArgumentError, OSError, ValueError, RecursionError) as error:  # the last three: of an unreadable --config
+        parser.validate(parsed, skip_unset=False)  # a --config may say null where the type has none
+        values = parser.instantiate(parsed).as_dict()
+    except (ArgumentError, OSError, TypeError, ValueError, RecursionError) as error:  # the others: of a --config
         written = "".join(f"{text}; " for sign, text in WRITTEN.items() if f"Expected a <class '{sign}'>" in str(error))
         fail(f"{one_line(error)} ({written}{meant_flags(parser, args)}--help lists the flags)", code=2)
     debug = values.pop("debug")
@@ -145,16 +140,6 @@ def meant_flags(parser: ArgumentParser, args: Sequence[str]) -> str:
     return f"did you mean {', '.join(found)}? " if found else ""
 
 
-def check_values(parser: ArgumentParser, parsed: Namespace) -> None:
-    """Raise ValueError for a null, which jsonargparse lets a --config say, where the type has none."""
-    problems = Problems()
-    for action in parser._actions:
-        name, value = action.dest, parsed.get(action.dest, action)
-        nullable = action.default is None or type(None) in get_args(getattr(action, "_typehint", None))
-        problems.expect(nullable or value is not None, f"null is no value of --{name}")
-    problems.check()
-
-
 def fail(message: str, *, code: int) -> None:
     """Print ``message`` as the one line that explains the end, and exit with ``code``."""
     print(f"error: {message}", file=sys.stderr)
@@ -167,7 +152,6 @@ def one_line(error: BaseException) -> str:
 
 
 def quiet_libraries() -> None:
-    """Drop the libraries' advice that no one here can act on; other warnings are one line."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    """Drop a library's advice that no one here can act on; other warnings are one line."""
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"

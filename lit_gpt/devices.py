@@ -147,7 +147,7 @@ def is_sharded(fabric: "Fabric") -> bool:
 def average_gradients(fabric: "Fabric", model: nn.Module) -> None:
     """Average the gradients of the replicated parameters over the processes, all in one message."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    together = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
+    averaged = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduce_op="mean")
     sizes = [gradient.numel() for gradient in gradients]
-    for gradient, averaged in zip(gradients, together.split(sizes), strict=True):
-        gradient.copy_(averaged.view_as(gradient))
+    for gradient, average in zip(gradients, averaged.split(sizes), strict=True):
+        gradient.copy_(average.view_as(gradient))

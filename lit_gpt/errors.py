@@ -66,9 +66,9 @@ def reading(path: Path | str, remedy: str = "get it, or make it, again") -> Iter
     except UserError:
         raise
     except Exception as error:
-        kinds = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+        expected = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
         # The last two: the tokenizers library raises nothing more precise, and safetensors need not be there.
-        if not (isinstance(error, kinds) or type(error).__name__ in ("Exception", "SafetensorError")):
+        if not (isinstance(error, expected) or type(error).__name__ in ("Exception", "SafetensorError")):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{path} does not hold what it should ({reason}); {remedy}") from error

@@ -13,11 +13,13 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -30,6 +32,9 @@ WEIGHTS = "lit_model.pth"
 RESULTS = (WEIGHTS, "lit_model_*_finetuned.pth", "*.safetensors", "pytorch_model*.bin", "train.pt")
 TEMPORARY = ".ether-tmp-"
 """The beginning of our temporary files' and folders' names."""
+STAGING = f"{TEMPORARY}staging."
+LOCK = ".ether-lock"
+"""The file that keeps other processes out of a folder."""
 
 # How file systems (NFS, CIFS, Lustre, FUSE, mounted buckets) refuse what they do not do. A full or broken disk is none.
 REFUSALS = {
@@ -122,6 +127,44 @@ def map_or_read(mapped: Callable[[], T], whole: Callable[[], T]) -> T:
         return result
 
 
+@contextmanager
+def locked(folder: Path, *, lock: str = LOCK, option: str = "folder") -> Iterator[None]:
+    """Keep other processes out of a folder, which is made where there is none.
+
+    Args:
+        folder: the folder.
+        lock: name of the file that keeps them out: those alone that ask for the same.
+        option: of the command line, which the others have to change.
+
+    Raises:
+        ValueError: another process has it.
+        OSError: the folder cannot be written.
+    """
+    settled_folder(folder).mkdir(parents=True, exist_ok=True)
+    path, refused = folder / lock, False
+    with path.open("a+", encoding="utf-8") as file:
+        with optional("locks", without="nothing keeps a second process out of this folder"):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                refused = error.errno in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
+                if not refused:
+                    raise
+        # Another process may have had it, and removed it between our opening and locking it.
+        if refused or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read() or 'another process'}; wait for it, or give another {option}"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------------------- writing
 def settled(path: Path | str) -> Path:
     """Return a path without "..": `missing/../here` is not seen until `missing` is made, and then it is `here`."""
@@ -157,17 +200,13 @@ def remove_leftovers(*folders: Path) -> None:
         remove(path)
 
 
-def temporary_name(path: Path) -> Path:
-    """Return a new name beside ``path``, with our prefix; torch.save stores what is before the last dot."""
-    return path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
-
-
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is flushed and renamed at the end, removed after an error."""
     path = settled(path)
     settled_folder(path.parent).mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    # torch.save stores what is before the last dot.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}")
     temporary.touch(exist_ok=False)
     try:
         yield temporary
@@ -231,45 +270,27 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder whose files move to ``out_dir`` when all of them are complete, weights last.
 
     It lies in ``out_dir``, which may be a disk of its own. What must not be replaced is best found before the work, by
-    ``prepare_out_dir`` with the files' names; here it is looked for once more. What a process that was killed has left
-    there is removed: a lock tells it from another's work, and goes with the process.
+    ``prepare_out_dir`` with the files' names; here it is looked for once more. One process at a time writes there: what
+    one that was killed has left is removed.
     """
     folder = prepare_out_dir(out_dir, overwrite)
-    for leftover in folder.glob(f"{TEMPORARY}staging.*"):
-        if (handle := _take(leftover)) is not None:
-            with suppress(OSError):  # another user's, or another process is just removing it
-                remove(leftover)
-            os.close(handle)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    staging = temporary_name(folder / "staging")
-    staging.mkdir(parents=True)
-    handle = _take(staging)
     try:
-        yield staging
-        # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.
-        files = sorted(staging.iterdir(), key=lambda path: (path.name == WEIGHTS, path.name == "tokenizer.json"))
-        refuse_existing([folder / path.name for path in files], overwrite)
-        for path in files:
-            move(path, folder / path.name)
+        with locked(folder):
+            for leftover in folder.glob(f"{STAGING}*"):
+                remove(leftover)
+            with TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
+                yield Path(staging)
+                # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.
+                order = {"tokenizer.json": 1, WEIGHTS: 2}
+                files = sorted(Path(staging).iterdir(), key=lambda path: order.get(path.name, 0))
+                refuse_existing([folder / path.name for path in files], overwrite)
+                for path in files:
+                    move(path, folder / path.name)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
         for each in made:
             with suppress(OSError):  # it holds the result
                 each.rmdir()
-
-
-def _take(folder: Path) -> int | None:
-    """Return a handle whose lock keeps a folder, or None where another process or user has it, or locks are refused."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except OSError:
-            os.close(handle)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------- JSON, hashes

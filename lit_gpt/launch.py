@@ -13,11 +13,11 @@ from zlib import crc32
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment, LSFEnvironment, MPIEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_gpt.devices import gather, is_lost_process, shard
+from lit_gpt.devices import MIXED_PRECISIONS, gather, is_lost_process, shard
 from lit_gpt.errors import UserError
 from lit_gpt.settings import Settings
 
@@ -52,8 +52,6 @@ def check_launch(settings: Settings) -> None:
         raise UserError(f"--devices times --num_nodes must be positive and below 2^31, got {devices} times {num_nodes}")
     if settings.precision == "16-mixed" and not torch.cuda.is_available():  # Fabric would take bf16, and say so aside
         raise UserError("--precision 16-mixed needs a GPU: take bf16-mixed or 32-true")
-    if LSFEnvironment.detect() or MPIEnvironment.detect():  # they have words of their own, which Fabric knows
-        return
     said = launch_variables()
     fitting = {"WORLD_SIZE": [processes], "LOCAL_WORLD_SIZE": [devices], "GROUP_WORLD_SIZE": [num_nodes]}
     fitting |= {"LOCAL_RANK": range(devices), "NODE_RANK": range(num_nodes)}
@@ -64,7 +62,7 @@ def check_launch(settings: Settings) -> None:
             " give --devices the processes on each machine and --num_nodes the machines"
         )
     needed = ["MASTER_ADDR", "MASTER_PORT"]
-    if num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if num_nodes > 1 and "GROUP_RANK" not in os.environ:  # torchrun's word for it
         needed = ["NODE_RANK", *needed]
     missing = [name for name in needed if name not in said]
     if missing and processes > 1 and (num_nodes > 1 or "LOCAL_RANK" in said):  # else Fabric starts the others itself
@@ -87,18 +85,12 @@ def launch_fabric(settings: Settings) -> Fabric:
     elif processes > 1:
         # Every process reads the base itself: the first one does not send it to the others.
         strategy = DDPStrategy(timeout=patience, init_sync=False)
-    os.environ.update(launch_variables())
-    # Fabric takes a batch script for one of srun's tasks; what srun says is in the environment by now.
-    by_slurm = "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    os.environ.update(launch_variables())  # what Fabric goes by; alone it takes a batch script for a task of srun's
+    # Weights are cast where they are loaded.
+    precision = settings.precision if settings.precision in MIXED_PRECISIONS else "32-true"
+    options = dict(strategy=strategy, precision=precision, plugins=[LightningEnvironment()])
     try:
-        fabric = Fabric(
-            strategy=strategy,
-            devices=settings.devices,
-            num_nodes=settings.num_nodes,
-            plugins=[LightningEnvironment()] if by_slurm else None,
-            # Weights are cast where they are loaded.
-            precision=settings.precision if settings.precision in ("bf16-mixed", "16-mixed") else "32-true",
-        )
+        fabric = Fabric(devices=settings.devices, num_nodes=settings.num_nodes, **options)
         fabric.launch()
     except MisconfigurationException as error:
         raise UserError(f"--devices {settings.devices} --num_nodes {settings.num_nodes}: {error}") from error

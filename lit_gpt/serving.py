@@ -116,11 +116,11 @@ def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Con
     """
     limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
     flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
-    base, quoted, name = (shlex.quote(str(word)) for word in (base, folder, name))
+    served = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(limit), "--lora-modules", f"{name}={folder}"]
     commands = {
         "PEFT": f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
-        "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={quoted}",
-        "llama.cpp": f"python convert_lora_to_gguf.py {quoted} {flag} {base}",
+        "vLLM": shlex.join(served),
+        "llama.cpp": shlex.join(["python", "convert_lora_to_gguf.py", str(folder), flag, base]),
     }
     return {program: line for program, line in commands.items() if program not in without}
 

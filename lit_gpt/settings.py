@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -162,11 +162,6 @@ class Settings:
         """Return the number of processes on all machines."""
         return self.devices * self.num_nodes
 
-    def hparams(self) -> dict[str, Any]:
-        """Return what hparams.yaml holds: every option but resume and overwrite."""
-        values = {"method": self.method} | asdict(self)
-        return {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
-
 
 # ----------------------------------------------------------------------------------------------- what follows from them
 class Plan:
@@ -219,9 +214,10 @@ class Plan:
             problems.attempt(check_base, self.init_adapter, base_dir)
         problems.check()
         self.base = {"name": base_dir.name, "fingerprint": fingerprint(weights)}
-        # A resumed run must find these unchanged.
         self.input_hashes = {"base model": self.base["fingerprint"]}
         self.input_hashes |= {file.name: file_sha256(file) for file in (train_file, val_file)}
+        # Of hparams.yaml; a resumed run must find unchanged what decides its result.
+        self.hparams = {"method": settings.method} | asdict(settings) | self.input_hashes
         if settings.quantize:
             self.base["quantize"] = settings.quantize
 
@@ -318,11 +314,9 @@ def parse_duration(text: str | float | None) -> float:
 def sample_prompt(eval: EvalArgs, base_dir: Path, config: Config, style: str, samples: list[Sample]) -> list[int]:
     """Return the ids that sample generations answer: of --eval.sample_prompt, or of a sample up to its response."""
     if eval.sample_prompt is None:
-        for sample in samples:
-            ids, response = sample["input_ids"].tolist(), sample["response"].tolist()
-            if any(response[1:]):
-                return ids[: response.index(True)] or ids[:1]
-        return samples[0]["input_ids"].tolist()[:1]
+        sample = next((each for each in samples if each["response"][1:].any()), samples[0])
+        start = int(sample["response"].int().argmax())  # of its response
+        return sample["input_ids"][: max(1, start)].tolist()
     tokenizer = Tokenizer(base_dir)
     ids = encode_prompt(tokenizer, style, instruction=eval.sample_prompt)
     tokenizer.check_ids(ids, config.padded_vocab_size)

@@ -20,20 +20,21 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 import yaml
 
 from lit_gpt import run_folder
-from lit_gpt.adapter import adapter_parameters, adapter_state, adapters_off
+from lit_gpt.adapter import adapter_state, adapters_off
 from lit_gpt.adapter_files import KINDS, fill_adapter, load_adapter, make_trainable, save_adapter
 from lit_gpt.batches import Batching, add_response_targets, n_targets, round_up, sample_order
 from lit_gpt.checkpoint import WEIGHTS, copy_side_files, load_state, save_prompt_style, save_state
 from lit_gpt.data import Sample, length
 from lit_gpt.devices import average_gradients, gather, is_sharded, share_start, together, unsharded
 from lit_gpt.errors import Problems, UserError, command
-from lit_gpt.files import atomic_write, staged_dir
+from lit_gpt.files import staged_dir, write_text
 from lit_gpt.generate import generate
 from lit_gpt.loss import MULTIPLE
 from lit_gpt.memory import REMEDIES, estimate_memory, share_weights
@@ -79,26 +80,21 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     if not problems:  # connected first, so that no process waits for one that finds a problem and ends
         fabric = launch_fabric(settings)
     plan = together(lambda: Plan(settings, given=given, problems=problems))
-    settings = plan.settings
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
-    has_result = settings.resume and (plan.run_dir / run_folder.SUMMARY).is_file()
-    plan.run_dir, has_result = gather((plan.run_dir, has_result))[0]
-    hparams = settings.hparams()
-    if has_result:
-        together(lambda: run_folder.check_finished(plan.run_dir, hparams, plan.input_hashes))
-        fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
-        return
-    together(lambda: check_alike(plan.input_hashes | run_folder.flatten(hparams | {"io": {}})))
+    plan.run_dir = gather(plan.run_dir)[0]
+    together(lambda: check_alike(run_folder.flatten(plan.hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
-    inputs = dict(settings=hparams, input_hashes=plan.input_hashes)
-    with run_folder.open_run(fabric, plan.run_dir, resume=settings.resume, **inputs) as checkpoint:
+    with run_folder.open_run(fabric, plan.run_dir, plan.hparams, resume=settings.resume) as (finished, checkpoint):
+        if finished:
+            fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
+            return
         trainer = Trainer(fabric, plan, base=base, deadline=started + plan.max_seconds)
         with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=REMEDIES):
             trainer.set_up()
             trainer.begin(checkpoint)
-            if trainer.train():
-                with run_folder.stop_signal():  # nothing stops a run that is done while its result is written
+            with run_folder.stop_signal() as stop:  # once the run is done, none stops it while its result is written
+                if trainer.train(stop):
                     trainer.finish()
 
 
@@ -152,7 +148,6 @@ class Position:
     samples: int = 0
     tokens: int = 0
     """Tokens trained on, padding not counted."""
-    targets: int = 0
     padded: int = 0
     """Tokens that this process has computed, padding counted."""
     seconds: float = 0.0
@@ -172,10 +167,6 @@ class Position:
     """Number of validations in a row without a lower loss, under --train.patience."""
 
 
-STORED_NAMES = {"before": "first_losses", "after": "last_losses", "best": "best_losses", "worse": "since_best"}
-"""Names of a ``Position``'s fields in the checkpoints of earlier versions."""
-
-
 class Trainer:
     """A run's loop: takes steps, validates, saves, and leaves the result."""
 
@@ -183,8 +174,7 @@ class Trainer:
         self.fabric, self.plan, self.deadline, self.base = fabric, plan, deadline, base
         self.settings, self.train_args = plan.settings, plan.settings.train
         self.batching = make_batching(plan, fabric)
-        largest = self.batching.largest(plan.train_set, self.train_args.global_batch_size // fabric.world_size)
-        self.largest_batch = self.batching.collate(largest, fabric.device)
+        self.largest_batch = self.batching.collate(self.batching.largest(plan.train_set), fabric.device)
         self.memory = estimate_memory(plan, self.largest_batch, fabric=fabric)
         self.order = sample_order(len(plan.train_set), plan.n_samples, seed=plan.settings.seed)
         self.position = Position()
@@ -243,60 +233,56 @@ class Trainer:
 
     def begin(self, checkpoint: Path | None) -> None:
         """Start, or take up a checkpoint's weights, optimizer, position, random state and metrics."""
-        run_dir, hparams = self.plan.run_dir, self.settings.hparams()
-        state = load_state(checkpoint / run_folder.STATE) if checkpoint else None
-        if state:
-            self.start = state["start"]
+        fabric, plan, reported = self.fabric, self.plan, None
+        if checkpoint:
+            state = load_state(checkpoint / run_folder.STATE)
             load_result(self.model.module, checkpoint, self.settings)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.fabric.strategy.precision.load_state_dict(state["precision"])
-            self.position = Position(**{STORED_NAMES.get(name, name): v for name, v in state["position"].items()})
-            run_folder.restore_random_state(state["random"][self.fabric.global_rank])
-            self.fabric.print(f"going on from {checkpoint}")
+            fabric.strategy.precision.load_state_dict(state["precision"])
+            self.position, self.start, reported = Position(**state["position"]), state["start"], state["reporter"]
+            run_folder.restore_random_state(state["random"][fabric.global_rank])
+            fabric.print(f"going on from {checkpoint}")
         else:
             if self.train_args.monitor:
                 self.start = adapter_state(self.model.module)
             # From here on processes draw differently: each has a dropout of its own.
-            self.fabric.seed_everything(self.settings.seed + self.fabric.global_rank, verbose=False)
-        if not self.fabric.is_global_zero:
-            return
-        if not state:
-            run_folder.clear_run(run_dir)
-        with atomic_write(run_dir / run_folder.SETTINGS) as temporary:
-            temporary.write_text(yaml.safe_dump(hparams, sort_keys=False), encoding="utf-8")
-        progress = dict(n_steps=self.plan.n_steps, step=self.position.step, state=state and state["reporter"])
-        self.reporter = Reporter(run_dir, settings=hparams, **progress)
+            fabric.seed_everything(self.settings.seed + fabric.global_rank, verbose=False)
+        if fabric.is_global_zero:
+            if not checkpoint:
+                run_folder.clear_run(plan.run_dir)
+            write_text(plan.run_dir / run_folder.SETTINGS, yaml.safe_dump(plan.hparams, sort_keys=False))
+            progress = dict(n_steps=plan.n_steps, step=self.position.step, state=reported)
+            self.reporter = Reporter(plan.run_dir, settings=plan.hparams, **progress)
 
-    def train(self) -> bool:
+    def train(self, stop: SimpleNamespace) -> bool:
         """Validate the model that training starts from (the base, not ETHER's first reflection), then train.
 
         Return True where the run is complete; False where it was stopped and is to be resumed.
         """
         position, options, n_steps = self.position, self.train_args, self.plan.n_steps
-        with run_folder.stop_signal() as stop:
-            if position.step == 0:
-                with nullcontext() if self.settings.init_from else adapters_off(self.model):
-                    position.first_losses = position.last_losses = self.validate()
-            while position.step < n_steps and position.since_best < (options.patience or math.inf):
-                position.step += 1
+        if position.step == 0:
+            with nullcontext() if self.settings.init_from else adapters_off(self.model):
+                position.first_losses = position.last_losses = self.validate()
+        while position.step < n_steps and position.since_best < (options.patience or math.inf):
+            position.step += 1
+            with self.clock("seconds"):
+                values = self.train_step()
+            with self.clock("seconds"):
+                self.record(**values)
+            improved = False
+            if position.step % self.settings.eval.interval == 0 or position.step == n_steps:
+                position.last_losses = self.validate()
+                improved = options.patience is not None and self.compare_with_best()
+            if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
+                self.show_sample(self.tokenizer)
+            reason = self.reason_to_stop(stop)
+            due = options.save_interval and position.step % options.save_interval == 0
+            if due or improved or reason:
                 with self.clock("seconds"):
-                    values = self.train_step()
-                with self.clock("seconds"):
-                    self.record(**values)
-                improved = False
-                if position.step % self.settings.eval.interval == 0 or position.step == n_steps:
-                    position.last_losses = self.validate()
-                    improved = options.patience is not None and self.compare_with_best()
-                if self.tokenizer and position.step % self.settings.eval.sample_interval == 0:
-                    self.show_sample(self.tokenizer)
-                reason = self.reason_to_leave(stop.received)
-                due = options.save_interval and position.step % options.save_interval == 0
-                if due or improved or reason is not None:
-                    with self.clock("seconds"):
-                        self.save_checkpoint()
-                if reason is not None and position.step < n_steps:
-                    self.leave(reason)
-                    return False
+                    self.save_checkpoint()
+            if reason and position.step < n_steps:
+                self.leave(reason)
+                return False
         return True
 
     # ------------------------------------------------------------------------------------------------- one step
@@ -309,8 +295,7 @@ class Trainer:
             group["lr"] = rate
         rows = self.order[(position.step - 1) * size : position.step * size]
         batch = [plan.train_set[i] for i in rows]
-        targets = n_targets(batch)
-        total = self.forward_backward(batch, targets)
+        total = self.forward_backward(batch)
         with self.clock("computing"):
             norm = self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.train_args.max_grad_norm or math.inf, error_if_nonfinite=False
@@ -330,12 +315,12 @@ class Trainer:
         self.optimizer.zero_grad()
         position.samples += len(batch)
         position.tokens += sum(map(length, batch))
-        position.targets += targets
         return values
 
-    def forward_backward(self, batch: Sequence[Sample], n_targets_in_all: int) -> torch.Tensor:
+    def forward_backward(self, batch: Sequence[Sample]) -> torch.Tensor:
         """Leave the gradient of a step's mean loss; return this process's share of that loss."""
         micros, n_micros = self.batching.local_micro_batches(batch)
+        n_targets_in_all = n_targets(batch)
         total = torch.zeros((), device=self.fabric.device)
         for index, micro in enumerate(micros):
             idx, targets, lengths = self.batching.collate(micro, self.fabric.device)
@@ -429,11 +414,13 @@ class Trainer:
             self.reporter.say(text)
 
     # ------------------------------------------------------------------------------------------- saving and leaving
-    def reason_to_leave(self, received: int) -> int | None:
-        """Return the signal that came, to any process; 0 where --train.max_time is over; None to go on."""
-        asked = torch.tensor([received, time.perf_counter() >= self.deadline], device=self.fabric.device)
+    def reason_to_stop(self, stop: SimpleNamespace) -> str:
+        """Return the name of the signal that came to any process, or that the time is over; "" to go on."""
+        asked = torch.tensor([stop.received, time.perf_counter() >= self.deadline], device=self.fabric.device)
         received, over = self.fabric.all_reduce(asked, reduce_op="max").tolist()
-        return received or (0 if over else None)
+        if received:
+            return signal.Signals(received).name
+        return f"--train.max_time {self.train_args.max_time} is over" if over else ""
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N, from which ``begin`` resumes to the same bits."""
@@ -443,9 +430,6 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
             random=gather(run_folder.random_state()),
-            settings=self.settings.hparams(),
-            facts=self.plan.input_hashes,
-            environment=run_folder.environment(),
         )
         if self.reporter is None:
             return
@@ -455,28 +439,24 @@ class Trainer:
             save_result(self.model.module, folder, self.plan)
             save_state(state, folder / run_folder.STATE)
 
-    def leave(self, received: int) -> None:
-        """Say how to go on; the first process exits with the signal's code, after the others are through."""
+    def leave(self, reason: str) -> None:
+        """Say how to go on; the first process exits with a signal's code, after the others are through."""
         self.fabric.barrier()
         if self.reporter is None:
             return
         self.reporter.close()
         run_dir = self.plan.run_dir
-        why = signal.Signals(received).name if received else f"--train.max_time {self.train_args.max_time} is over"
         print(
-            f"{why}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
+            f"{reason}: saved {run_folder.checkpoint_folder(run_dir, self.position.step)}; the same command with "
             f"--io.out_dir {shlex.quote(str(run_dir))} --resume true goes on from there"
         )
-        if received:
-            raise SystemExit(128 + received)
+        if reason in signal.Signals.__members__:
+            raise SystemExit(128 + signal.Signals[reason])
 
     def take_best(self) -> None:
         """Go back to the best step's result."""
         position, folder = self.position, run_folder.checkpoint_folder(self.plan.run_dir, self.position.best_step)
-        if not position.best_step:
-            self.say(f"no validation gave a finite loss: the result is that of step {position.step}")
-            return
-        kept = f"step {position.step}, since {folder} is damaged"
+        kept = f"step {position.step}, as there is no checkpoint of a better one"  # none was finite, or it is damaged
         if run_folder.find_damage(folder) is None:
             load_result(self.model.module, folder, self.settings)
             position.last_losses = position.best_losses
@@ -496,7 +476,6 @@ class Trainer:
         peak = peak_memory_bytes()
         summary = dict(
             method=self.settings.method,
-            learning_rate=self.train_args.learning_rate,
             trainable_parameters=self.n_trained,
             adapter_bytes=n_bytes,
             val_loss_before=position.first_losses[0],
@@ -507,7 +486,6 @@ class Trainer:
             skipped_steps=position.skipped,
             samples=position.samples,
             tokens=position.tokens,
-            target_tokens=position.targets,
             padding=1 - position.tokens / self.fabric.world_size / max(1, position.padded),
             seconds=position.seconds,
             overhead=1 - position.computing / max(position.seconds, 1e-9),
@@ -515,45 +493,43 @@ class Trainer:
             peak_memory_bytes=peak,
             run_memory_bytes=peak - self.held_memory,
             estimated_memory_bytes=self.memory and self.memory.total,
-            precision=self.settings.precision,
-            inputs=self.plan.input_hashes,
         )
         write_summary(self.plan.run_dir, summary, self.reporter.metrics)
         print(f"next: {next_command(self.plan)}")
 
 
 # --------------------------------------------------------------------------------------------------- the result
+def result_file(folder: Path, settings: Settings) -> Path:
+    """Return the path of a result in a run's or a checkpoint's folder: of the adapter, or of all weights."""
+    return folder / (KINDS[settings.kind].file_name if settings.adapter else f"{run_folder.FINAL}/{WEIGHTS}")
+
+
 def save_result(model: GPT, folder: Path, plan: Plan) -> int:
-    """Write the adapter file or, of full finetuning, the folder final/; return its bytes."""
-    if plan.settings.adapter is not None:
-        kind = plan.settings.kind
-        path = folder / KINDS[kind].file_name
-        about = dict(kind=kind, config=plan.settings.adapter, base=plan.base, prompt_style=plan.prompt_style)
-        save_adapter(path, model, **about)
+    """Write the adapter file or, of full finetuning, the folder final/; return the bytes of what trained."""
+    settings, path, style = plan.settings, result_file(folder, plan.settings), plan.prompt_style
+    if settings.adapter:
+        save_adapter(path, model, kind=settings.kind, config=settings.adapter, base=plan.base, prompt_style=style)
         return path.stat().st_size
-    with staged_dir(folder / run_folder.FINAL, overwrite=True) as staging:
+    with staged_dir(path.parent, overwrite=True) as staging:
         copy_side_files(plan.base_dir, staging)
-        save_prompt_style(staging, plan.prompt_style)
-        list_answer_end(staging, plan.prompt_style)
+        save_prompt_style(staging, style)
+        list_answer_end(staging, style)
         save_state(model.state_dict(), staging / WEIGHTS)
-    return (folder / run_folder.FINAL / WEIGHTS).stat().st_size
+    return path.stat().st_size
 
 
-@torch.no_grad()
 def load_result(model: GPT, folder: Path, settings: Settings) -> None:
     """Put what ``save_result`` wrote, of the same settings, back into the model."""
-    if settings.adapter is None:
-        model.load_state_dict(load_state(folder / run_folder.FINAL / WEIGHTS))
-        return
-    saved = load_adapter(folder / KINDS[settings.kind].file_name, settings.kind).state
-    for name, parameter in adapter_parameters(model).items():
-        parameter.copy_(saved[name])
+    path = result_file(folder, settings)
+    if settings.adapter:
+        fill_adapter(model, load_adapter(path, settings.kind))
+    else:
+        model.load_state_dict(load_state(path))
 
 
 def next_command(plan: Plan) -> str:
     """Return what to type when a run has ended."""
-    kind = plan.settings.kind
-    if plan.settings.adapter is None:
-        return command("chat/base.py", checkpoint_dir=plan.run_dir / run_folder.FINAL)
-    flags = {"checkpoint_dir": plan.base_dir, f"{kind}_path": plan.run_dir / KINDS[kind].file_name}
-    return command(f"scripts/merge_{kind}.py", **flags)
+    kind, result = plan.settings.kind, result_file(plan.run_dir, plan.settings)
+    if plan.settings.adapter:
+        return command(f"scripts/merge_{kind}.py", **{"checkpoint_dir": plan.base_dir, f"{kind}_path": result})
+    return command("chat/base.py", checkpoint_dir=result.parent)

@@ -18,8 +18,8 @@ from eval.report import TASKS, accuracy, read_documents, sample_numbers, task_nu
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
 from lit_gpt.data import load_split
+from lit_gpt.files import locked
 from lit_gpt.merge import merge_adapter
-from lit_gpt.run_folder import locked
 from lit_gpt.tokenizer import Tokenizer
 
 REPORT = "eval/report.py"

@@ -20,7 +20,7 @@ from lit_gpt.checkpoint import load_config, load_model, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.families import FAMILIES
-from lit_gpt.files import TEMPORARY, read_json, staged_dir, write_json
+from lit_gpt.files import LOCK, TEMPORARY, read_json, staged_dir, write_json
 from lit_gpt.hf import hf_modules, lit_to_hf, parameter_shapes
 from lit_gpt.model import deinterleave_qkv
 from scripts import convert_hf_checkpoint, convert_lit_checkpoint
@@ -766,7 +766,7 @@ def test_a_full_disk_leaves_what_was_there(llama, tmp_path, bpe_dir, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_conversion_leaves_nothing_that_the_next_one_does_not_remove(llama, monkeypatch, number):
-    """The process ends half-way through the weights; what another is at in the same folder stays."""
+    """The process ends half-way through the weights; while one is at work in a folder, another is refused."""
     from lit_gpt import checkpoint
     from lit_gpt.cli import main
 
@@ -790,10 +790,13 @@ def test_an_interrupted_conversion_leaves_nothing_that_the_next_one_does_not_rem
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == (130 if number == signal.SIGINT else -number)
     left = {path.name for path in llama.iterdir()} - before
-    assert len(left) == (number == signal.SIGKILL) and all(name.startswith(TEMPORARY) for name in left)
+    assert len(left - {LOCK}) == (number == signal.SIGKILL)
+    assert all(name.startswith(TEMPORARY) for name in left - {LOCK})
     with staged_dir(llama, overwrite=True) as another:
-        convert(llama)
+        with pytest.raises(UserError, match="is in use by process"):
+            convert(llama)
         assert another.is_dir()
+    convert(llama)
     assert {path.name for path in llama.iterdir()} - before == {"lit_model.pth", "lit_config.json"}
 
 

@@ -31,9 +31,9 @@ from lit_gpt.adapter_files import KINDS, save_adapter
 from lit_gpt.checkpoint import fingerprint, load_model, load_state
 from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
+from lit_gpt.files import LOCK, locked
 from lit_gpt.lora import LoraConfig
 from lit_gpt.merge import merge_adapter
-from lit_gpt.run_folder import LOCK, locked
 from lit_gpt.tokenizer import Tokenizer
 
 CONTEXT = 128

@@ -31,6 +31,7 @@ from lit_gpt.data import prepare
 from lit_gpt.files import (
     TEMPORARY,
     Progress,
+    locked,
     map_or_read,
     move,
     prepare_out_dir,
@@ -39,7 +40,7 @@ from lit_gpt.files import (
     staged_dir,
     write_json,
 )
-from lit_gpt.run_folder import checkpoint_folders, locked
+from lit_gpt.run_folder import checkpoint_folders
 from scripts import convert_lit_checkpoint, export_lora
 
 

@@ -13,9 +13,9 @@ from eval import lr_sweep
 from eval.lr_sweep import degrees_per_step, mean_curve, setup, summarise, usable_decades
 from lit_gpt.cli import main
 from lit_gpt.ether import EtherConfig
+from lit_gpt.files import locked
 from lit_gpt.quantize import load_base
 from lit_gpt.reflections import axis_angle
-from lit_gpt.run_folder import locked
 from lit_gpt.settings import IOArgs, Settings, TrainArgs
 
 

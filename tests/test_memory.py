@@ -43,7 +43,7 @@ def estimate(work, **what) -> Memory:
     """Of a ``planned`` run."""
     plan = planned(work, **what)
     batching = make_batching(plan, one_process())
-    largest = batching.collate(batching.largest(plan.train_set, 16))
+    largest = batching.collate(batching.largest(plan.train_set))
     return estimate_memory(plan, largest, fabric=one_process())
 
 

@@ -111,7 +111,7 @@ def test_an_idle_pass_has_neither_loss_nor_gradient():
 def test_the_rehearsed_pass_is_the_largest_there_can_be():
     samples = samples_of(30, 30, 12, 8, 8, 8)
     for batching in (PADDED, PACKED):
-        largest = batching.collate(batching.largest(samples, len(samples)))[0]
+        largest = batching.collate(batching.largest(samples))[0]
         assert all(batching.collate(micro)[0].numel() <= largest.numel() for micro in batching.cut(samples))
 
 
