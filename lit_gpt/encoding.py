@@ -236,7 +236,7 @@ def encode_rows(
             found = encode_answers(tokenizer, answers, style)
             check_stops(tokenizer, found)
         except UserError as error:
-            problems.rows.append((number, str(error)))
+            problems.add(number, error)
             continue
         for pieces in found:
             samples.add(samples.n_rows, pieces)
