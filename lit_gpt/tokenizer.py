@@ -11,14 +11,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
 import jinja2
-import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_gpt.errors import UserError, reading
@@ -62,10 +62,9 @@ class Tokenizer:
             self.eos_ids = {self.eos_id, *self.files.model_ids("eos_token_id", self.vocab_size)} - {None}
             # First-generation LLaMA folders call BOS an end
             self.eos_ids -= {self._vocabulary.default_ids.get("bos")} - {self.eos_id}
-            asks, (around,) = self.files.config.get, self._vocabulary.encode_batch([""], add_special=True)
-            self._head = [self.bos_id] if asks("add_bos_token") and self.bos_id not in (None, *around) else []
-            adds_eos = asks("add_eos_token") and self.eos_id is not None and not self._vocabulary.post_processes
-            self._tail = [self.eos_id] if adds_eos else []
+            (around,) = self._vocabulary.encode_batch([""], add_special=True)
+            asks = self.files.config.get("add_bos_token") and self.bos_id not in (None, *around)
+            self._head = [self.bos_id] if asks else []
             self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
@@ -79,11 +78,11 @@ class Tokenizer:
         Raises:
             ValueError: a BOS is asked for that the tokenizer does not have.
         """
-        head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
+        head = self._head if bos is None else [self.bos_id] * bos
         if None in head:
             raise UserError(f"the tokenizer of {self.dir} has no BOS token; name one in tokenizer_config.json")
         (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
-        return head + ids + tail
+        return head + ids
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
         """Return the ids of many texts, without BOS and EOS.
@@ -213,23 +212,8 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------- chat templates
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, with which templates mark the assistant's text: renders its body."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
-    # Jinja's own filter escapes HTML characters, which the models have never seen
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @lru_cache(maxsize=8)
@@ -239,11 +223,15 @@ def compile_template(source: str) -> jinja2.Template:
     Raises:
         jinja2.TemplateSyntaxError: the source is no template.
     """
-    extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _to_json
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = ImmutableSandboxedEnvironment(**options)
+    # Jinja's own filter escapes HTML characters, which the models have never seen
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    # `{% generation %}` marks the assistant's text for transformers, and writes nothing
+    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
     return environment.from_string(source)
 
 

@@ -9,8 +9,10 @@ It knows texts, tokens and ids, and nothing of conversations.
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
+
+from tokenizers import AddedToken, decoders
+from tokenizers import Tokenizer as HFTokenizer
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.files import read_json
@@ -21,6 +23,8 @@ NAMES = (
 )  # fmt: skip
 """Patterns of the files that tell of a tokenizer, here or in other programs."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+"""Makes text of SentencePiece's tokens. A run of byte pieces (`<0xE2>`) that is no UTF-8 gives U+FFFD for each byte."""
 FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}  # how an added token matches a text
 
 
@@ -84,17 +88,12 @@ class TokenizerFiles:
 class JsonVocabulary:
     """`tokenizer.json`, read by the `tokenizers` library."""
 
-    post_processes = True  # the file says what stands around a text
-
     def __init__(self, path: Path, files: TokenizerFiles) -> None:
         """Read the file, and add the tokens of the others.
 
         Raises:
             ValueError: the file is corrupt, or an added token would get another id than the other files say.
         """
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as HFTokenizer
-
         self.path, self.default_ids = path, {}
         with reading(path):
             self.processor = HFTokenizer.from_file(str(path))
@@ -136,8 +135,6 @@ class JsonVocabulary:
 
 class SentencePieceVocabulary:
     """`tokenizer.model`, read by the `sentencepiece` library, with the tokens that other files add to it."""
-
-    post_processes = False
 
     def __init__(self, path: Path, files: TokenizerFiles) -> None:
         """Read the file, or raise ValueError where it is corrupt, and add the tokens of the others."""
@@ -190,14 +187,10 @@ class SentencePieceVocabulary:
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Return the text; as in transformers, each byte of a run of byte pieces that is no UTF-8 gives U+FFFD."""
         # A model has more rows than its tokenizer has ids: what those padded rows stand for is no text
         left_out = self.special_ids if skip_special else ()
         ids = [i for i in ids if (i < self.pieces or i in self.added_texts) and i not in left_out]
-        text = ""
-        for is_byte, run in groupby(ids, key=lambda i: i not in self.added_texts and self.processor.is_byte(i)):
-            pieces = list(map(self.id_token, run))
-            text += _bytes_text(pieces) if is_byte else "".join(pieces).replace("▁", " ")
+        text = DECODER.decode(list(map(self.id_token, ids)))
         return text[1:] if self.dummy_prefix and self.prefix and text.startswith(" ") else text
 
     def token_id(self, token: str) -> int | None:
@@ -226,11 +219,3 @@ def encode_behind(encode: Callable[[Sequence[str]], list[list[int]]], text: str)
 def token_text(token: str | dict | None) -> str | None:
     """Return the text of a token, which files write as its text, or as an object with the text and its flags."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _bytes_text(pieces: list[str]) -> str:
-    """Return the text of byte pieces, `<0xE2>` and such."""
-    try:
-        return bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8")
-    except UnicodeDecodeError:
-        return "\ufffd" * len(pieces)
