@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
-from lit_gpt.errors import Problems, UserError
+from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.files import Progress, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style
@@ -28,7 +28,6 @@ from lit_gpt.tokenizer import Tokenizer
 
 TEST_FRACTION = 0.04
 """Near the 2,000 of 52,000 rows that Alpaca's followers hold out."""
-MANY_CUT = 0.05
 BLANK = "left out, since they are blank"
 PREVIEW_CHARACTERS = 1500
 TRAIN_FILE, TEST_FILE, DATA_CONFIG = "train.pt", "test.pt", "data_config.json"
@@ -81,13 +80,11 @@ def prepare(
     tokenizer = Tokenizer(checkpoint_dir)
     folder = tokenizer.dir.resolve()
     config = load_config(checkpoint_dir) if (folder / CONFIG).is_file() else None
-    settings = {
-        **{"checkpoint_dir": str(folder), "base_name": folder.name, "prompt_style": prompt_style},
-        **{"mask_inputs": mask_inputs, "max_seq_length": max_seq_length, "seed": seed},
-        **{"tokenizer_sha256": tokenizer.sha256, "source": str(data_file_path)},
-        "test_source": None if test_data_file_path is None else str(test_data_file_path),
-        "test_split_fraction": test_split_fraction,
-    }
+    settings = {"checkpoint_dir": str(folder), "base_name": folder.name, "prompt_style": prompt_style}
+    settings |= {"mask_inputs": mask_inputs, "max_seq_length": max_seq_length, "seed": seed}
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "source": str(data_file_path)}
+    test_source = None if test_data_file_path is None else str(test_data_file_path)
+    settings |= {"test_source": test_source, "test_split_fraction": test_split_fraction}
     _fill_in(settings, tokenizer, context=config and config.block_size)
     samples, held_out = _encode_files(settings, tokenizer, fields)
     if config is not None and samples:
@@ -187,17 +184,13 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 def _report(settings: Mapping, samples: Samples, shown: str) -> None:
     """Say on the terminal what became of the rows, and show one of them."""
-    lengths, limit, n_cut = settings["lengths"], settings["max_seq_length"], settings["n_cut"]
+    limit, n_cut, n_dropped = (settings[name] for name in ("max_seq_length", "n_cut", "n_dropped"))
     print(f"{settings['n_rows']} rows: {settings['n_train']} to train on, {settings['n_test']} to test with")
     for note, count in (+samples.notes).items():
         print(f"{count} rows: {note}")
-    print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
-    print(f"cut at {limit} tokens: {n_cut}; dropped, because nothing to learn was left: {settings['n_dropped']}")
-    if (share := n_cut / len(samples.full_sizes)) > MANY_CUT:
-        print(f"{share:.0%} of the samples were cut; --max_seq_length {lengths['p99']} would keep 99% whole")
+    print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in settings['lengths'].items())}")
+    print(f"cut at {limit} tokens: {n_cut}; dropped, because nothing to learn was left: {n_dropped}")
     print(f"the first sample, prompt style {settings['prompt_style']}:\n{shown[:PREVIEW_CHARACTERS]}")
-    if len(shown) > PREVIEW_CHARACTERS:
-        print(f"... ({len(shown) - PREVIEW_CHARACTERS} more characters)")
 
 
 def mark_masked(tokenizer: Tokenizer, sample: Sample) -> str:
@@ -225,11 +218,9 @@ def load_split(path: Path | str) -> list[Sample]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file; {HOW_TO_PREPARE}")
     content = load_state(path)
-    try:
+    with reading(path, HOW_TO_PREPARE):
         sizes = content["lengths"].tolist()
         columns = [content[name].split(sizes) for name in NAMES]
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -262,10 +253,10 @@ def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sa
 def check_val_data(val_data_dir: Path | str, train_data_dir: Path | str) -> None:
     """Raise where --io.val_data_dir was prepared otherwise than the training data: its losses would mean nothing."""
     data, other = read_data_config(train_data_dir), read_data_config(val_data_dir)
-    for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
+    styles = f"prompt style ({other['prompt_style']}, not {data['prompt_style']})"
+    for key, what in {"tokenizer_sha256": "tokenizer", "prompt_style": styles}.items():
         if other[key] != data[key]:
-            values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
             raise UserError(
-                f"--io.val_data_dir {val_data_dir} was prepared with another {what}{values} than "
+                f"--io.val_data_dir {val_data_dir} was prepared with another {what} than "
                 f"--io.train_data_dir {train_data_dir}; prepare it again as that was"
             )

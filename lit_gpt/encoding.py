@@ -128,31 +128,28 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) ->
 
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:
-    """Return the samples of a row, as pieces that alternate between what stands before and an answer."""
+    """Return the samples of a row, as pieces that alternate between what stands before and an answer.
+
+    Raises:
+        ValueError: a token that ends answers stands inside one: learned, it would end them in the middle.
+    """
     prompts = encode_prompts(tokenizer, style, [answer.prompt for answer in answers])
     texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
-    if style == CHAT:
-        joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
-        for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
-            if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
-                texts[i] = both[len(prompt) :]
+    joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers]) if style == CHAT else texts
     samples: list[list[Piece]] = []
     so_far: list[int] = []
-    for answer, prompt, ids in zip(answers, prompts, texts, strict=True):
+    for answer, prompt, ids, both in zip(answers, prompts, texts, joined, strict=True):
+        if style == CHAT and both[: len(prompt)] == prompt:  # else the answer's beginning merges with the prompt's end
+            ids = both[len(prompt) :]
         ids += [tokenizer.eos_id] * answer.eos
+        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
+            end = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
+            raise UserError(f"an answer holds {end}, which ends answers; take it out, or leave the row out")
         if not samples or prompt[: len(so_far)] != so_far:
             samples, so_far = [*samples, []], []
         samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
         so_far = prompt + ids
     return samples
-
-
-def check_stops(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> None:
-    """Raise ValueError where a token that ends answers stands inside one: learned, it would end them in the middle."""
-    for ids in (ids for pieces in samples for ids, is_response in pieces if is_response):
-        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
-            text = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
-            raise UserError(f"an answer holds {text}, which ends answers; take it out, or leave the row out")
 
 
 def _squeeze(text: str) -> str:
@@ -201,13 +198,11 @@ class Samples:
 
     def split(self, rows: Collection[int]) -> tuple["Samples", "Samples"]:
         """Move the samples out: return those of other rows, and those of these rows."""
-        parts, start = (Samples(learn_all=self.learn_all), Samples(learn_all=self.learn_all)), 0
+        parts, end = (Samples(learn_all=self.learn_all), Samples(learn_all=self.learn_all)), 0
         for row, size in zip(self.rows, self.sizes, strict=True):
-            end = start + size
-            parts[row in rows]._append(row, self.ids[start:end], self.response[start:end])
-            start = end
-        for column in (self.ids, self.response, self.sizes, self.rows):
-            del column[:]
+            end += size
+            parts[row in rows]._append(row, self.ids[end - size : end], self.response[end - size : end])
+        self.ids, self.response, self.sizes, self.rows = array("i"), bytearray(), array("i"), array("i")
         return parts
 
     def columns(self, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
@@ -234,7 +229,6 @@ def encode_rows(
         try:
             answers = find_answers(tokenizer, row, style)
             found = encode_answers(tokenizer, answers, style)
-            check_stops(tokenizer, found)
         except UserError as error:
             problems.add(number, error)
             continue
