@@ -159,11 +159,9 @@ def _select(settings: dict, samples: Samples, held_out: Collection[int]) -> tupl
         held_out = draw(list(dict.fromkeys(samples.rows)), settings["test_split_fraction"], seed=settings["seed"])
     train, test = samples.split(held_out)
     if not train or not test:
-        raise UserError(
-            f"{settings['source']}: of {samples.n_rows} rows {len(train)} are left to train on and {len(test)} to "
-            f"test with at --max_seq_length {settings['max_seq_length']} ({samples.n_dropped} have nothing to learn "
-            "there), expected one of each at least; give more rows or a larger length"
-        )
+        left = f"of {samples.n_rows} rows {len(train)} are left to train on and {len(test)} to test with"
+        limit = f"--max_seq_length {settings['max_seq_length']}"
+        raise UserError(f"{settings['source']}: {left} at {limit}; give more rows or a larger length")
     settings |= {"n_rows": samples.n_rows, "n_train": len(train), "n_test": len(test)}
     settings |= {"n_cut": samples.n_cut, "n_dropped": samples.n_dropped}
     settings["lengths"] = percentiles(sorted(samples.full_sizes))

@@ -119,7 +119,7 @@ def test_input_may_be_missing_or_null_and_other_names_may_be_told(tmp_path):
 def test_a_mapped_field_must_occur_and_two_take_no_column_together(tmp_path):
     """A typo emptied the input of every row."""
     path = write(tmp_path / "d.json", [{"instruction": "a", "context": "b", "output": "c"}])
-    with pytest.raises(UserError, match=r"d.json: no row has 'contxt', which --fields names"):
+    with pytest.raises(UserError, match=r"d.json, row 1: has no contxt \(it has instruction, context, output\)"):
         read(path, {"input": "contxt"})
     for fields in ({"input": "output"}, {"input": "q", "output": "q"}, {"instruction": "input", "input": "input"}):
         with pytest.raises(UserError, match="--fields takes two texts from one column"):
