@@ -489,7 +489,6 @@ def test_prepare_alpaca_writes_three_files_that_say_what_they_are(bpe_dir, tmp_p
         "seed": 3,
         "test_split_fraction": 0.1,
         "source": str(path),
-        "test_source": None,
         **{"n_rows": 50, "n_train": len(train), "n_test": len(test), "n_cut": n_cut, "n_dropped": 0},
         "tokenizer_sha256": tokenizer.sha256,
     }
@@ -533,19 +532,6 @@ def test_prepare_json_reads_a_spreadsheet_with_its_own_names(spm_dir, tmp_path):
     tokenizer = Tokenizer(spm_dir)
     texts = {tokenizer.decode(load_split(out / f)[0]["input_ids"]) for f in ("train.pt", "test.pt")}
     assert texts == {"thetwo", "anew"}
-
-
-def test_the_held_out_rows_may_come_from_a_file(bpe_dir, tmp_path):
-    rows = many_rows(12)
-    path, held_out = write(tmp_path / "a.json", rows[:9]), write(tmp_path / "b.jsonl", rows[9:])
-    call(prepare_json, "--data_file_path", path, "--test_data_file_path", held_out, "--destination_path",
-         tmp_path / "out", "--checkpoint_dir", bpe_dir, "--max_seq_length", 1000)  # fmt: skip
-    expected = encode(Tokenizer(bpe_dir), rows, style="alpaca", mask_inputs=False)
-    for name, part in (("train.pt", expected[:9]), ("test.pt", expected[9:])):
-        loaded = load_split(tmp_path / "out" / name)
-        assert [s["input_ids"].tolist() for s in loaded] == [s["input_ids"].tolist() for s in part]
-    facts = read_data_config(tmp_path / "out")
-    assert (facts["test_split_fraction"], facts["test_source"]) == (None, str(held_out))
 
 
 def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(bpe_dir, tmp_path, capsys):
@@ -601,9 +587,7 @@ def test_prepared_data_is_overwritten_only_when_told(bpe_dir, tmp_path, capsys):
         (["--max_seq_length", "1"], "--max_seq_length 1: expected 2 to the model context"),
         (["--max_seq_length", "5", "--mask_inputs", "true"], "of 3 rows 0 are left to train on and 0 to test with"),
         (["--max_seq_length", "null"], "has no lit_config.json that tells the model's context: give --max_seq_length"),
-        (["--test_split_fraction", "0.5", "--test_data_file_path", "x.json"], "exclude each other: give one"),
-        (["--test_data_file_path", "x.json"], "x.json is not a file; give --data_file_path a .json, .jsonl or .csv"),
-        (["--data_file_path", "x.json"], "x.json is not a file"),
+        (["--data_file_path", "x.json"], "x.json is not a file; give --data_file_path a .json, .jsonl or .csv"),
         (["--checkpoint_dir", "nowhere"], "nowhere: not a folder"),
         (["--fields", '{"question": "a"}'], "--fields names question; it maps instruction, input, output"),
         (["--seed", "many"], "seed"),
@@ -630,9 +614,6 @@ def test_messages_need_the_models_template_and_no_other_style(bpe_dir, spm_dir, 
         prepare(path, checkpoint_dir=spm_dir, **options)
     with pytest.raises(ValueError, match="--prompt_style alpaca is for rows of instruction and output"):
         prepare(path, checkpoint_dir=bpe_dir, prompt_style="alpaca", **options)
-    with pytest.raises(ValueError, match="one data file holds messages and the other instructions"):
-        held_out = write(tmp_path / "test.json", ROWS)
-        prepare(path, checkpoint_dir=bpe_dir, test_data_file_path=held_out, **options)
 
 
 @pytest.mark.parametrize(
