@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.files import write_json
-from lit_gpt.tokenizer_files import TokenizerFiles, encode_behind
+from lit_gpt.tokenizer_files import TokenizerFiles, Vocabulary, encode_behind
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
 END_TOKENS = (
@@ -56,7 +56,7 @@ class Tokenizer:
         with reading(f"the tokenizer of {self.dir}"):
             self.files = TokenizerFiles(self.dir)
             self.special_tokens = self.files.special_tokens
-            self._vocabulary = self.files.open_vocabulary()
+            self._vocabulary = Vocabulary(self.files)
             self.vocab_size: int = self._vocabulary.vocab_size
             self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos", "eos", "pad"))
             self.eos_ids = {self.eos_id, *self.files.model_ids("eos_token_id", self.vocab_size)} - {None}
