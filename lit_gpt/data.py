@@ -219,10 +219,8 @@ def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sa
     """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
     tokenizer = Tokenizer(base_dir)
     if tokenizer.sha256 != data["tokenizer_sha256"]:
-        raise UserError(
-            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
-            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
-        )
+        problem = f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one"
+        raise UserError(f"{problem}; prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}")
     check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
     longest = max(map(length, samples))
     if longest > config.block_size:
@@ -235,7 +233,5 @@ def check_val_data(val_data_dir: Path | str, train_data_dir: Path | str) -> None
     styles = f"prompt style ({other['prompt_style']}, not {data['prompt_style']})"
     for key, what in {"tokenizer_sha256": "tokenizer", "prompt_style": styles}.items():
         if other[key] != data[key]:
-            raise UserError(
-                f"--io.val_data_dir {val_data_dir} was prepared with another {what} than "
-                f"--io.train_data_dir {train_data_dir}; prepare it again as that was"
-            )
+            problem = f"--io.val_data_dir {val_data_dir} was prepared with another {what}"
+            raise UserError(f"{problem} than --io.train_data_dir {train_data_dir}; prepare it again as that was")

@@ -37,9 +37,7 @@ AS_WRITTEN = (
     "the chat template shows answers otherwise than they stand here (its prompt opens the reasoning, or it leaves text "
     "out); they are learned as they stand here, behind the prompt that chat sends"
 )
-SEVERAL = (
-    "an answer each is a sample, since the chat template does not render earlier turns as it did when they were last"
-)
+SEVERAL = "an answer each is a sample, since the chat template renders turns otherwise once they are not the last"
 LEFT_OUT = "the chat template leaves out what the {} says, in training as in chat"
 
 
@@ -76,10 +74,8 @@ def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> list[Answer]
         if message["role"] != "assistant" or not asked or marked:
             continue
         if messages[i - 1]["role"] == "assistant":
-            raise UserError(
-                f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer: join "
-                'them, or mark the second "weight": 0'
-            )
+            twice = f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer"
+            raise UserError(f'{twice}: join them, or mark the second "weight": 0')
         answers.append(_make_answer(tokenizer, messages[:i], message))
     return answers
 
@@ -119,10 +115,8 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) ->
     body = text if as_written else body
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):
-            raise UserError(
-                f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
-                "model is to write it; put it into content, between <think> and </think>"
-            )
+            hidden = f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1}"
+            raise UserError(f"{hidden} where it is to be written; put it into content, between <think> and </think>")
     notes = (AS_WRITTEN,) * as_written + tuple(map(LEFT_OUT.format, sorted(hidden_roles(before, prompt))))
     return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=notes)
 

@@ -11,6 +11,7 @@ import csv
 import json
 import re
 import urllib.request
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -26,9 +27,7 @@ ROLES = ("system", "user", "assistant")
 LEARN_KEYS = ("weight", "train", "loss")
 """Keys with which data sets mark a message of the assistant that is not to be learned (0 or false)."""
 TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
-NO_TOOLS = (
-    ": chat offers no tools, so they can't be learned; leave the row out or write the calls as text under content"
-)
+NO_TOOLS = ": chat offers no tools, so they can't be learned; leave the row out, or write the calls as text"
 CONTEXT_KEYS = ("system", "system_prompt", "history")
 """Keys of what belongs to a conversation and stands beside it, or beside an instruction."""
 NO_CONTEXT = ", which would be left out; put it into messages, or take it away"
@@ -147,8 +146,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict | UserError:
     row = dict(pairs)
     if len(row) == len(pairs):
         return row
-    names = [name for name, _ in pairs]
-    return UserError(f"the key {next(name for name in row if names.count(name) > 1)!r} stands twice in an object")
+    ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+    return UserError(f"the key {twice!r} stands twice in an object")
 
 
 def _read_json(source: Path | str, lines: Iterable[str]) -> list:

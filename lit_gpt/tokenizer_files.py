@@ -77,6 +77,7 @@ class Vocabulary:
     """Tokens and ids of a folder, a tokenizer.json first, with the tokens that other files add.
 
     Attributes:
+        backend: the tokenizers library's.
         path: the file that holds the vocabulary.
         default_ids: what SentencePiece's file says of bos, eos and pad.
         beside: ids of the tokens that other files add.
@@ -99,45 +100,35 @@ class Vocabulary:
         self.path, self.default_ids, own = found[0], {}, []
         with reading(self.path):
             if self.path.suffix == ".json":
-                self.processor = HFTokenizer.from_file(str(self.path))
+                self.backend = HFTokenizer.from_file(str(self.path))
                 # What a file says of cutting and padding is meant for batches of its author
-                self.processor.no_truncation()
-                self.processor.no_padding()
+                self.backend.no_truncation()
+                self.backend.no_padding()
             else:
                 pieces = SentencePieces(self.path, files.config)
-                self.processor, self.default_ids, own = pieces.as_tokenizer(), pieces.default_ids, pieces.control
-        before = {token.content for token in self.processor.get_added_tokens_decoder().values()} | {*own}
+                self.backend, self.default_ids, own = pieces.as_tokenizer(), pieces.default_ids, pieces.control
+        before = {token.content for token in self.backend.get_added_tokens_decoder().values()} | {*own}
         added = {text: token for text, token in files.added.items() if "id" in token or text not in before}
         texts = sorted(added, key=lambda text: added[text].get("id", float("inf")))  # new ids are given in this order
-        new = [text for text in texts if "id" in added[text] and self.token_id(text) is None]
-        self.processor.add_tokens(
+        new = [text for text in texts if "id" in added[text] and self.backend.token_to_id(text) is None]
+        self.backend.add_tokens(
             [AddedToken(text, **{flag: added[text][flag] for flag in FLAGS & {*added[text]}}) for text in texts]
         )
-        self.processor.add_special_tokens([AddedToken(text, normalized=False) for text in own])
+        self.backend.add_special_tokens([AddedToken(text, normalized=False) for text in own])
         for text in new:
-            if self.token_id(text) != (said := added[text]["id"]):
-                raise UserError(
-                    f"{self.path} gives the token {text} the id {self.token_id(text)}, tokenizer_config.json or "
-                    f"added_tokens.json says {said}: these files are not of one model, get them again"
-                )
-        decoder = self.processor.get_added_tokens_decoder()
+            if self.backend.token_to_id(text) != (said := added[text]["id"]):
+                other = f"tokenizer_config.json or added_tokens.json says {said}"
+                problem = f"{self.path} gives the token {text} the id {self.backend.token_to_id(text)}, {other}"
+                raise UserError(f"{problem}: these files are not of one model, get them again")
+        decoder = self.backend.get_added_tokens_decoder()
         self.beside = {token.content: i for i, token in decoder.items() if token.content not in before}
         self.special_ids = {i for i, token in decoder.items() if token.special}
-        self.vocab_size = max(self.processor.get_vocab().values(), default=-1) + 1
+        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
         """Return the ids of texts; with `add_special` as the file's post-processor leaves them, which may add BOS."""
-        encodings = self.processor.encode_batch_fast(list(texts), add_special_tokens=add_special)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special)
         return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self.processor.decode(ids, skip_special_tokens=skip_special)
-
-    def token_id(self, token: str) -> int | None:
-        return self.processor.token_to_id(token)
-
-    def id_token(self, token_id: int) -> str:
-        return self.processor.id_to_token(token_id) or ""
 
 
 class SentencePieces:
