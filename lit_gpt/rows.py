@@ -56,8 +56,8 @@ class BadRows:
     def __str__(self) -> str:
         told = []
         for problem, numbers in [*self.rows.items()][:SHOWN_PROBLEMS]:
-            shown, more = ", ".join(map(str, numbers[:SHOWN_ROWS])), len(numbers) - SHOWN_ROWS
-            told.append(f"row{'s' * (len(numbers) > 1)} {shown}{f' and {more} more' * (more > 0)}: {problem}")
+            shown, more = ", ".join(f"row {n}" for n in numbers[:SHOWN_ROWS]), len(numbers) - SHOWN_ROWS
+            told.append(f"{shown}{f' and {more} more' * (more > 0)}: {problem}")
         if more := sum(map(len, [*self.rows.values()][SHOWN_PROBLEMS:])):
             told.append(f"and {more} more rows")
         return f"{self.source}, {'; '.join(told)}"

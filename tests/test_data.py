@@ -224,7 +224,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ),
         ("d.json", '[{"conversations": [{"from": "tool", "value": "a"}]}]', "has the role 'tool', expected system"),
         ("d.json", '[{"conversations": [{"from": [], "value": 1}]}]', "message 1 has no text under content"),
-        ("d.json", str([*range(25)]), r"rows 1, 2, .*, 10 and 15 more: is a int[^;]*$"),
+        ("d.json", str([*range(25)]), r"row 1, row 2, .*, row 10 and 15 more: is a int[^;]*$"),
         ("d.json", json.dumps([{f"x{i}": ""} for i in range(25)]), r"row 1: has .*; row 20: has .*; and 5 more rows$"),
     ],
 )
@@ -264,7 +264,7 @@ def test_all_rows_that_cannot_be_used_are_told_at_once(bpe_dir, tmp_path, capsys
     text = failure(capsys, prepare_json, "--data_file_path", path, "--destination_path", tmp_path / "out",
                    "--checkpoint_dir", tmp_path / "model", "--max_seq_length", 200)  # fmt: skip
     assert "d.jsonl, row 10: the chat template of" in text and "; row 20: message 1 has the role 'tool'" in text
-    assert "; rows 30, 31, " in text and ", 39 and 21 more: has no messages" in text and "row 11" not in text
+    assert "; row 30, row 31, " in text and ", row 39 and 21 more: has no messages" in text and "row 11" not in text
 
 
 def test_a_conversations_samples_are_held_out_together(bpe_dir, tmp_path, capsys):
