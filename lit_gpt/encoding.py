@@ -216,7 +216,7 @@ def encode_rows(
         tokenizer: the model's.
         rows: as `read_rows` gives them.
         style: the prompt style; "chat" for conversations.
-        samples: gets those of the rows, which are counted from 0; it may hold those of another file.
+        samples: gets those of the rows, which are counted from 0.
         problems: gets the rows that the chat template refuses, and those with the end of an answer inside one.
     """
     for number, row in rows:

@@ -33,30 +33,27 @@ class TokenizerFiles:
     Attributes:
         config, generation, model: tokenizer_config.json, generation_config.json, config.json.
         special_tokens: texts by name ("bos_token").
-        special: the texts of all special tokens.
         added: tokens to add to the vocabulary, by text: how they match, and the "id" where a file says one.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the files, or raise ValueError with the name of one that is corrupt."""
         self.dir = folder
-        self.config, self.generation, self.model = map(
-            self._read, ("tokenizer_config.json", "generation_config.json", "config.json")
-        )
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        self.config, self.generation, self.model = map(self._read, names)
         special_map = self._read("special_tokens_map.json")
         named = {name: token_text(self.config.get(name, special_map.get(name))) for name in SPECIAL_NAMES}
         self.special_tokens = {name: text for name, text in named.items() if text}
         more = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens")
         more = more or special_map.get("additional_special_tokens") or []
         more = more.values() if isinstance(more, dict) else more
-        self.special = [*self.special_tokens.values(), *filter(None, map(token_text, more))]
-        self.added: dict[str, dict] = {
-            text: {"id": i, "special": text in self.special, "normalized": text not in self.special}
-            for text, i in self._read("added_tokens.json").items()
-        }
+        special = [*self.special_tokens.values(), *filter(None, map(token_text, more))]
+        self.added: dict[str, dict] = {}
+        for text, i in self._read("added_tokens.json").items():
+            self.added[text] = {"id": i, "special": text in special, "normalized": text not in special}
         for i, token in self.config.get("added_tokens_decoder", {}).items():
             self.added[token_text(token)] = {**(token if isinstance(token, dict) else {"special": True}), "id": int(i)}
-        for text in self.special:
+        for text in special:
             self.added.setdefault(text, {"special": True, "normalized": False})
 
     def _read(self, name: str) -> dict:
