@@ -159,8 +159,12 @@ class SentencePieces:
 
     def pre_tokenize(self, text: PreTokenizedString) -> None:
         """Turn the parts of a text that are no added tokens into pieces; the tokenizers library calls it."""
-        begins = [start == 0 for _, (start, _), tokens in text.get_splits() if tokens is None]
-        text.tokenize(lambda part: [Token(i, self.pieces[i], (0, 0)) for i in self.encode(part, begins.pop(0))])
+        begins = iter([start == 0 for _, (start, _), tokens in text.get_splits() if tokens is None])
+
+        def cut(part: str) -> list[Token]:  # called with each of these parts in turn
+            return [Token(i, self.pieces[i], (0, 0)) for i in self.encode(part, next(begins))]
+
+        text.tokenize(cut)
 
     def encode(self, part: str, begins: bool) -> list[int]:
         """Return the ids of a part, which may begin the text; a space is put before it there."""
