@@ -66,6 +66,9 @@ class Tokenizer:
             (around,) = self._vocabulary.encode_batch([""], add_special=True)
             asks = self.files.config.get("add_bos_token") and self.bos_id not in (None, *around)
             self._head = [self.bos_id] if asks else []
+            # A tokenizer.json says itself what comes behind a text
+            asks = self.files.config.get("add_eos_token") and self._vocabulary.path.suffix == ".model"
+            self._tail = [self.eos_id] if asks and self.eos_id is not None else []
             self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
@@ -79,11 +82,11 @@ class Tokenizer:
         Raises:
             ValueError: a BOS is asked for that the tokenizer does not have.
         """
-        head = self._head if bos is None else [self.bos_id] * bos
+        head, tail = (self._head, self._tail) if bos is None else ([self.bos_id] * bos, [])
         if None in head:
             raise UserError(f"the tokenizer of {self.dir} has no BOS token; name one in tokenizer_config.json")
         (ids,) = self._vocabulary.encode_batch([text], add_special=bos is None)
-        return head + ids
+        return head + ids + tail
 
     def encode_batch(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
         """Return the ids of many texts, without BOS and EOS.
