@@ -9,7 +9,7 @@ It knows files, settings and samples; rows.py reads rows, encoding.py makes samp
 
 import random
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -19,16 +19,13 @@ from torch import Tensor
 from lit_gpt.checkpoint import CONFIG, load_config, load_state, save_state
 from lit_gpt.config import Config
 from lit_gpt.encoding import NAMES, Sample, Samples, encode_rows
-from lit_gpt.errors import Problems, UserError
+from lit_gpt.errors import Problems, UserError, reading
 from lit_gpt.files import Progress, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.loss import IGNORE_INDEX
 from lit_gpt.prompts import CHAT, check_style
 from lit_gpt.rows import FIELDS, BadRows, read_rows
 from lit_gpt.tokenizer import Tokenizer
 
-TEST_FRACTION = 0.04
-"""Near the 2,000 of 52,000 rows that Alpaca's followers hold out."""
-MANY_CUT = 0.05
 BLANK = "left out, since they are blank"
 PREVIEW_CHARACTERS = 1500
 TRAIN_FILE, TEST_FILE, DATA_CONFIG = "train.pt", "test.pt", "data_config.json"
@@ -54,8 +51,7 @@ def prepare(
     destination_path: Path,
     checkpoint_dir: Path,
     prompt_style: str | None = None,
-    test_split_fraction: float | None = None,
-    test_data_file_path: Path | None = None,
+    test_split_fraction: float = 0.04,  # near the 2,000 of 52,000 rows that Alpaca's followers hold out
     mask_inputs: bool = False,
     max_seq_length: int | None = None,
     seed: int = 42,
@@ -69,8 +65,8 @@ def prepare(
         destination_path: the folder to write.
         checkpoint_dir: the model's folder, whose tokenizer encodes the data.
         prompt_style: a name of lit_gpt/prompts.py, alpaca by default; or chat, the model's template, as of messages.
-        test_split_fraction: the share of rows that are held out for validation, drawn by seed; 0.04 by default.
-        test_data_file_path: a file with the rows to hold out, instead of a drawn share.
+        test_split_fraction: the share of rows that are held out for validation, drawn by seed. Rows of another file
+            are prepared into a folder of their own, for --io.val_data_dir.
         mask_inputs: learn the response alone, not the prompt. Of messages only the assistant's turns are learned.
         max_seq_length: samples are cut to this many tokens; by default the model's context.
         seed: draws the held-out rows.
@@ -81,18 +77,15 @@ def prepare(
     tokenizer = Tokenizer(checkpoint_dir)
     folder = tokenizer.dir.resolve()
     config = load_config(checkpoint_dir) if (folder / CONFIG).is_file() else None
-    settings = {
-        **{"checkpoint_dir": str(folder), "base_name": folder.name, "prompt_style": prompt_style},
-        **{"mask_inputs": mask_inputs, "max_seq_length": max_seq_length, "seed": seed},
-        **{"tokenizer_sha256": tokenizer.sha256, "source": str(data_file_path)},
-        "test_source": None if test_data_file_path is None else str(test_data_file_path),
-        "test_split_fraction": test_split_fraction,
-    }
+    settings = {"checkpoint_dir": str(folder), "base_name": folder.name, "prompt_style": prompt_style}
+    settings |= {"mask_inputs": mask_inputs, "max_seq_length": max_seq_length, "seed": seed}
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "source": str(data_file_path)}
+    settings["test_split_fraction"] = test_split_fraction
     _fill_in(settings, tokenizer, context=config and config.block_size)
-    samples, held_out = _encode_files(settings, tokenizer, fields)
+    samples = _encode_file(settings, tokenizer, fields)
     if config is not None and samples:
         check_ids([torch.frombuffer(samples.ids, dtype=torch.int32)], tokenizer, config)
-    train, test = _select(settings, samples, held_out)
+    train, test = _select(settings, samples)
     with staged_dir(destination_path, overwrite) as staging:
         save_split(train, staging / TRAIN_FILE)
         save_split(test, staging / TEST_FILE)
@@ -109,67 +102,50 @@ def _fill_in(settings: dict, tokenizer: Tokenizer, *, context: int | None) -> No
         problems.append(f"{tokenizer.dir} has no {CONFIG} that tells the model's context: give --max_seq_length")
     if length is not None and not 2 <= length <= (context or length):
         problems.append(f"--max_seq_length {length}: expected 2 to {context or 'the model context'}")
-    if fraction is not None and not 0 < fraction < 1:
+    if not 0 < fraction < 1:
         problems.append(f"--test_split_fraction {fraction}: expected a number between 0 and 1")
-    if fraction is not None and settings["test_source"]:
-        problems.append("--test_split_fraction and --test_data_file_path exclude each other: give one")
     if tokenizer.eos_id is None:
         problems.append(f"the tokenizer of {tokenizer.dir} has no EOS token: name one in tokenizer_config.json")
     if style is not None:
         problems.attempt(check_style, style, tokenizer)
     problems.check()
     settings["max_seq_length"] = length or context
-    settings["test_split_fraction"] = None if settings["test_source"] else fraction or TEST_FRACTION
 
 
-def _encode_files(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str]) -> tuple[Samples, range]:
-    """Return the samples of all files, and which rows are the last one's.
-
-    The settings get the prompt style and the mask that the rows ask for.
+def _encode_file(settings: dict, tokenizer: Tokenizer, fields: Mapping[str, str]) -> Samples:
+    """Return the samples of all rows; the settings get the prompt style and the mask that the first row asks for.
 
     Raises:
-        ValueError: rows that cannot be used, of all files.
+        ValueError: rows that cannot be used, all of them.
     """
-    problems = [BadRows(settings[name]) for name in ("source", "test_source") if settings[name]]
-    files = [read_rows(found, fields) for found in problems]
-    first = [next(rows, None) for rows in files]
-    if None not in first:
-        settings["prompt_style"] = _choose_style([row for _, row in first], settings["prompt_style"], tokenizer)
-        settings["mask_inputs"] |= "messages" in first[0][1]
+    problems, style = BadRows(settings["source"]), settings["prompt_style"]
+    rows = read_rows(problems, fields)
+    if first := next(rows, None):
+        chat = "messages" in first[1]
+        if chat and style not in (None, CHAT):
+            raise UserError(f"--prompt_style {style} is for rows of instruction and output; messages take chat")
+        settings["prompt_style"] = style = check_style(style or (CHAT if chat else "alpaca"), tokenizer)
+        settings["mask_inputs"] |= chat
         samples = Samples(settings["max_seq_length"], learn_all=not settings["mask_inputs"])
-        for one, rows, found in zip(first, files, problems, strict=True):
-            start = samples.n_rows
-            with Progress(chain([one], rows), desc="encoding", unit=" rows") as bar:
-                encode_rows(tokenizer, bar, style=settings["prompt_style"], samples=samples, problems=found)
-            samples.notes[BLANK] += found.blank
-    Problems(str(found) for found in problems if found.rows).check()
-    return samples, range(start, samples.n_rows)
+        with Progress(chain([first], rows), desc="encoding", unit=" rows") as bar:
+            encode_rows(tokenizer, bar, style=style, samples=samples, problems=problems)
+        samples.notes[BLANK] += problems.blank
+    if problems.rows:
+        raise UserError(str(problems))
+    return samples
 
 
-def _choose_style(rows: Sequence[Mapping], style: str | None, tokenizer: Tokenizer) -> str:
-    """Return the prompt style to use: conversations take the chat template, other rows Alpaca's by default."""
-    n_chat = sum("messages" in row for row in rows)
-    if n_chat not in (0, len(rows)):
-        raise UserError("one data file holds messages and the other instructions; give two of one kind")
-    if n_chat and style not in (None, CHAT):
-        raise UserError(f"--prompt_style {style} is for rows of instruction and output; messages take chat")
-    return check_style(style or (CHAT if n_chat else "alpaca"), tokenizer)
-
-
-def _select(settings: dict, samples: Samples, held_out: Collection[int]) -> tuple[Samples, Samples]:
+def _select(settings: dict, samples: Samples) -> tuple[Samples, Samples]:
     """Return the samples to train on and to test with; the counts are added to the settings."""
-    if settings["test_split_fraction"]:
-        held_out = draw(list(dict.fromkeys(samples.rows)), settings["test_split_fraction"], seed=settings["seed"])
+    held_out = draw(list(dict.fromkeys(samples.rows)), settings["test_split_fraction"], seed=settings["seed"])
     train, test = samples.split(held_out)
     if not train or not test:
-        raise UserError(
-            f"{settings['source']}: of {samples.n_rows} rows {len(train)} are left to train on and {len(test)} to "
-            f"test with at --max_seq_length {settings['max_seq_length']} ({samples.n_dropped} have nothing to learn "
-            "there), expected one of each at least; give more rows or a larger length"
-        )
+        left = f"of {samples.n_rows} rows {len(train)} are left to train on and {len(test)} to test with"
+        limit = f"--max_seq_length {settings['max_seq_length']}"
+        raise UserError(f"{settings['source']}: {left} at {limit}; give more rows or a larger length")
     settings |= {"n_rows": samples.n_rows, "n_train": len(train), "n_test": len(test)}
-    settings |= {"n_cut": samples.n_cut, "n_dropped": samples.n_dropped}
-    settings["lengths"] = percentiles(sorted(samples.full_sizes))
+    lengths = percentiles(sorted(samples.full_sizes))
+    settings |= {"n_cut": samples.n_cut, "n_dropped": samples.n_dropped, "lengths": lengths}
     return train, test
 
 
@@ -187,17 +163,13 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
 
 def _report(settings: Mapping, samples: Samples, shown: str) -> None:
     """Say on the terminal what became of the rows, and show one of them."""
-    lengths, limit, n_cut = settings["lengths"], settings["max_seq_length"], settings["n_cut"]
+    limit, n_cut, n_dropped = (settings[name] for name in ("max_seq_length", "n_cut", "n_dropped"))
     print(f"{settings['n_rows']} rows: {settings['n_train']} to train on, {settings['n_test']} to test with")
     for note, count in (+samples.notes).items():
         print(f"{count} rows: {note}")
-    print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in lengths.items())}")
-    print(f"cut at {limit} tokens: {n_cut}; dropped, because nothing to learn was left: {settings['n_dropped']}")
-    if (share := n_cut / len(samples.full_sizes)) > MANY_CUT:
-        print(f"{share:.0%} of the samples were cut; --max_seq_length {lengths['p99']} would keep 99% whole")
+    print(f"tokens a row: {', '.join(f'{name} {length}' for name, length in settings['lengths'].items())}")
+    print(f"cut at {limit} tokens: {n_cut}; dropped, because nothing to learn was left: {n_dropped}")
     print(f"the first sample, prompt style {settings['prompt_style']}:\n{shown[:PREVIEW_CHARACTERS]}")
-    if len(shown) > PREVIEW_CHARACTERS:
-        print(f"... ({len(shown) - PREVIEW_CHARACTERS} more characters)")
 
 
 def mark_masked(tokenizer: Tokenizer, sample: Sample) -> str:
@@ -225,11 +197,9 @@ def load_split(path: Path | str) -> list[Sample]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file; {HOW_TO_PREPARE}")
     content = load_state(path)
-    try:
+    with reading(path, HOW_TO_PREPARE):
         sizes = content["lengths"].tolist()
         columns = [content[name].split(sizes) for name in NAMES]
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold prepared data; {HOW_TO_PREPARE}") from error
     return [dict(zip(NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -249,10 +219,8 @@ def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sa
     """Raise where the data was not made for this model: another tokenizer, ids or samples beyond what it holds."""
     tokenizer = Tokenizer(base_dir)
     if tokenizer.sha256 != data["tokenizer_sha256"]:
-        raise UserError(
-            f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one; "
-            f"prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}"
-        )
+        problem = f"the data was prepared with the tokenizer of {data['checkpoint_dir']}, {base_dir} has another one"
+        raise UserError(f"{problem}; prepare it again with --checkpoint_dir {shlex.quote(str(base_dir))}")
     check_ids((sample["input_ids"] for sample in samples), tokenizer, config)
     longest = max(map(length, samples))
     if longest > config.block_size:
@@ -262,10 +230,8 @@ def check_fit(base_dir: Path, config: Config, *, data: Mapping, samples: list[Sa
 def check_val_data(val_data_dir: Path | str, train_data_dir: Path | str) -> None:
     """Raise where --io.val_data_dir was prepared otherwise than the training data: its losses would mean nothing."""
     data, other = read_data_config(train_data_dir), read_data_config(val_data_dir)
-    for key, what in (("tokenizer_sha256", "tokenizer"), ("prompt_style", "prompt style")):
+    styles = f"prompt style ({other['prompt_style']}, not {data['prompt_style']})"
+    for key, what in {"tokenizer_sha256": "tokenizer", "prompt_style": styles}.items():
         if other[key] != data[key]:
-            values = f" ({other[key]}, not {data[key]})" if key == "prompt_style" else ""
-            raise UserError(
-                f"--io.val_data_dir {val_data_dir} was prepared with another {what}{values} than "
-                f"--io.train_data_dir {train_data_dir}; prepare it again as that was"
-            )
+            problem = f"--io.val_data_dir {val_data_dir} was prepared with another {what}"
+            raise UserError(f"{problem} than --io.train_data_dir {train_data_dir}; prepare it again as that was")

@@ -37,9 +37,7 @@ AS_WRITTEN = (
     "the chat template shows answers otherwise than they stand here (its prompt opens the reasoning, or it leaves text "
     "out); they are learned as they stand here, behind the prompt that chat sends"
 )
-SEVERAL = (
-    "an answer each is a sample, since the chat template does not render earlier turns as it did when they were last"
-)
+SEVERAL = "an answer each is a sample, since the chat template renders turns otherwise once they are not the last"
 LEFT_OUT = "the chat template leaves out what the {} says, in training as in chat"
 
 
@@ -76,10 +74,8 @@ def find_answers(tokenizer: Tokenizer, row: Mapping, style: str) -> list[Answer]
         if message["role"] != "assistant" or not asked or marked:
             continue
         if messages[i - 1]["role"] == "assistant":
-            raise UserError(
-                f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer: join "
-                'them, or mark the second "weight": 0'
-            )
+            twice = f"messages {i} and {i + 1} are both the assistant's, and chat never asks for a second answer"
+            raise UserError(f'{twice}: join them, or mark the second "weight": 0')
         answers.append(_make_answer(tokenizer, messages[:i], message))
     return answers
 
@@ -119,40 +115,35 @@ def _make_answer(tokenizer: Tokenizer, before: Sequence[dict], message: dict) ->
     body = text if as_written else body
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and _squeeze(message[key]) not in _squeeze(body):
-            raise UserError(
-                f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1} where the "
-                "model is to write it; put it into content, between <think> and </think>"
-            )
+            hidden = f"the chat template of {tokenizer.dir} does not show the {key} of message {len(before) + 1}"
+            raise UserError(f"{hidden} where it is to be written; put it into content, between <think> and </think>")
     notes = (AS_WRITTEN,) * as_written + tuple(map(LEFT_OUT.format, sorted(hidden_roles(before, prompt))))
     return Answer(prompt, body + tail[: min(ends, default=0)], eos=not ends, notes=notes)
 
 
 def encode_answers(tokenizer: Tokenizer, answers: Sequence[Answer], style: str) -> list[list[Piece]]:
-    """Return the samples of a row, as pieces that alternate between what stands before and an answer."""
+    """Return the samples of a row, as pieces that alternate between what stands before and an answer.
+
+    Raises:
+        ValueError: a token that ends answers stands inside one: learned, it would end them in the middle.
+    """
     prompts = encode_prompts(tokenizer, style, [answer.prompt for answer in answers])
     texts = tokenizer.encode_batch([answer.text for answer in answers], continues=True)
-    if style == CHAT:
-        joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers])
-        for i, (prompt, both) in enumerate(zip(prompts, joined, strict=True)):
-            if both[: len(prompt)] == prompt:  # otherwise the answer's beginning merges with the prompt's end
-                texts[i] = both[len(prompt) :]
+    joined = tokenizer.encode_batch([answer.prompt + answer.text for answer in answers]) if style == CHAT else texts
     samples: list[list[Piece]] = []
     so_far: list[int] = []
-    for answer, prompt, ids in zip(answers, prompts, texts, strict=True):
+    for answer, prompt, ids, both in zip(answers, prompts, texts, joined, strict=True):
+        if style == CHAT and both[: len(prompt)] == prompt:  # else the answer's beginning merges with the prompt's end
+            ids = both[len(prompt) :]
         ids += [tokenizer.eos_id] * answer.eos
+        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
+            end = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
+            raise UserError(f"an answer holds {end}, which ends answers; take it out, or leave the row out")
         if not samples or prompt[: len(so_far)] != so_far:
             samples, so_far = [*samples, []], []
         samples[-1] += [(prompt[len(so_far) :], False), (ids, True)]
         so_far = prompt + ids
     return samples
-
-
-def check_stops(tokenizer: Tokenizer, samples: Sequence[Sequence[Piece]]) -> None:
-    """Raise ValueError where a token that ends answers stands inside one: learned, it would end them in the middle."""
-    for ids in (ids for pieces in samples for ids, is_response in pieces if is_response):
-        if stop := tokenizer.stop_ids.intersection(ids[:-1]):
-            text = tokenizer.decode([min(stop, key=ids.index)], skip_special=False)
-            raise UserError(f"an answer holds {text}, which ends answers; take it out, or leave the row out")
 
 
 def _squeeze(text: str) -> str:
@@ -201,13 +192,11 @@ class Samples:
 
     def split(self, rows: Collection[int]) -> tuple["Samples", "Samples"]:
         """Move the samples out: return those of other rows, and those of these rows."""
-        parts, start = (Samples(learn_all=self.learn_all), Samples(learn_all=self.learn_all)), 0
+        parts, end = (Samples(learn_all=self.learn_all), Samples(learn_all=self.learn_all)), 0
         for row, size in zip(self.rows, self.sizes, strict=True):
-            end = start + size
-            parts[row in rows]._append(row, self.ids[start:end], self.response[start:end])
-            start = end
-        for column in (self.ids, self.response, self.sizes, self.rows):
-            del column[:]
+            end += size
+            parts[row in rows]._append(row, self.ids[end - size : end], self.response[end - size : end])
+        self.ids, self.response, self.sizes, self.rows = array("i"), bytearray(), array("i"), array("i")
         return parts
 
     def columns(self, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
@@ -227,16 +216,15 @@ def encode_rows(
         tokenizer: the model's.
         rows: as `read_rows` gives them.
         style: the prompt style; "chat" for conversations.
-        samples: gets those of the rows, which are counted from 0; it may hold those of another file.
+        samples: gets those of the rows, which are counted from 0.
         problems: gets the rows that the chat template refuses, and those with the end of an answer inside one.
     """
     for number, row in rows:
         try:
             answers = find_answers(tokenizer, row, style)
             found = encode_answers(tokenizer, answers, style)
-            check_stops(tokenizer, found)
         except UserError as error:
-            problems.rows.append((number, str(error)))
+            problems.add(number, error)
             continue
         for pieces in found:
             samples.add(samples.n_rows, pieces)

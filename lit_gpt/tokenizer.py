@@ -11,19 +11,19 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
 import jinja2
-import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_gpt.errors import UserError, reading
 from lit_gpt.files import write_json
-from lit_gpt.tokenizer_files import TokenizerFiles, encode_behind
+from lit_gpt.tokenizer_files import TokenizerFiles, Vocabulary, encode_behind
 
 # Tokens that end a text or a turn in the model families we know; those a tokenizer has are among its `stop_ids`.
 END_TOKENS = (
@@ -56,16 +56,19 @@ class Tokenizer:
         with reading(f"the tokenizer of {self.dir}"):
             self.files = TokenizerFiles(self.dir)
             self.special_tokens = self.files.special_tokens
-            self._vocabulary = self.files.open_vocabulary()
+            self._vocabulary = Vocabulary(self.files)
+            self._backend = self._vocabulary.backend
             self.vocab_size: int = self._vocabulary.vocab_size
             self.bos_id, self.eos_id, self.pad_id = map(self._special_id, ("bos", "eos", "pad"))
             self.eos_ids = {self.eos_id, *self.files.model_ids("eos_token_id", self.vocab_size)} - {None}
             # First-generation LLaMA folders call BOS an end
             self.eos_ids -= {self._vocabulary.default_ids.get("bos")} - {self.eos_id}
-            asks, (around,) = self.files.config.get, self._vocabulary.encode_batch([""], add_special=True)
-            self._head = [self.bos_id] if asks("add_bos_token") and self.bos_id not in (None, *around) else []
-            adds_eos = asks("add_eos_token") and self.eos_id is not None and not self._vocabulary.post_processes
-            self._tail = [self.eos_id] if adds_eos else []
+            (around,) = self._vocabulary.encode_batch([""], add_special=True)
+            asks = self.files.config.get("add_bos_token") and self.bos_id not in (None, *around)
+            self._head = [self.bos_id] if asks else []
+            # A tokenizer.json says itself what comes behind a text
+            asks = self.files.config.get("add_eos_token") and self._vocabulary.path.suffix == ".model"
+            self._tail = [self.eos_id] if asks and self.eos_id is not None else []
             self.adds_bos = self.encode("")[:1] == [self.bos_id]
             self.chat_template = self._find_chat_template()
 
@@ -97,27 +100,26 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self._vocabulary.decode([int(i) for i in ids], skip_special)
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def check_ids(self, ids: Iterable[int], rows: int) -> None:
         """Raise ValueError where a model with so many rows has none for some of the ids; the tokens are named."""
         beyond = sorted({i for i in ids if i >= rows})
         if beyond:
-            names = ", ".join(f"{self._vocabulary.id_token(i)} is id {i}" for i in beyond[:4])
-            raise UserError(
-                f"{names}{', ...' if len(beyond) > 4 else ''}: the model has {rows} rows; {self.dir} needs the "
-                "tokenizer that its model was made with, or text and a prompt style without these tokens"
-            )
+            names = ", ".join(f"{self._backend.id_to_token(i)} is id {i}" for i in beyond[:4])
+            more = ", ..." if len(beyond) > 4 else ""
+            way = "the tokenizer that its model was made with, or text and a prompt style without these tokens"
+            raise UserError(f"{names}{more}: the model has {rows} rows; {self.dir} needs {way}")
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
         """Return the texts of `stop_ids`."""
-        return tuple(self._vocabulary.id_token(i) for i in sorted(self.stop_ids))
+        return tuple(filter(None, map(self._backend.id_to_token, sorted(self.stop_ids))))
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Ids of byte-fallback pieces (`<0x0A>`): what one of them decodes to depends on those that follow it."""
-        ids = (self._vocabulary.token_id(f"<0x{byte:02X}>") for byte in range(256))
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         return frozenset(i for i in ids if i is not None)
 
     @property
@@ -145,10 +147,8 @@ class Tokenizer:
             ValueError: there is no template, or the template refuses the messages.
         """
         if self.chat_template is None:
-            raise UserError(
-                f"{self.dir} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-                "use a prompt style such as alpaca"
-            )
+            places = "chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise UserError(f"{self.dir} has no chat template ({places}); use a prompt style such as alpaca")
         settings = self.special_tokens | {"add_generation_prompt": add_generation_prompt}
         try:
             # `tools` and `documents` are empty as in transformers, whose templates test them
@@ -171,18 +171,18 @@ class Tokenizer:
         First-generation LLaMA folders name none, and their config.json has ids that are off by one.
         """
         token = self.special_tokens.get(f"{name}_token")
-        found = self._vocabulary.token_id(token) if token else self._vocabulary.default_ids.get(name)
+        found = self._backend.token_to_id(token) if token else self._vocabulary.default_ids.get(name)
         # null says that there is none (Qwen's BOS), whatever the model's files say; every text needs an end
         if found is None and (name == "eos" or self.files.config.get(f"{name}_token", "") is not None):
             found = next(iter(self.files.model_ids(f"{name}_token_id", self.vocab_size)), None)
         if found is not None:
-            self.special_tokens.setdefault(f"{name}_token", self._vocabulary.id_token(found))
+            self.special_tokens.setdefault(f"{name}_token", self._backend.id_to_token(found) or "")
         return found
 
     @cached_property
     def stop_ids(self) -> set[int]:
         """Ids at which an answer ends: `eos_ids`, known end-of-turn tokens, and the chat template's own."""
-        found = {self._vocabulary.token_id(token) for token in END_TOKENS}
+        found = {self._backend.token_to_id(token) for token in END_TOKENS}
         known = self.eos_ids | (found & self._vocabulary.special_ids)
         return known | self._template_end(known)
 
@@ -198,7 +198,7 @@ class Tokenizer:
         shared = [i for i, j in takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))]
         # A token that the answer itself begins with does not end it
         lead = last.removeprefix(prompt).partition(PROBE)[0] if last.startswith(prompt) else ""
-        ends = [i for i in shared if i in self._vocabulary.special_ids and self._vocabulary.id_token(i) not in lead]
+        ends = [i for i in shared if i in self._vocabulary.special_ids and self._backend.id_to_token(i) not in lead]
         return set() if known.intersection(shared) else set(ends[:1])
 
     def _find_chat_template(self) -> str | None:
@@ -213,23 +213,8 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------- chat templates
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, with which templates mark the assistant's text: renders its body."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
-    # Jinja's own filter escapes HTML characters, which the models have never seen
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @lru_cache(maxsize=8)
@@ -239,11 +224,15 @@ def compile_template(source: str) -> jinja2.Template:
     Raises:
         jinja2.TemplateSyntaxError: the source is no template.
     """
-    extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _to_json
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = ImmutableSandboxedEnvironment(**options)
+    # Jinja's own filter escapes HTML characters, which the models have never seen
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    # `{% generation %}` marks the assistant's text for transformers, and writes nothing
+    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
     return environment.from_string(source)
 
 

@@ -271,7 +271,7 @@ def test_all_conversations_that_a_template_refuses_are_told_at_once(folders):
     rows = [TALK] * 50
     for i in range(1, 50, 2):
         rows[i] = [TALK[0], *TALK]
-    with pytest.raises(ValueError, match=r"^data, rows 2, 4, .*, 20 and 15 more: [^;]* roles must alternate$"):
+    with pytest.raises(ValueError, match=r"^data, row 2, row 4, .*, row 20 and 15 more: [^;]* roles must alternate$"):
         encode(ours, *rows)
 
 
