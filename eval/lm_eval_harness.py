@@ -23,6 +23,7 @@ from contextlib import closing, nullcontext
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ from lit_gpt.checkpoint import check_checkpoint_dir, fingerprint
 from lit_gpt.cli import main
 from lit_gpt.devices import PRECISIONS
 from lit_gpt.errors import Problems, UserError
-from lit_gpt.files import LOCK, finite, locked, refuse_existing, staged_dir
+from lit_gpt.files import LOCK, TEMPORARY, finite, locked, move, refuse_existing
 from lit_gpt.generate import evaluation_mode
 from lit_gpt.model import GPT
 from lit_gpt.quantize import check_quantize
@@ -208,14 +209,17 @@ def unfinished(save_filepath: Path, model: dict[str, Any]) -> Path | None:
 def save_results(file: Path, results: dict[str, Any], tracker: EvaluationTracker, log_samples: bool) -> None:
     """Let the harness write the results, and each task's samples beside them; the answers of unfinished calls go."""
     samples = results.pop("samples")
-    with staged_dir(file.parent, overwrite=True) as folder:
+    # Not ``staged_dir``: calls with other results may write into this folder at the same time.
+    with TemporaryDirectory(dir=file.parent, prefix=TEMPORARY) as folder:
         tracker.output_path = f"{folder}/results.json"
         tracker.save_results_aggregated(finite(results), samples)
         for task in samples if log_samples else ():
             tracker.save_results_samples(f"{task}_{file.stem}", samples[task])  # a name for the file
-        if len([*folder.iterdir()]) != 1 + log_samples * len(samples):  # it goes on without what it cannot write
+        written = sorted(Path(folder).iterdir(), reverse=True)  # the results come last: who sees them has all
+        if len(written) != 1 + log_samples * len(samples):  # the harness goes on without what it cannot write
             raise OSError(f"the results could not be written to {file.parent}: is there room?")
-        next(folder.glob("results_*")).rename(folder / file.name)
+        for path in written:
+            move(path, file if path.name.startswith("results_") else file.parent / path.name)
     for left in file.parent.glob(f"{escape(file.name)}.*_rank*.db"):
         left.unlink()
     print(f"Saved to {file}" + (f", and {len(samples)} files of samples beside it" if log_samples else ""))
