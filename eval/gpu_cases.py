@@ -199,7 +199,10 @@ def peft_steps(card: Card, name: str) -> Found:
     import transformers
 
     config, (kind, settings) = card.sizes(), PEFT[name]
-    sizes = transformers.AutoConfig.for_model(**config.to_hf(), use_cache=False)
+    sizes = transformers.LlamaConfig(
+        vocab_size=config.padded_vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, use_cache=False,
+    )  # fmt: skip
     with torch.device(card.device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=PRECISIONS[card.precision])
     model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings)).train()

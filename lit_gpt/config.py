@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
-from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config
 
 NOT_ZERO = (*SIZES, "sliding_window", "rope_base", "logits_scale")
 """Numbers that a model cannot have 0 of."""
@@ -39,7 +38,7 @@ class Config:
     name: str = ""
     """The model's name, for people."""
     architecture: str = "LlamaForCausalLM"
-    """The Hugging Face class whose weights these are; empty where none that is known here has such layers."""
+    """The Hugging Face class whose weights these are; empty where the original code's file does not tell."""
     block_size: Annotated[int, "max_position_embeddings"] = 4096
     """Longest context, in tokens."""
     vocab_size: Annotated[int, "vocab_size"] = 32000
@@ -118,12 +117,12 @@ class Config:
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
+        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
+        self._check_rope()
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
-        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
         if self.mlp_class == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
             raise UserError(f"{self.name}: a token cannot go to {self.n_expert_per_token} of {self.n_expert} experts")
-        self._check_rope()
         for flags in ("sliding_layers", "rope_layers"):
             if (given := getattr(self, flags)) is not None:
                 if len(given) < self.n_layer:
@@ -134,39 +133,36 @@ class Config:
     def _check_values(self) -> None:
         """Raise where a field has a value that no model has; a config file may hold anything."""
         for each in fields(self):
-            value, plain = getattr(self, each.name), PLAIN_TYPES[each.name]
+            value, plain, least = getattr(self, each.name), PLAIN_TYPES[each.name], int(each.name in NOT_ZERO)
             if value is None and each.default is None:
                 continue
             right = isinstance(value, (int, float) if plain is float else plain)
             right = right and isinstance(value, bool) == (plain is bool)
-            if right and plain in (int, float):
-                right = 0 <= value < (2**31 if plain is int else math.inf) and (value or each.name not in NOT_ZERO)
+            expected = f"a {plain.__name__}"
+            if plain is int:
+                right, expected = right and least <= value < 2**31, f"an integer of at least {least}"
+            elif plain is float:
+                right, expected = right and 0 <= value < math.inf, "a float, finite and not below 0"
+                right = right and (value or not least)
             if not right:
-                numbers = {
-                    int: f"an integer of at least {int(each.name in NOT_ZERO)}",
-                    float: "a float, finite and not below 0",
-                }
-                kind = numbers.get(plain, f"a {plain.__name__}")
-                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {kind}")
+                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {expected}")
             if plain is float:
                 setattr(self, each.name, float(value))
 
     def _check_rope(self) -> None:
         """Raise where no position can be rotated in this way."""
-        name, n, scaling = self.name or "model", self.rope_n_elem, {"rope_type": "default", **(self.rope_scaling or {})}
+        name, n, scaling = self.name or "model", self.rope_n_elem, self.rope_scaling or {"rope_type": "default"}
         if n % 2 or not 2 <= n <= self.head_size:
             raise UserError(f"{name}: {n} of a head's {self.head_size} elements are to be rotated, expected: pairs")
-        kind, choices = scaling["rope_type"], ", ".join(ROPE_SCALING)
+        kind = scaling.get("rope_type", "default")
         if kind not in ROPE_SCALING:
-            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
-        if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
-            raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
+            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {', '.join(ROPE_SCALING)}")
         for key in ROPE_SCALING[kind]:
-            value, each_wave = scaling[key], key in ("short_factor", "long_factor")
-            numbers = value if each_wave and isinstance(value, list) else [value]
+            value, waves = scaling.get(key), n // 2 if key in ("short_factor", "long_factor") else None
+            numbers = value if waves and isinstance(value, list) else [value]
             positive = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers)
-            if not positive or len(numbers) != (n // 2 if each_wave else 1):
-                expected = f"{n // 2} positive numbers" if each_wave else "a positive number"
+            if not positive or len(numbers) != (waves or 1):
+                expected = f"{waves} positive numbers" if waves else "a positive number"
                 raise UserError(f"{name}: {key} of rope scaling '{kind}' is {value!r:.80}, expected {expected}")
 
     @property
@@ -233,10 +229,6 @@ class Config:
         with reading(f"config.json of {name or 'a model'}"):
             return cls(name=name, **read_config(described, name or "model", USUAL))
 
-    def to_hf(self) -> dict[str, Any]:
-        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none."""
-        return write_config(self.to_dict(), USUAL)
-
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
         """Read a ``lit_config.json``, ours or one written by the original code (whose extra fields are dropped)."""
@@ -248,7 +240,7 @@ class Config:
                 stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
                 if stored.get("scale_embeddings"):  # Gemma
                     stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
-                stored["architecture"] = _original_architecture(stored)
+                stored["architecture"] = ""  # it does not tell which
                 if stored.get("rope_condense_ratio", 1) != 1:
                     stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
             known = {each.name for each in fields(cls)}
@@ -257,17 +249,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
         return asdict(self)
-
-
-def _original_architecture(stored: dict[str, Any]) -> str:
-    """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
-    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias parallel_residual shared_attention_norm"
-    plain = {name: getattr(Config, name) for name in [*telling.split(), "qk_norm", "post_norm"]}
-    for architecture, family in FAMILIES.items():
-        usual = {**plain, **family.constants}
-        if all(stored.get(name, plain[name]) == usual[name] or name in family.defaults for name in plain):
-            return architecture
-    return ""
 
 
 def _plain_type(hint: Any) -> type:

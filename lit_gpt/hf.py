@@ -65,12 +65,12 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
     """Return our module names with those of Hugging Face's modules whose rows they are made of, mostly one.
 
     Raises:
-        ValueError: the model is one of the original code's that no class known here can hold.
+        ValueError: the config is the original code's, which does not tell the class.
     """
     if config.architecture not in FAMILIES:
         raise UserError(
-            f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
-            f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
+            f"{config.name or 'the model'}: its lit_config.json is the original code's, which does not tell the Hugging"
+            " Face class; convert the Hugging Face files again, with scripts/convert_hf_checkpoint.py"
         )
     family = FAMILIES[config.architecture]
     modules = {ours: (theirs,) for ours, theirs in family.top.items()}

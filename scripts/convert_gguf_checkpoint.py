@@ -36,15 +36,13 @@ from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-FILES = (CONFIG, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
-# Keys of config.json, and of the metadata behind the architecture's name.
-SIZES = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
-         "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
-         "num_attention_heads": "attention.head_count"}  # fmt: skip
+# Keys of rope_scaling in config.json, and of the metadata.
 ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
-SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+SPECIAL = {"bos": "ggml.bos_token_id", "eos": "ggml.eos_token_id", "pad": "ggml.padding_token_id"}
+UNKNOWN = "ggml.unknown_token_id"
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
 CL100K = (
@@ -77,22 +75,27 @@ def setup(
         overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
+    prepare_out_dir(checkpoint_dir, overwrite, names=(WEIGHTS, CONFIG))
     # With --overwrite the config.json is no longer the original's to keep
-    there = {name for name in {*FILES[1 + overwrite :], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
-    kept = there | ({"tokenizer.json"} if there & {*TOKENIZERS} else set())
-    prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
+    kept = {name for name in (*FILES[overwrite:], *TOKENIZERS) if (checkpoint_dir / name).is_file()}
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
-        config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
+        described = config_json(metadata, tensors, gguf_path)
+        config = Config.from_hf(described, name=checkpoint_dir.resolve().name)
         words = section(metadata, "tokenizer.")
-        files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
-        if "tokenizer.json" not in kept:
+        ids = {f"{name}_token_id": words[key] for name, key in SPECIAL.items() if key in words}
+        # Llama 3 has several tokens that end an answer
+        ends = [words[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if f"ggml.{name}_token_id" in words]
+        generation = {**ids, "eos_token_id": list(dict.fromkeys(ends))}
+        files = {"config.json": {**described, **ids, "torch_dtype": dtype}, "generation_config.json": generation}
+        if not kept & {*TOKENIZERS}:
             files |= tokenizer_files(words, config, gguf_path)
     sources = hf_tensors(tensors, config)
     stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
     blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], blanks[name], config), config, staging / WEIGHTS)
+        write_json(staging / CONFIG, config.to_dict())
         for name in files.keys() - kept:
             write_json(staging / name, files[name])
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
@@ -110,11 +113,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     split = SPLIT_NAME.search(path.name)
     count = int(split[1]) if split else 1
     parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
-    missing = [str(part) for part in parts if not part.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
     metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} not found; a .gguf file was expected, of a model in parts all of them")
         with reading(part):
             reader = gguf.GGUFReader(part)
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
@@ -127,19 +129,26 @@ def section(metadata: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
 
 
-def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, *, name: str) -> Config:
-    """Return the config that the model's ``config.json`` would give, from the metadata and the tensors' shapes."""
+def config_json(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the model's ``config.json``, from the metadata and the tensors' shapes."""
     kind = metadata.get("general.architecture")
     sizes = section(metadata, f"{kind}.")
     if kind not in ARCHITECTURES or sizes.get("expert_count", 0):
         what = f"GGUF architecture {kind}{' with experts' if kind in ARCHITECTURES else ''} is not supported"
         raise UserError(f"{path}: {what} ({', '.join(ARCHITECTURES)} are); {HF_ROUTE}")
-    described = {
-        "architectures": ARCHITECTURES[kind],
+    width, heads = int(sizes["embedding_length"]), int(sizes["attention.head_count"])
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        **{theirs: int(sizes[ours]) for theirs, ours in SIZES.items()},
-        "num_key_value_heads": sizes.get("attention.head_count_kv"),
-        "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count")),
+        "max_position_embeddings": int(sizes["context_length"]),
+        "hidden_size": width,
+        "intermediate_size": int(sizes["feed_forward_length"]),
+        "num_hidden_layers": int(sizes["block_count"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes.get("attention.head_count_kv", heads),
+        "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count", width // heads)),
+        "hidden_act": "silu",
         "rms_norm_eps": shortest(sizes["attention.layer_norm_rms_epsilon"]),
         "rope_theta": shortest(sizes.get("rope.freq_base", 10000.0)),
         "rope_scaling": rope_scaling(sizes, tensors, path),
@@ -147,7 +156,6 @@ def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, 
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    return Config.from_hf(described, name)
 
 
 def shortest(number: float) -> float:
@@ -200,30 +208,15 @@ def dequantized(tensor: Any, blank: torch.Tensor, config: Config) -> torch.Tenso
     return values
 
 
-def special_ids(words: dict[str, Any]) -> dict[str, int]:
-    """Return the ids of the special tokens that the file names, by Hugging Face's names of the tokens."""
-    ids = {f"{name}_token": words.get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
-    return {name: index for name, index in ids.items() if index is not None}
-
-
-def model_files(words: dict[str, Any], config: Config, *, dtype: str) -> dict[str, Any]:
-    """Return what config.json and generation_config.json hold."""
-    ids = {f"{name}_id": index for name, index in special_ids(words).items() if name != "unk_token"}
-    found = [words.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = [end for end in dict.fromkeys(found) if end is not None]  # Llama 3 has several
-    several = {"eos_token_id": ends} if len(ends) > 1 else {}
-    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | several}
-
-
 def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[str, Any]:
     """Return what tokenizer.json and tokenizer_config.json hold: vocabulary, merges and kinds of token are metadata.
 
     SmolLM2's tokenizer.json comes out as its original, which is how we know that its ids are the original's.
     """
-    kind, pre, types = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.token_type", [])
-    tokens = words.get("ggml.tokens", [])
+    kind, pre, tokens = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.tokens", [])
+    types = dict(enumerate(words.get("ggml.token_type", [])))
     # llama.cpp fills up the rows that stand for no token with [PAD151669] and so on
-    unused = {f"[PAD{index}]" for index, type_ in enumerate(types) if type_ == TokenType.UNUSED}
+    unused = {f"[PAD{index}]" for index in types if types[index] == TokenType.UNUSED}
     vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
     if kind == "llama":
         tokenizer = sentencepiece_tokenizer(words, vocabulary)
@@ -236,11 +229,11 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
     else:
         what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
         raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
-    # Matched before the text is split, and special but for the last kind.
-    kinds = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-    matched = [(token, kind != kinds[-1]) for token, kind in zip(tokens, types, strict=False) if kind in kinds]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
-    named = {name: tokens[index] for name, index in special_ids(words).items()}
+    for token, index in vocabulary.items():  # these are matched before the text is split
+        if (type_ := types.get(index)) in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != TokenType.USER_DEFINED)])
+    special = {**SPECIAL, "unk": UNKNOWN}
+    named = {f"{name}_token": tokens[words[key]] for name, key in special.items() if key in words}
     # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
     adds = {"bos_token": kind == "llama" or pre == "llama-bpe", "eos_token": False}
     bos, eos = ([named[name]] if words.get(f"ggml.add_{name}", usual) else [] for name, usual in adds.items())
@@ -267,7 +260,7 @@ def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -
         pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
         merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
-    unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
+    unknown = words["ggml.tokens"][words.get(UNKNOWN, 0)]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = words.get("ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])

@@ -46,24 +46,16 @@ REPOS = {
     "tiny/large": ["config.json", "model.safetensors"],
 }
 MXFP4, GPTQ = ({"quantization_config": {"quant_method": method}} for method in ("mxfp4", "gptq"))
-REMOTE = {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}
 OTHERS = {
     "tiny/quantized": (GPTQ, "its weights are quantized .gptq.; get the unquantized mod"),
-    "tiny/qwen3.5": (
-        {"architectures": ["Qwen3_5ForConditionalGeneration"]},
-        "Qwen3_5For.* have linear attention",
-    ),
-    "tiny/qwen3-next": ({"architectures": ["Qwen3NextForCausalLM"]}, "most of its layers have linear attention"),
-    "tiny/gemma-4": ({"architectures": ["Gemma4ForConditionalGeneration"]}, "share keys and values"),
     "tiny/gpt-oss": (
         {"architectures": ["GptOssForCausalLM"]} | MXFP4,
-        "MXFP4.*sinks; .*in transformers",
+        "GptOssForCausalLM is not supported; .*in transformers",
     ),
-    "tiny/nemotron-h": ({"architectures": ["NemotronHForCausalLM"]} | REMOTE, "it mixes attention with Mamba"),
-    "tiny/granite-4": ({"architectures": ["GraniteMoeHybridForCausalLM"]}, "it mixes attention with Mamba"),
-    "tiny/deepseek": ({"architectures": ["DeepseekV3ForCausalLM"]}, r"compressed \(MLA\).*LoRA.*finetune/ether_hf.py"),
-    "tiny/remote": ({"architectures": ["XForCausalLM"]} | REMOTE, "XForCausalLM.*trust_remote_code.*supported: Llama"),
-    "tiny/unknown": ({"architectures": ["YForCausalLM"]}, "YForCausalLM is not supported; supported: LlamaFor"),
+    "tiny/gemma-4": (
+        {"architectures": ["Gemma4ForConditionalGeneration"]},
+        r"Gemma4For\w+ is not supported; supported: LlamaFor.*LoRA.*finetune/ether_hf.py",
+    ),
     "tiny/scaled": ({"rope_scaling": {"type": "wavelet", "factor": 2.0}}, "rope scaling 'wavelet' is not supported"),
 }
 
