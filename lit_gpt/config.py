@@ -269,13 +269,14 @@ def _told_fields() -> Usual:
 USUAL = _told_fields()
 
 
-def check_supported(hf: dict[str, Any], name: str) -> None:
-    """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
-    Config.from_hf(hf, name)
-    how = hf.get("quantization_config") or hf.get("compression_config")
+def check_supported(described: dict[str, Any], name: str) -> Config:
+    """Return the config of a model that can be converted, or raise: it is of another kind, or its weights quantized."""
+    config = Config.from_hf(described, name)
+    how = described.get("quantization_config") or described.get("compression_config")
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
+    return config
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:

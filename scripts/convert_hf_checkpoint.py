@@ -45,9 +45,12 @@ def setup(
         dtype: the type to store weights in; as they are when not given.
         model_name: the name to remember the model by; the folder's name when not given.
     """
-    files = weight_files(checkpoint_dir)
-    config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
-    weights = text_weights(files)
+    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
+    path = checkpoint_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
+    config = check_supported(read_json(path), model_name or checkpoint_dir.resolve().name)
+    weights = text_weights(weight_files(checkpoint_dir, again))
     check_unquantized_weights(weights)
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
@@ -60,35 +63,29 @@ def setup(
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
-def weight_files(checkpoint_dir: Path) -> list[Path]:
+def weight_files(checkpoint_dir: Path, again: str) -> list[Path]:
     """Return the weights' files of a Hugging Face folder: the whole one, those an index names, or all of one kind.
 
     Raises:
-        FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
+        FileNotFoundError: no weights, or a shard is missing; ends in ``again``, the way to get them.
     """
-    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
-    if not (checkpoint_dir / "config.json").is_file():
-        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
-    check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
     for whole in (checkpoint_dir / "model.safetensors", checkpoint_dir / "pytorch_model.bin"):
-        index = whole.with_name(f"{whole.name}.index.json")
+        index = checkpoint_dir / f"{whole.name}.index.json"
         if whole.is_file():  # before an index, as in transformers
             if index.is_file():
                 print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
             return [whole]
         if index.is_file():
             with reading(index):
-                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
-                if outside:
+                shards = sorted({*read_json(index).get("weight_map", {}).values()})
+                if outside := [name for name in shards if Path(name).name != name]:
                     raise UserError(f"{index} names {outside[0]}, outside the folder: nothing is read there; {again}")
-                absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
+            absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
             if absent or not shards:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
             return [checkpoint_dir / name for name in shards]
         # Not every *.safetensors: some repos hold the same weights twice (consolidated.safetensors), or an adapter's.
-        found = sorted(checkpoint_dir.glob(f"{whole.stem}*{whole.suffix}"))
-        if found:
+        if found := sorted(checkpoint_dir.glob(f"{whole.stem}*{whole.suffix}")):
             return found
     raise FileNotFoundError(f"{checkpoint_dir} has neither model*.safetensors nor pytorch_model*.bin; {again}")
 
