@@ -133,21 +133,18 @@ class Config:
     def _check_values(self) -> None:
         """Raise where a field has a value that no model has; a config file may hold anything."""
         for each in fields(self):
-            value, plain, least = getattr(self, each.name), PLAIN_TYPES[each.name], int(each.name in NOT_ZERO)
+            value, plain = getattr(self, each.name), PLAIN_TYPES[each.name]
             if value is None and each.default is None:
                 continue
-            right = isinstance(value, (int, float) if plain is float else plain)
-            right = right and isinstance(value, bool) == (plain is bool)
-            expected = f"a {plain.__name__}"
-            if plain is int:
-                right, expected = right and least <= value < 2**31, f"an integer of at least {least}"
-            elif plain is float:
-                right, expected = right and 0 <= value < math.inf, "a float, finite and not below 0"
-                right = right and (value or not least)
+            if plain is float and type(value) is int:
+                value = float(value)
+                setattr(self, each.name, value)
+            right, bound = type(value) is plain, ""
+            if plain in (int, float):
+                bound = " above 0" if each.name in NOT_ZERO else ", 0 or more"
+                right = right and 0 <= value < math.inf and (value or each.name not in NOT_ZERO)
             if not right:
-                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {expected}")
-            if plain is float:
-                setattr(self, each.name, float(value))
+                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {plain.__name__}{bound}")
 
     def _check_rope(self) -> None:
         """Raise where no position can be rotated in this way."""

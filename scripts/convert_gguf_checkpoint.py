@@ -42,7 +42,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Keys of rope_scaling in config.json, and of the metadata.
 ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "ggml.bos_token_id", "eos": "ggml.eos_token_id", "pad": "ggml.padding_token_id"}
-UNKNOWN = "ggml.unknown_token_id"
+# Tokens that are matched before the text is split, and special but for the last kind
+MATCHED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+UNKNOWN = {"unk": "ggml.unknown_token_id"}
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
 CL100K = (
@@ -213,60 +215,34 @@ def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[s
 
     SmolLM2's tokenizer.json comes out as its original, which is how we know that its ids are the original's.
     """
-    kind, pre, tokens = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.tokens", [])
+    model, pre, tokens = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.tokens", [])
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{path}: tokenizer {model}/{pre} can't be rebuilt (gpt2/{', gpt2/'.join(PRE_TOKENIZERS)} "
+            "can); put the original's into --checkpoint_dir first: scripts/download.py --tokenizer_only true gets it"
+        )
     types = dict(enumerate(words.get("ggml.token_type", [])))
     # llama.cpp fills up the rows that stand for no token with [PAD151669] and so on
     unused = {f"[PAD{index}]" for index in types if types[index] == TokenType.UNUSED}
     vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
-    if kind == "llama":
-        tokenizer = sentencepiece_tokenizer(words, vocabulary)
-    elif kind == "gpt2" and pre in PRE_TOKENIZERS:
-        merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-    else:
-        what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
-        raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
-    for token, index in vocabulary.items():  # these are matched before the text is split
-        if (type_ := types.get(index)) in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
+    merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    for token, index in vocabulary.items():
+        if (type_ := types.get(index)) in MATCHED:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != TokenType.USER_DEFINED)])
-    special = {**SPECIAL, "unk": UNKNOWN}
-    named = {f"{name}_token": tokens[words[key]] for name, key in special.items() if key in words}
-    # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
-    adds = {"bos_token": kind == "llama" or pre == "llama-bpe", "eos_token": False}
-    bos, eos = ([named[name]] if words.get(f"ggml.add_{name}", usual) else [] for name, usual in adds.items())
-    if bos or eos:
-        ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
+    named = {f"{name}_token": tokens[words[key]] for name, key in (SPECIAL | UNKNOWN).items() if key in words}
+    if words.get("ggml.add_bos_token", pre == "llama-bpe"):  # older files do not say it of Llama 3
+        bos = (named["bos_token"], words[SPECIAL["bos"]])
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos[0], "$A"], special_tokens=[bos])
     content = json.loads(tokenizer.to_str())
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]  # all versions read that
     # The class that takes tokenizer.json as it stands
     shown = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size, **named}
     shown |= {"clean_up_tokenization_spaces": False, "chat_template": words.get("chat_template")}
     return {"tokenizer.json": content, "tokenizer_config.json": shown}
-
-
-def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -> Tokenizer:
-    """Return a tokenizer that does what SentencePiece does with these pieces and scores.
-
-    SentencePiece joins the two neighbours that make the piece of the best score: any two, so each pair of pieces that
-    makes one is a merge.
-    """
-    scores, types, merges = words["ggml.scores"], words["ggml.token_type"], []
-    normal = [piece for piece, index in vocabulary.items() if types[index] == TokenType.NORMAL]
-    for piece in sorted(normal, key=lambda piece: -scores[vocabulary[piece]]):
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
-        merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
-    unknown = words["ggml.tokens"][words.get(UNKNOWN, 0)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = words.get("ggml.add_space_prefix", True)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
-    return tokenizer
 
 
 if __name__ == "__main__":

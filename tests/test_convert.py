@@ -621,10 +621,10 @@ REFUSALS = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\*.safetensors nor .*download.py"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json of .* does not hold what it sh"),
-    "sizes are words": (lambda d: edit_config(d, hidden_size="large"), "n_embd is 'large', expected an integer of at"),
+    "sizes are words": (lambda d: edit_config(d, hidden_size="large"), "n_embd is 'large', expected int above 0"),
     "negative heads": (
         lambda d: edit_config(d, num_key_value_heads=-1),
-        "n_query_groups is -1, expected an integer of",
+        "n_query_groups is -1, expected int, 0 or more",
     ),
     "nested too deep": (lambda d: (d / "config.json").write_text("[" * 99999), "config.json is not valid JSON"),
     "index is a list": (lambda d: only_an_index(d, [1]), f"{INDEX} does not hold what it should"),
