@@ -1,10 +1,10 @@
-"""Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder, with no other source.
+"""Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder.
 
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
 converts them like any checkpoint, tensor by tensor: memory holds a few tensors of the result, whatever the model's
-size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
-pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
-tokenizer's files, config.json and generation_config.json that the folder has already are the original's, and kept.
+size. Of a model in several files any one may be named. A tokenizer that is byte-level BPE is rebuilt from the
+metadata, where its pre-tokenizer, which a GGUF names and does not hold, is in the table below. The tokenizer's files,
+config.json and generation_config.json that the folder has already are the original's, and kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -13,7 +13,6 @@ tokenizer's files, config.json and generation_config.json that the folder has al
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,9 +41,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Keys of rope_scaling in config.json, and of the metadata.
 ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "ggml.bos_token_id", "eos": "ggml.eos_token_id", "pad": "ggml.padding_token_id"}
-# Tokens that are matched before the text is split, and special but for the last kind
-MATCHED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 UNKNOWN = {"unk": "ggml.unknown_token_id"}
+# Tokens that are matched before the text is split, and special but for the last kind.
+MATCHED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
 CL100K = (
@@ -88,13 +87,12 @@ def setup(
         ids = {f"{name}_token_id": words[key] for name, key in SPECIAL.items() if key in words}
         # Llama 3 has several tokens that end an answer
         ends = [words[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if f"ggml.{name}_token_id" in words]
-        generation = {**ids, "eos_token_id": list(dict.fromkeys(ends))}
+        generation = {**ids, "eos_token_id": list(dict.fromkeys(ends)) or None}
         files = {"config.json": {**described, **ids, "torch_dtype": dtype}, "generation_config.json": generation}
         if not kept & {*TOKENIZERS}:
             files |= tokenizer_files(words, config, gguf_path)
-    sources = hf_tensors(tensors, config)
-    stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
-    blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
+    sources, stored = hf_tensors(tensors, config), getattr(torch, dtype)
+    blanks = {name: torch.empty(t.shape.tolist()[::-1], dtype=stored, device="meta") for name, t in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], blanks[name], config), config, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())

@@ -23,13 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, hub_name, load_state
 from lit_gpt.cli import main
-from lit_gpt.config import Config, check_supported
+from lit_gpt.config import UNQUANTIZED, Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_modules, write_lit
+from lit_gpt.hf import EMBEDDING, HEAD, State, hf_modules, write_lit
 
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
 """The beginning of the names of what a multimodal model has beside its model of text."""
+BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
+"""Constants that older transformers wrote beside the weights, and that the model computes for itself."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def setup(
@@ -51,7 +54,6 @@ def setup(
         raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
     config = check_supported(read_json(path), model_name or checkpoint_dir.resolve().name)
     weights = text_weights(weight_files(checkpoint_dir, again))
-    check_unquantized_weights(weights)
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
     blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
@@ -110,14 +112,18 @@ def text_weights(files: Iterable[Path]) -> State:
     """Memory-map the weights of all files; of a model of more than text its text part, named as a model of text is.
 
     Raises:
-        ValueError: a file is corrupt, or two tensors have one name.
+        ValueError: a file is corrupt, two tensors have one name, or one is quantized, whatever config.json says.
     """
     weights, left_out = {}, Counter()
     for file in files:
         for name, tensor in read_weights(file).items():
+            if BUFFER.search(name):
+                continue
             if part := NOT_TEXT.match(name):
                 left_out[part[0]] += 1
                 continue
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{name} is {tensor.dtype}: the weights are quantized; {UNQUANTIZED}")
             name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
             if name in weights:
                 raise UserError(f"{file} holds {name}, which is there already: remove the files of an older upload")

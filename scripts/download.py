@@ -9,7 +9,6 @@ weights, one after the other, are appended to a part file here, and huggingface_
     python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf --from_safetensors true --access_token=<HF_TOKEN>
 """
 
-import difflib
 import fnmatch
 import json
 import os
@@ -27,6 +26,7 @@ from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import TEMPORARY, Progress
 from lit_gpt.tokenizer_files import NAMES
 
+LISTED = "`python scripts/download.py` lists the known models"
 WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
 
 
@@ -53,7 +53,7 @@ def setup(
         print("\n".join(KNOWN_MODELS))
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
+        raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME; {LISTED}")
     folder = checkpoint_dir / repo_id
     token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN", "")
     token = token.strip()  # secret files end with a newline
@@ -64,13 +64,6 @@ def setup(
     print(f"{repo_id} -> {folder}")
     if not tokenizer_only:
         print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
-
-
-def nearest(repo_id: str) -> str:
-    """Return the known names that look like ``repo_id``, as the end of a message."""
-    lowered = {name.lower(): name for name in KNOWN_MODELS}
-    found = difflib.get_close_matches(repo_id.lower(), lowered, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(lowered[name] for name in found)}?" if found else ""
 
 
 def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None, tokenizer_only: bool) -> list[str]:
@@ -158,7 +151,7 @@ def explanation(error: Exception, repo_id: str, folder: Path) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{repo_id} is gated: accept its licence on its page on the Hub, and give your account's {access}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repo_id} was not found on the Hub (or it is private: give {access}){nearest(repo_id)}"
+        return f"{repo_id} was not found on the Hub (or it is private: give {access}); {LISTED}"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return (
         f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): clear that up and run the "
