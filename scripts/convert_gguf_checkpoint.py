@@ -38,8 +38,6 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
-# Keys of rope_scaling in config.json, and of the metadata.
-ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
 SPECIAL = {"bos": "ggml.bos_token_id", "eos": "ggml.eos_token_id", "pad": "ggml.padding_token_id"}
 UNKNOWN = {"unk": "ggml.unknown_token_id"}
 # Tokens that are matched before the text is split, and special but for the last kind.
@@ -164,18 +162,16 @@ def shortest(number: float) -> float:
 
 
 def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Return Hugging Face's ``rope_scaling``.
+    """Return Hugging Face's ``rope_scaling`` of Llama 3.1 and later; no other is read.
 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    told = {"factor": sizes.get("rope.scale_linear")} | section(sizes, "rope.scaling.")  # the older key first
-    kind = told.pop("type", "linear") if told["factor"] else "none"
-    if kind != "none":
-        strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
-        if strange:
-            raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
-        return {"rope_type": kind, **{key: shortest(told[its]) for key, its in ROPE_SCALING.items() if its in told}}
+    factor, kind = sizes.get("rope.scaling.factor", sizes.get("rope.scale_linear", 1.0)), sizes.get("rope.scaling.type")
+    if factor not in (0.0, 1.0) and kind != "none":
+        raise UserError(
+            f"{path}: its rope scaling ({kind or 'linear'}, factor {factor:g}) is not read here; {HF_ROUTE}"
+        )
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())

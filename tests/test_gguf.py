@@ -171,7 +171,7 @@ def tiny(case: str = "llama_tied_gqa", **fields):
 
 
 CASES = (
-    *("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases", "llama_linear_rope"),
+    *("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases"),
     *("qwen2", "qwen2_tied", "qwen3", "qwen3_biases_tied"),
 )
 
@@ -381,12 +381,13 @@ REFUSALS = {
         "architecture gemma is not supported .llama, qwen2, qwen3 are.*download.py",
     ),
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
-    "rope scaling": (
-        changed_tokenizer(
-            {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0},
-            rope_scaling_yarn_log_mul=0.5,
-        ),
-        "yarn_log_multiplier of its yarn rope scaling is not supported",
+    "linear scaling": (
+        lambda path, bpe_dir: write_gguf(path, tiny("llama_linear_rope"), tokenizer_dir=bpe_dir),
+        "its rope scaling .linear, factor 4. is not read here; convert the original instead",
+    ),
+    "YaRN": (
+        changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 2.0}),
+        "its rope scaling .yarn, factor 2. is not read here",
     ),
     "no tokenizer": (
         lambda path, bpe_dir: write_gguf(path, tiny()),
