@@ -232,12 +232,11 @@ class Config:
         with reading(path):
             stored = read_json(path)
             if "_mlp_class" in stored:
-                for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
-                    stored[new] = stored.pop(old)
+                # It does not tell the Hugging Face class.
+                stored |= dict(mlp_class=stored["_mlp_class"], norm_class=stored["_norm_class"], architecture="")
                 stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
                 if stored.get("scale_embeddings"):  # Gemma
                     stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
-                stored["architecture"] = ""  # it does not tell which
                 if stored.get("rope_condense_ratio", 1) != 1:
                     stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
             known = {each.name for each in fields(cls)}

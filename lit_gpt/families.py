@@ -35,8 +35,8 @@ class Family:
         layers: the Hugging Face module with the list of layers.
         top: the modules around the layers.
         two_norms: modules of a parallel block whose MLP has a norm of its own, where they have other names.
-        windowed: ``sliding_window`` counts without ``use_sliding_window``.
-        max_window_layers: so many first layers have no window, where the file tells neither that nor each layer's kind.
+        windows_from: first layer with a window where the file says ``use_sliding_window``, and neither
+            ``max_window_layers`` nor each layer's kind. None: the class does not ask for that word.
         prepare: brings an own form of ``config.json`` into the usual one.
     """
 
@@ -48,8 +48,7 @@ class Family:
     layers: str = "model.layers"
     top: dict[str, str] = field(default_factory=lambda: _TOP)
     two_norms: dict[str, str] = field(default_factory=dict)
-    windowed: bool = True
-    max_window_layers: int = 0
+    windows_from: int | None = None
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
@@ -126,12 +125,10 @@ FAMILIES = {
     "MistralForCausalLM": Family("mistral", _LLAMA, dict(_RMS_NORM, n_query_groups=8, sliding_window=4096)),
     "MinistralForCausalLM": Family("ministral", _LLAMA, _RMS_NORM | _WINDOWS | dict(n_query_groups=8)),
     "Qwen2ForCausalLM": Family(
-        "qwen2", _LLAMA, _RMS_NORM | _WINDOWS | dict(n_query_groups=32), constants=dict(qkv_bias=True),
-        windowed=False, max_window_layers=28,
+        "qwen2", _LLAMA, _RMS_NORM | _WINDOWS | dict(n_query_groups=32), constants=dict(qkv_bias=True), windows_from=28,
     ),
     "Qwen3ForCausalLM": Family(
-        "qwen3", _LLAMA | _QK_NORMS, _QWEN3_DEFAULTS | _WINDOWS, constants=dict(qk_norm=True),
-        windowed=False, max_window_layers=28,
+        "qwen3", _LLAMA | _QK_NORMS, _QWEN3_DEFAULTS | _WINDOWS, constants=dict(qk_norm=True), windows_from=28,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", _QWEN3_MOE,
@@ -140,7 +137,7 @@ FAMILIES = {
         constants=dict(qk_norm=True, mlp_class="LLaMAMoE"), own_keys=dict(intermediate_size="moe_intermediate_size"),
         # transformers 5 writes num_local_experts.
         prepare=lambda described: {"num_local_experts": described.get("num_experts", 128), **described},
-        windowed=False,
+        windows_from=0,
     ),
     "GemmaForCausalLM": Family(
         "gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS, prepare=_gemma_gelu,
@@ -174,7 +171,7 @@ FAMILIES = {
         "smollm3", _LLAMA,
         dict(_LLAMA_DEFAULTS, n_query_groups=4, rope_base=2e6, tie_embeddings=True, rope_layers=4, sliding_window=None,
              sliding_layers=None),
-        windowed=False,
+        windows_from=0,
     ),
     "GraniteForCausalLM": Family(
         "granite", _LLAMA,

@@ -109,13 +109,15 @@ def _layer_lists(described: dict[str, Any], family: Family, n_layer: int) -> dic
         every = described.get("no_rope_layer_interval") or usual["rope_layers"]
         rotates = rotates or [(i + 1) % every != 0 for i in layers]
         windows = [not rotated for rotated in rotates]
-    elif family.max_window_layers:
-        first = described.get("max_window_layers", family.max_window_layers)
+    elif family.windows_from:
+        first = described.get("max_window_layers", family.windows_from)
         windows = [i >= first for i in layers]
     elif every := described.get("sliding_window_pattern") or usual.get("sliding_layers"):
         windows = [(i + 1) % every != 0 for i in layers]
     lists = {"rope_layers": rotates, "sliding_layers": windows}
-    if not described.get("use_sliding_window", family.windowed):  # Qwen; its sliding_window says nothing without
+    if not described.get(
+        "use_sliding_window", family.windows_from is None
+    ):  # Qwen's sliding_window may count for nothing
         lists |= {"sliding_window": None, "sliding_layers": None}
     elif types is not None:
         if others := {*types} - {SLIDING, FULL}:
