@@ -165,15 +165,13 @@ class Config:
     @property
     def layer_kinds(self) -> list[LayerKind]:
         """Attention of each layer."""
-        windowed = self.sliding_layers or [True] * self.n_layer
-        rotated = self.rope_layers or [True] * self.n_layer
-        return [
-            LayerKind(
-                window=self.sliding_window if slides else None,
-                rope="none" if not rotates else "local" if slides and self.local_rope_base else "global",
-            )
-            for slides, rotates in zip(windowed, rotated, strict=True)
-        ]
+        kinds = []
+        for i in range(self.n_layer):
+            slides = self.sliding_layers is None or self.sliding_layers[i]
+            rotates = self.rope_layers is None or self.rope_layers[i]
+            rope = "none" if not rotates else "local" if slides and self.local_rope_base else "global"
+            kinds.append(LayerKind(self.sliding_window if slides else None, rope))
+        return kinds
 
     @property
     def q_size(self) -> int:
@@ -257,12 +255,11 @@ PLAIN_TYPES = {name: _plain_type(hint) for name, hint in get_type_hints(Config).
 """Of the fields of ``Config``."""
 
 
-def _told_fields() -> Usual:
-    annotated = (each for each in fields(Config) if get_origin(each.type) is Annotated)
-    return {each.name: (each.type.__metadata__[0], each.default) for each in annotated}
-
-
-USUAL = _told_fields()
+USUAL: Usual = {
+    each.name: (each.type.__metadata__[0], each.default)
+    for each in fields(Config)
+    if get_origin(each.type) is Annotated
+}
 
 
 def check_supported(described: dict[str, Any], name: str) -> Config:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -26,6 +26,8 @@ from lit_gpt.model import GPT, deinterleave_qkv
 State = dict[str, torch.Tensor]
 Shapes = dict[str, torch.Size]
 Rows = slice | torch.Tensor
+Stored = Literal["float32", "bfloat16", "float16"]
+"""Types that weights may be converted to."""
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 

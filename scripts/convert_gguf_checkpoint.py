@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy
@@ -30,7 +30,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import prepare_out_dir, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_layout, write_lit
+from lit_gpt.hf import Stored, hf_layout, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
@@ -58,13 +58,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def setup(
-    *,
-    gguf_path: Path,
-    checkpoint_dir: Path,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    overwrite: bool = False,
-) -> None:
+def setup(*, gguf_path: Path, checkpoint_dir: Path, dtype: Stored = "float32", overwrite: bool = False) -> None:
     """Convert a GGUF file for finetuning, chat and evaluation.
 
     Args:
@@ -135,25 +129,18 @@ def config_json(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) -
         what = f"GGUF architecture {kind}{' with experts' if kind in ARCHITECTURES else ''} is not supported"
         raise UserError(f"{path}: {what} ({', '.join(ARCHITECTURES)} are); {HF_ROUTE}")
     width, heads = int(sizes["embedding_length"]), int(sizes["attention.head_count"])
-    return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "max_position_embeddings": int(sizes["context_length"]),
-        "hidden_size": width,
-        "intermediate_size": int(sizes["feed_forward_length"]),
-        "num_hidden_layers": int(sizes["block_count"]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": sizes.get("attention.head_count_kv", heads),
-        "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count", width // heads)),
-        "hidden_act": "silu",
-        "rms_norm_eps": shortest(sizes["attention.layer_norm_rms_epsilon"]),
-        "rope_theta": shortest(sizes.get("rope.freq_base", 10000.0)),
-        "rope_scaling": rope_scaling(sizes, tensors, path),
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
+    return dict(
+        architectures=[ARCHITECTURES[kind]], model_type=kind, hidden_act="silu",
+        vocab_size=int(tensors["token_embd.weight"].shape[1]), max_position_embeddings=int(sizes["context_length"]),
+        num_hidden_layers=int(sizes["block_count"]), num_attention_heads=heads,
+        hidden_size=width, intermediate_size=int(sizes["feed_forward_length"]),
+        num_key_value_heads=sizes.get("attention.head_count_kv", heads),
+        head_dim=sizes.get("attention.key_length", sizes.get("rope.dimension_count", width // heads)),
+        rms_norm_eps=shortest(sizes["attention.layer_norm_rms_epsilon"]),
+        rope_theta=shortest(sizes.get("rope.freq_base", 10000.0)), rope_scaling=rope_scaling(sizes, tensors, path),
+        attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+    )  # fmt: skip
 
 
 def shortest(number: float) -> float:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load, load_file
@@ -26,7 +25,7 @@ from lit_gpt.cli import main
 from lit_gpt.config import UNQUANTIZED, Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, hf_modules, write_lit
+from lit_gpt.hf import EMBEDDING, HEAD, State, Stored, hf_modules, write_lit
 
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
 """The beginning of the names of what a multimodal model has beside its model of text."""
@@ -35,12 +34,7 @@ BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def setup(
-    *,
-    checkpoint_dir: Path,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    model_name: str | None = None,
-) -> None:
+def setup(*, checkpoint_dir: Path, dtype: Stored | None = None, model_name: str | None = None) -> None:
     """Convert a Hugging Face checkpoint for finetuning, chat and evaluation.
 
     Args:

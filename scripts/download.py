@@ -31,14 +31,9 @@ WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
 
 
 def setup(
-    *,
-    repo_id: str | None = None,
-    from_safetensors: bool | None = None,
-    access_token: Secret | None = None,
-    checkpoint_dir: Path = Path("checkpoints"),
-    revision: str | None = None,
-    tokenizer_only: bool = False,
-) -> None:
+    *, repo_id: str | None = None, from_safetensors: bool | None = None, access_token: Secret | None = None,
+    checkpoint_dir: Path = Path("checkpoints"), revision: str | None = None, tokenizer_only: bool = False,
+) -> None:  # fmt: skip
     """Download a model from the Hugging Face Hub; without --repo_id, list the known models.
 
     Args:
