@@ -39,8 +39,6 @@ REFUSED = {
 }
 """Keys that only a class that has them as a field of its own may set."""
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
 FORMS = {"query_pre_attn_scalar": lambda scalar: scalar**-0.5, "num_ln_in_parallel_attn": lambda count: count == 1}
 """Functions that read a value in another form than ours, by the key that has it."""
 
@@ -75,7 +73,8 @@ def read_config(described: dict[str, Any], name: str, usual: Usual) -> dict[str,
         if described.get(key) and key not in family.own_keys.values():
             raise UserError(f"{name}: {reason} ({key}) are not supported")
     described = family.prepare(described)
-    keys = _keys(family, usual)
+    keys = {ours: key for ours, (key, _) in usual.items()} | family.own_keys
+    keys = {ours: key for ours, key in keys.items() if ours in SIZES or ours in family.defaults}
     found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
     if absent := ", ".join(keys[ours] for ours in SIZES if found[ours] is None):
         raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
@@ -95,12 +94,6 @@ def read_config(described: dict[str, Any], name: str, usual: Usual) -> dict[str,
     return {"architecture": architecture, **told, **family.constants}
 
 
-def _keys(family: Family, usual: Usual) -> dict[str, str]:
-    """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
-    keys = {ours: key for ours, (key, _) in usual.items()} | family.own_keys
-    return {ours: key for ours, key in keys.items() if ours in SIZES or ours in family.defaults}
-
-
 def _layer_lists(described: dict[str, Any], family: Family, n_layer: int) -> dict[str, Any]:
     """Return the fields that differ by layer: as the file lists them, else by the rule of its class."""
     layers, usual, windows = range(n_layer), family.defaults, None
@@ -115,9 +108,8 @@ def _layer_lists(described: dict[str, Any], family: Family, n_layer: int) -> dic
     elif every := described.get("sliding_window_pattern") or usual.get("sliding_layers"):
         windows = [(i + 1) % every != 0 for i in layers]
     lists = {"rope_layers": rotates, "sliding_layers": windows}
-    if not described.get(
-        "use_sliding_window", family.windows_from is None
-    ):  # Qwen's sliding_window may count for nothing
+    if not described.get("use_sliding_window", family.windows_from is None):
+        # Qwen's files name a window also where there is none
         lists |= {"sliding_window": None, "sliding_layers": None}
     elif types is not None:
         if others := {*types} - {SLIDING, FULL}:
