@@ -139,11 +139,11 @@ class Config:
             if plain is float and type(value) is int:
                 value = float(value)
                 setattr(self, each.name, value)
-            right, bound = type(value) is plain, ""
-            if plain in (int, float):
-                bound = " above 0" if each.name in NOT_ZERO else ", 0 or more"
-                right = right and 0 <= value < math.inf and (value or each.name not in NOT_ZERO)
+            right, number = type(value) is plain, plain in (int, float)
+            if right and number:
+                right = 0 <= value < (2**31 if plain is int else math.inf) and (value or each.name not in NOT_ZERO)
             if not right:
+                bound = " above 0" if each.name in NOT_ZERO else ", 0 or more" if number else ""
                 raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {plain.__name__}{bound}")
 
     def _check_rope(self) -> None:
