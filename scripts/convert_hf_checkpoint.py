@@ -50,7 +50,7 @@ def setup(*, checkpoint_dir: Path, dtype: Stored | None = None, model_name: str 
     weights = text_weights(weight_files(checkpoint_dir, again))
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
-    blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
+    blanks = {key: tensor.to("meta", stored) for key, tensor in weights.items()}
     with staged_dir(checkpoint_dir, overwrite=True) as staging:
         lit = write_lit(blanks, weights.__getitem__, config, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())
