@@ -201,7 +201,8 @@ def peft_steps(card: Card, name: str) -> Found:
     config, (kind, settings) = card.sizes(), PEFT[name]
     sizes = transformers.LlamaConfig(
         vocab_size=config.padded_vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, use_cache=False,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_query_groups,
+        max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps, use_cache=False,
     )  # fmt: skip
     with torch.device(card.device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=PRECISIONS[card.precision])
