@@ -151,11 +151,15 @@ def random_models(config: Config, variants: Variants, *, compiled: bool = False,
 
 
 def peft_models(config: Config, *, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
-    """Return transformers' model of this kind with PEFT's LoRA and OFT on q and v, on one set of random weights."""
+    """Return transformers' Llama of these sizes with PEFT's LoRA and OFT on q and v, on one set of random weights."""
     import peft
     import transformers
 
-    sizes = transformers.AutoConfig.for_model(**config.to_hf(), use_cache=False)
+    sizes = transformers.LlamaConfig(
+        vocab_size=config.padded_vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_query_groups,
+        max_position_embeddings=config.block_size, use_cache=False,
+    )  # fmt: skip
     with torch.device(device):
         base = transformers.AutoModelForCausalLM.from_config(sizes, dtype=dtype)
     adapters = {

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from lit_gpt.errors import UserError, reading
-from lit_gpt.families import FAMILIES
 from lit_gpt.files import read_json
-from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config, write_config
+from lit_gpt.hf_config import ORIGINAL_LENGTH, ROPE_SCALING, SIZES, Usual, read_config
 
 NOT_ZERO = (*SIZES, "sliding_window", "rope_base", "logits_scale")
 """Numbers that a model cannot have 0 of."""
@@ -39,7 +38,7 @@ class Config:
     name: str = ""
     """The model's name, for people."""
     architecture: str = "LlamaForCausalLM"
-    """The Hugging Face class whose weights these are; empty where none that is known here has such layers."""
+    """The Hugging Face class whose weights these are; empty where the original code's file does not tell."""
     block_size: Annotated[int, "max_position_embeddings"] = 4096
     """Longest context, in tokens."""
     vocab_size: Annotated[int, "vocab_size"] = 32000
@@ -118,12 +117,12 @@ class Config:
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
+        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
+        self._check_rope()
         if self.n_head % self.n_query_groups:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
-        self.embedding_scale = self.embedding_scale or self.n_embd**0.5
         if self.mlp_class == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
             raise UserError(f"{self.name}: a token cannot go to {self.n_expert_per_token} of {self.n_expert} experts")
-        self._check_rope()
         for flags in ("sliding_layers", "rope_layers"):
             if (given := getattr(self, flags)) is not None:
                 if len(given) < self.n_layer:
@@ -137,50 +136,42 @@ class Config:
             value, plain = getattr(self, each.name), PLAIN_TYPES[each.name]
             if value is None and each.default is None:
                 continue
-            right = isinstance(value, (int, float) if plain is float else plain)
-            right = right and isinstance(value, bool) == (plain is bool)
-            if right and plain in (int, float):
+            if plain is float and type(value) is int:
+                value = float(value)
+                setattr(self, each.name, value)
+            right, number = type(value) is plain, plain in (int, float)
+            if right and number:
                 right = 0 <= value < (2**31 if plain is int else math.inf) and (value or each.name not in NOT_ZERO)
             if not right:
-                numbers = {
-                    int: f"an integer of at least {int(each.name in NOT_ZERO)}",
-                    float: "a float, finite and not below 0",
-                }
-                kind = numbers.get(plain, f"a {plain.__name__}")
-                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {kind}")
-            if plain is float:
-                setattr(self, each.name, float(value))
+                bound = " above 0" if each.name in NOT_ZERO else ", 0 or more" if number else ""
+                raise UserError(f"{self.name or 'model'}: {each.name} is {value!r}, expected {plain.__name__}{bound}")
 
     def _check_rope(self) -> None:
         """Raise where no position can be rotated in this way."""
-        name, n, scaling = self.name or "model", self.rope_n_elem, {"rope_type": "default", **(self.rope_scaling or {})}
+        name, n, scaling = self.name or "model", self.rope_n_elem, self.rope_scaling or {"rope_type": "default"}
         if n % 2 or not 2 <= n <= self.head_size:
             raise UserError(f"{name}: {n} of a head's {self.head_size} elements are to be rotated, expected: pairs")
-        kind, choices = scaling["rope_type"], ", ".join(ROPE_SCALING)
+        kind = scaling.get("rope_type", "default")
         if kind not in ROPE_SCALING:
-            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {choices}")
-        if absent := [key for key in ROPE_SCALING[kind] if scaling.get(key) is None]:
-            raise UserError(f"{name}: rope scaling '{kind}' has no {', '.join(absent)}")
+            raise UserError(f"{name}: rope scaling '{kind}' is not supported; supported: {', '.join(ROPE_SCALING)}")
         for key in ROPE_SCALING[kind]:
-            value, each_wave = scaling[key], key in ("short_factor", "long_factor")
-            numbers = value if each_wave and isinstance(value, list) else [value]
+            value, waves = scaling.get(key), n // 2 if key in ("short_factor", "long_factor") else None
+            numbers = value if waves and isinstance(value, list) else [value]
             positive = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers)
-            if not positive or len(numbers) != (n // 2 if each_wave else 1):
-                expected = f"{n // 2} positive numbers" if each_wave else "a positive number"
+            if not positive or len(numbers) != (waves or 1):
+                expected = f"{waves} positive numbers" if waves else "a positive number"
                 raise UserError(f"{name}: {key} of rope scaling '{kind}' is {value!r:.80}, expected {expected}")
 
     @property
     def layer_kinds(self) -> list[LayerKind]:
         """Attention of each layer."""
-        windowed = self.sliding_layers or [True] * self.n_layer
-        rotated = self.rope_layers or [True] * self.n_layer
-        return [
-            LayerKind(
-                window=self.sliding_window if slides else None,
-                rope="none" if not rotates else "local" if slides and self.local_rope_base else "global",
-            )
-            for slides, rotates in zip(windowed, rotated, strict=True)
-        ]
+        kinds = []
+        for i in range(self.n_layer):
+            slides = self.sliding_layers is None or self.sliding_layers[i]
+            rotates = self.rope_layers is None or self.rope_layers[i]
+            rope = "none" if not rotates else "local" if slides and self.local_rope_base else "global"
+            kinds.append(LayerKind(self.sliding_window if slides else None, rope))
+        return kinds
 
     @property
     def q_size(self) -> int:
@@ -233,22 +224,17 @@ class Config:
         with reading(f"config.json of {name or 'a model'}"):
             return cls(name=name, **read_config(described, name or "model", USUAL))
 
-    def to_hf(self) -> dict[str, Any]:
-        """Return a ``config.json`` for transformers, the inverse of ``from_hf``; for folders that have none."""
-        return write_config(self.to_dict(), USUAL)
-
     @classmethod
     def from_json(cls, path: Path | str) -> "Config":
         """Read a ``lit_config.json``, ours or one written by the original code (whose extra fields are dropped)."""
         with reading(path):
             stored = read_json(path)
             if "_mlp_class" in stored:
-                for old, new in (("_mlp_class", "mlp_class"), ("_norm_class", "norm_class")):
-                    stored[new] = stored.pop(old)
+                # It does not tell the Hugging Face class.
+                stored |= dict(mlp_class=stored["_mlp_class"], norm_class=stored["_norm_class"], architecture="")
                 stored |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), stored["bias"])
                 if stored.get("scale_embeddings"):  # Gemma
                     stored |= dict(embedding_scale=0.0, norm_class="OffsetRMSNorm", gelu_approximate="tanh")
-                stored["architecture"] = _original_architecture(stored)
                 if stored.get("rope_condense_ratio", 1) != 1:
                     stored["rope_scaling"] = {"rope_type": "linear", "factor": float(stored["rope_condense_ratio"])}
             known = {each.name for each in fields(cls)}
@@ -257,17 +243,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
         return asdict(self)
-
-
-def _original_architecture(stored: dict[str, Any]) -> str:
-    """Return the Hugging Face class with the layers of the original code's config; empty where none here has them."""
-    telling = "norm_class mlp_class qkv_bias proj_bias mlp_bias lm_head_bias parallel_residual shared_attention_norm"
-    plain = {name: getattr(Config, name) for name in [*telling.split(), "qk_norm", "post_norm"]}
-    for architecture, family in FAMILIES.items():
-        usual = {**plain, **family.constants}
-        if all(stored.get(name, plain[name]) == usual[name] or name in family.defaults for name in plain):
-            return architecture
-    return ""
 
 
 def _plain_type(hint: Any) -> type:
@@ -280,21 +255,21 @@ PLAIN_TYPES = {name: _plain_type(hint) for name, hint in get_type_hints(Config).
 """Of the fields of ``Config``."""
 
 
-def _told_fields() -> Usual:
-    annotated = (each for each in fields(Config) if get_origin(each.type) is Annotated)
-    return {each.name: (each.type.__metadata__[0], each.default) for each in annotated}
+USUAL: Usual = {
+    each.name: (each.type.__metadata__[0], each.default)
+    for each in fields(Config)
+    if get_origin(each.type) is Annotated
+}
 
 
-USUAL = _told_fields()
-
-
-def check_supported(hf: dict[str, Any], name: str) -> None:
-    """Raise where a model with this ``config.json`` cannot be converted: of another kind, or its weights quantized."""
-    Config.from_hf(hf, name)
-    how = hf.get("quantization_config") or hf.get("compression_config")
+def check_supported(described: dict[str, Any], name: str) -> Config:
+    """Return the config of a model that can be converted, or raise: it is of another kind, or its weights quantized."""
+    config = Config.from_hf(described, name)
+    how = described.get("quantization_config") or described.get("compression_config")
     if how:
         method = how.get("quant_method", "bitsandbytes") if isinstance(how, dict) else how
         raise UserError(f"{name}: its weights are quantized ({method}); {UNQUANTIZED}")
+    return config
 
 
 def _read_known_models() -> dict[str, dict[str, Any]]:

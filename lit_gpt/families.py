@@ -1,6 +1,6 @@
 """Describe the Hugging Face classes that are known here: what their ``config.json`` says, how their weights are named.
 
-Data, but for Falcon's two forms. ``config`` reads and writes ``config.json`` by these rows, ``hf`` converts weights by
+Data, but for Falcon's two forms. ``hf_config`` reads ``config.json`` by these rows, ``hf`` converts weights by
 them in both directions, and the LoRA export names its modules by them. A class that computes what another does is some
 rows more, and a case in tests/hf_models.py, which holds it against transformers.
 """
@@ -35,10 +35,9 @@ class Family:
         layers: the Hugging Face module with the list of layers.
         top: the modules around the layers.
         two_norms: modules of a parallel block whose MLP has a norm of its own, where they have other names.
-        windowed: ``sliding_window`` counts without ``use_sliding_window``.
-        max_window_layers: so many first layers have no window, where the file tells neither that nor each layer's kind.
+        windows_from: first layer with a window where the file says ``use_sliding_window``, and neither
+            ``max_window_layers`` nor each layer's kind. None: the class does not ask for that word.
         prepare: brings an own form of ``config.json`` into the usual one.
-        written: keys of ``config.json`` that choose the form we write.
     """
 
     model_type: str
@@ -49,20 +48,17 @@ class Family:
     layers: str = "model.layers"
     top: dict[str, str] = field(default_factory=lambda: _TOP)
     two_norms: dict[str, str] = field(default_factory=dict)
-    windowed: bool = True
-    max_window_layers: int = 0
+    windows_from: int | None = None
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    written: dict[str, Any] = field(default_factory=dict)
 
 
 _ANY = dict(n_query_groups=None, rope_base=10000.0, rope_scaling=None, tie_embeddings=False, rotary_percentage=1.0)
 _RMS_NORM = dict(_ANY, norm_eps=1e-6, gelu_approximate="silu", head_size=None)
 _LAYER_NORM = dict(_ANY, norm_eps=1e-5, gelu_approximate="gelu")
-_GELU_MLP = dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", mlp_bias=True)
+_GELU_MLP = dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP")
 _BIASES = dict(qkv_bias=True, proj_bias=True)
 _NO_BIASES = dict(qkv_bias=False, proj_bias=False)
 _BIAS_FIELDS = ("qkv_bias", "proj_bias", "mlp_bias")
-_EXPERTS = dict(n_expert=8, n_expert_per_token=2)
 
 _NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
@@ -129,159 +125,102 @@ FAMILIES = {
     "MistralForCausalLM": Family("mistral", _LLAMA, dict(_RMS_NORM, n_query_groups=8, sliding_window=4096)),
     "MinistralForCausalLM": Family("ministral", _LLAMA, _RMS_NORM | _WINDOWS | dict(n_query_groups=8)),
     "Qwen2ForCausalLM": Family(
-        "qwen2",
-        _LLAMA,
-        _RMS_NORM | _WINDOWS | dict(n_query_groups=32),
-        constants=dict(qkv_bias=True),
-        windowed=False,
-        max_window_layers=28,
+        "qwen2", _LLAMA, _RMS_NORM | _WINDOWS | dict(n_query_groups=32), constants=dict(qkv_bias=True), windows_from=28,
     ),
     "Qwen3ForCausalLM": Family(
-        "qwen3",
-        _LLAMA | _QK_NORMS,
-        _QWEN3_DEFAULTS | _WINDOWS,
-        constants=dict(qk_norm=True),
-        windowed=False,
-        max_window_layers=28,
+        "qwen3", _LLAMA | _QK_NORMS, _QWEN3_DEFAULTS | _WINDOWS, constants=dict(qk_norm=True), windows_from=28,
     ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe",
-        _QWEN3_MOE,
-        _QWEN3_DEFAULTS
-        | dict(n_query_groups=4, head_size=None, sliding_window=4096)
-        | dict(n_expert=128, n_expert_per_token=8, norm_expert_weights=False, intermediate_size=768),
-        constants=dict(qk_norm=True, mlp_class="LLaMAMoE"),
-        own_keys=dict(intermediate_size="moe_intermediate_size"),
+        "qwen3_moe", _QWEN3_MOE,
+        dict(_QWEN3_DEFAULTS, n_query_groups=4, head_size=None, sliding_window=4096, intermediate_size=768,
+             n_expert=128, n_expert_per_token=8, norm_expert_weights=False),
+        constants=dict(qk_norm=True, mlp_class="LLaMAMoE"), own_keys=dict(intermediate_size="moe_intermediate_size"),
         # transformers 5 writes num_local_experts.
         prepare=lambda described: {"num_local_experts": described.get("num_experts", 128), **described},
-        windowed=False,
+        windows_from=0,
     ),
     "GemmaForCausalLM": Family(
-        "gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS, prepare=_gemma_gelu
+        "gemma", _LLAMA, _GEMMA | dict(n_query_groups=16), constants=_GEMMA_CONSTANTS, prepare=_gemma_gelu,
     ),
     "Gemma2ForCausalLM": Family(
-        "gemma2",
-        _GEMMA2,
-        _GEMMA
-        | dict(n_query_groups=4, attention_scale=256, attention_softcap=50.0, logits_softcap=30.0)
-        | dict(sliding_window=4096, sliding_layers=2),
-        constants=dict(_GEMMA_CONSTANTS, post_norm=True),
-        own_keys=_GEMMA_2_KEYS,
+        "gemma2", _GEMMA2,
+        dict(_GEMMA, n_query_groups=4, attention_scale=256, attention_softcap=50.0, logits_softcap=30.0,
+             sliding_window=4096, sliding_layers=2),
+        constants=dict(_GEMMA_CONSTANTS, post_norm=True), own_keys=_GEMMA_2_KEYS,
     ),
     "Gemma3ForCausalLM": Family(
-        "gemma3_text",
-        _GEMMA2 | _QK_NORMS,
-        _GEMMA
+        "gemma3_text", _GEMMA2 | _QK_NORMS,
         # Files of the multimodal models leave out what is the class's default, sizes too.
-        | dict(vocab_size=262208, n_embd=2304, intermediate_size=9216, n_layer=26, n_head=8, block_size=131072)
-        | dict(n_query_groups=4, attention_scale=256, attention_softcap=None, logits_softcap=None)
-        | dict(rope_base=1e6, local_rope_base=1e4, sliding_window=4096, sliding_layers=6),
-        constants=dict(_GEMMA_CONSTANTS, post_norm=True, qk_norm=True),
-        own_keys=_GEMMA_2_KEYS,
+        dict(_GEMMA, vocab_size=262208, n_embd=2304, intermediate_size=9216, n_layer=26, n_head=8, block_size=131072,
+             n_query_groups=4, attention_scale=256, attention_softcap=None, logits_softcap=None,
+             rope_base=1e6, local_rope_base=1e4, sliding_window=4096, sliding_layers=6),
+        constants=dict(_GEMMA_CONSTANTS, post_norm=True, qk_norm=True), own_keys=_GEMMA_2_KEYS,
     ),
     "Phi3ForCausalLM": Family("phi3", _PHI3, dict(_RMS_NORM, norm_eps=1e-5, block_size=4096, sliding_window=None)),
     "OlmoForCausalLM": Family(
-        "olmo",
-        _OLMO,
-        _RMS_NORM | _NO_BIASES | dict(qkv_clip=None),
+        "olmo", _OLMO, _RMS_NORM | _NO_BIASES | dict(qkv_clip=None),
         constants=dict(norm_class="PlainLayerNorm", norm_eps=1e-5),
     ),
     "Olmo2ForCausalLM": Family("olmo2", _OLMO2, _OLMO2_DEFAULTS, _OLMO2_CONSTANTS),
     "Olmo3ForCausalLM": Family(
-        "olmo3",
-        _OLMO2,
-        _OLMO2_DEFAULTS | dict(rope_base=5e5, local_rope_base=None, sliding_window=4096, sliding_layers=4),
+        "olmo3", _OLMO2,
+        dict(_OLMO2_DEFAULTS, rope_base=5e5, local_rope_base=None, sliding_window=4096, sliding_layers=4),
         _OLMO2_CONSTANTS,
     ),
     "SmolLM3ForCausalLM": Family(
-        "smollm3",
-        _LLAMA,
-        _LLAMA_DEFAULTS
-        | dict(n_query_groups=4, rope_base=2e6, tie_embeddings=True, rope_layers=4)
-        | dict(sliding_window=None, sliding_layers=None),
-        windowed=False,
+        "smollm3", _LLAMA,
+        dict(_LLAMA_DEFAULTS, n_query_groups=4, rope_base=2e6, tie_embeddings=True, rope_layers=4, sliding_window=None,
+             sliding_layers=None),
+        windows_from=0,
     ),
     "GraniteForCausalLM": Family(
-        "granite",
-        _LLAMA,
-        _LLAMA_DEFAULTS | dict.fromkeys(("embedding_scale", "residual_scale", "logits_scale", "attention_scale"), 1.0),
+        "granite", _LLAMA,
+        dict(_LLAMA_DEFAULTS, embedding_scale=1.0, residual_scale=1.0, logits_scale=1.0, attention_scale=1.0),
     ),
     "StableLmForCausalLM": Family(
-        "stablelm",
-        _STABLELM,
-        dict(_RMS_NORM, norm_eps=1e-5, n_query_groups=32, qkv_bias=False, rotary_percentage=0.25)
-        | dict(parallel_residual=False, shared_attention_norm=False, qk_norm=False),
+        "stablelm", _STABLELM,
+        dict(_RMS_NORM, norm_eps=1e-5, n_query_groups=32, qkv_bias=False, rotary_percentage=0.25,
+             parallel_residual=False, shared_attention_norm=False, qk_norm=False),
         constants=dict(norm_class="LayerNorm", qk_norm_over="heads"),
-        own_keys=dict(norm_eps="layer_norm_eps", qkv_bias="use_qkv_bias", qk_norm="qk_layernorm")
-        | dict(shared_attention_norm="use_parallel_residual"),
+        own_keys=dict(norm_eps="layer_norm_eps", qkv_bias="use_qkv_bias", qk_norm="qk_layernorm",
+                      shared_attention_norm="use_parallel_residual"),
     ),
     "MixtralForCausalLM": Family(
-        "mixtral",
-        _MIXTRAL,
-        _RMS_NORM | _EXPERTS | dict(norm_eps=1e-5, n_query_groups=8, rope_base=1e6, sliding_window=None),
+        "mixtral", _MIXTRAL,
+        dict(_RMS_NORM, n_expert=8, n_expert_per_token=2, norm_eps=1e-5, n_query_groups=8, rope_base=1e6,
+             sliding_window=None),
         constants=dict(mlp_class="LLaMAMoE"),
     ),
     "GPTNeoXForCausalLM": Family(
-        "gpt_neox",
-        _NEOX,
-        _LAYER_NORM | _BIASES | dict(rotary_percentage=0.25, parallel_residual=True),
-        constants=_GELU_MLP,
+        "gpt_neox", _NEOX, _LAYER_NORM | _BIASES | dict(rotary_percentage=0.25, parallel_residual=True),
+        constants=_GELU_MLP | dict(mlp_bias=True),
         own_keys=dict(norm_eps="layer_norm_eps", rotary_percentage="rotary_pct", rope_base="rotary_emb_base"),
-        layers="gpt_neox.layers",
-        top=_top("embed_out", "gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
+        layers="gpt_neox.layers", top=_top("embed_out", "gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
     ),
     "Starcoder2ForCausalLM": Family(
-        "starcoder2",
-        _STARCODER2,
-        _LAYER_NORM
-        | dict.fromkeys(_BIAS_FIELDS, True)
-        | dict(n_query_groups=2, gelu_approximate="gelu_pytorch_tanh", sliding_window=None, tie_embeddings=True),
-        constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP"),
-        own_keys=dict.fromkeys(_BIAS_FIELDS, "use_bias") | dict(norm_eps="norm_epsilon"),
+        "starcoder2", _STARCODER2,
+        dict(_LAYER_NORM, **_BIASES, mlp_bias=True, n_query_groups=2, gelu_approximate="gelu_pytorch_tanh",
+             sliding_window=None, tie_embeddings=True),
+        constants=_GELU_MLP, own_keys=dict.fromkeys(_BIAS_FIELDS, "use_bias") | dict(norm_eps="norm_epsilon"),
     ),
     "PhiForCausalLM": Family(
-        "phi",
-        _PHI,
-        _LAYER_NORM | dict(rotary_percentage=0.5, gelu_approximate="gelu_new"),
-        constants=_GELU_MLP | _BIASES | dict(parallel_residual=True, shared_attention_norm=True, lm_head_bias=True),
-        own_keys=dict(norm_eps="layer_norm_eps"),
-        top=_top("lm_head", "model.embed_tokens", "model.final_layernorm"),
+        "phi", _PHI, _LAYER_NORM | dict(rotary_percentage=0.5, gelu_approximate="gelu_new"),
+        constants=dict(_GELU_MLP, **_BIASES, mlp_bias=True, parallel_residual=True, shared_attention_norm=True,
+                       lm_head_bias=True),
+        own_keys=dict(norm_eps="layer_norm_eps"), top=_top("lm_head", "model.embed_tokens", "model.final_layernorm"),
     ),
     "FalconForCausalLM": Family(
-        "falcon",
-        _FALCON,
-        _LAYER_NORM
-        | dict.fromkeys((*_BIAS_FIELDS, "shared_attention_norm"), False)
-        | dict(block_size=2048, tie_embeddings=True),
-        constants=dict(norm_class="LayerNorm", mlp_class="GptNeoxMLP", parallel_residual=True),
-        own_keys=dict.fromkeys(_BIAS_FIELDS, "bias")
-        | dict(n_query_groups="num_kv_heads", shared_attention_norm="num_ln_in_parallel_attn")
-        | dict(norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", gelu_approximate="activation"),
-        layers="transformer.h",
-        top=_top("lm_head", "transformer.word_embeddings", "transformer.ln_f"),
+        "falcon", _FALCON,
+        dict(_LAYER_NORM, **_NO_BIASES, mlp_bias=False, shared_attention_norm=False, block_size=2048,
+             tie_embeddings=True),
+        constants=dict(_GELU_MLP, parallel_residual=True),
+        own_keys=dict.fromkeys(_BIAS_FIELDS, "bias") | dict(
+            n_query_groups="num_kv_heads", shared_attention_norm="num_ln_in_parallel_attn",
+            norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", gelu_approximate="activation",
+        ),
+        layers="transformer.h", top=_top("lm_head", "transformer.word_embeddings", "transformer.ln_f"),
         two_norms={"norm_1": "ln_attn", "norm_2": "ln_mlp"},
         prepare=_new_falcon,
-        written=dict(new_decoder_architecture=True),
     ),
-}
-"""Each class by its name under ``architectures`` in ``config.json``."""
-
-UNSUPPORTED = {
-    "most of its layers have linear attention": ("Qwen3Next", "Qwen3_5", "Qwen4", "KimiLinear", "OlmoHybrid"),
-    "it mixes attention with Mamba, convolutions or other recurrent layers": (
-        "Mamba", "FalconMamba", "FalconH1", "NemotronH", "GraniteMoeHybrid", "Jamba", "Bamba", "Zamba", "Lfm2", "Lfm3",
-        "RecurrentGemma", "Rwkv", "xLSTM",
-    ),
-    "its layers share keys and values, and have embeddings or head sizes of their own": ("Gemma3n", "Gemma4"),
-    "its weights are MXFP4, and its attention has sinks": ("GptOss",),
-    "its attention keeps keys and values compressed (MLA)": ("Deepseek", "Kimi", "MiniCPM3", "Longcat", "GlmMoeDsa"),
-    "it routes to experts in a way that is not known here": (
-        "GraniteMoe", "Qwen2Moe", "Phimoe", "Olmoe", "Llama4", "Glm4Moe", "Dbrx", "Ernie4_5_Moe", "MiniMax",
-    ),
-    "it has no rotary embedding": ("GPT2", "GPTNeoFor", "GPTBigCode", "OPT", "Bloom", "Mpt", "MPT"),
-    "it is no decoder alone": ("Bert", "Roberta", "XLMRoberta", "ModernBert", "T5", "Bart", "MBart", "Whisper"),
 }  # fmt: skip
-"""Reasons why a class is not built here, each with how the names of such classes begin; the first that fits is said."""
-REMOTE_CODE = "its code comes with it (trust_remote_code), and none but ours is run"
-ROUTE = "finetune others in transformers, with PEFT's LoRA, or with ETHER by finetune/ether_hf.py"
-"""The way that works for them, as the end of an error."""
+"""Each class by its name under ``architectures`` in ``config.json``."""

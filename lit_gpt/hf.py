@@ -8,18 +8,17 @@ Every tensor is used or named in an error, never skipped, and is made when it is
 Nothing here knows a format of file: tensors come from a dict or a function.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from lit_gpt.checkpoint import stream_state
-from lit_gpt.config import UNQUANTIZED, Config
+from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.families import FAMILIES
 from lit_gpt.model import GPT, deinterleave_qkv
@@ -27,21 +26,10 @@ from lit_gpt.model import GPT, deinterleave_qkv
 State = dict[str, torch.Tensor]
 Shapes = dict[str, torch.Size]
 Rows = slice | torch.Tensor
+Stored = Literal["float32", "bfloat16", "float16"]
+"""Types that weights may be converted to."""
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-
-# Buffers that older transformers wrote beside the weights: constants the model computes for itself.
-_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
-
-# Weights are the first four; the others are buffers.
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
-
-
-def check_unquantized_weights(weights: State) -> None:
-    """Raise where the tensors of a Hugging Face checkpoint are quantized, whatever its config.json says."""
-    for key, tensor in weights.items():
-        if tensor.dtype not in _PLAIN and not _BUFFERS.search(key):
-            raise UserError(f"{key} is {tensor.dtype}: the weights are quantized; {UNQUANTIZED}")
 
 
 class Piece(NamedTuple):
@@ -65,12 +53,12 @@ def hf_modules(config: Config) -> dict[str, tuple[str, ...]]:
     """Return our module names with those of Hugging Face's modules whose rows they are made of, mostly one.
 
     Raises:
-        ValueError: the model is one of the original code's that no class known here can hold.
+        ValueError: the config is the original code's, which does not tell the class.
     """
     if config.architecture not in FAMILIES:
         raise UserError(
-            f"{config.name or 'the model'} ({config.norm_class}, {config.mlp_class}) has no Hugging Face class that is "
-            f"known here ({', '.join(FAMILIES)}): it can be finetuned, merged and talked to, but not exported"
+            f"{config.name or 'the model'}: its lit_config.json is the original code's, which does not tell the Hugging"
+            " Face class; convert the Hugging Face files again, with scripts/convert_hf_checkpoint.py"
         )
     family = FAMILIES[config.architecture]
     modules = {ours: (theirs,) for ours, theirs in family.top.items()}
@@ -132,7 +120,7 @@ def write_lit(blanks: State, read: Callable[[str], torch.Tensor], config: Config
         ValueError: keys missing, keys that no one expects, or a shape that contradicts the config.
     """
     layout = hf_layout(config)
-    _check(f"a {config.architecture}", {key: t for key, t in blanks.items() if not _BUFFERS.search(key)}, layout.theirs)
+    _check(f"a {config.architecture}", blanks, layout.theirs)
     template, make = _assemble(layout.ours, layout.pieces, blanks, read)
     stands_for = {HEAD: EMBEDDING} if config.tie_embeddings else {}
     template = {key: template[stands_for.get(key, key)] for key in layout.ours}

@@ -1,15 +1,14 @@
-"""Read and write Hugging Face's ``config.json`` by the rows of ``families``: plain dicts in, plain dicts out.
+"""Read Hugging Face's ``config.json`` by the rows of ``families``: plain dicts in, plain dicts out.
 
 ``Config`` says which of its fields the file tells, each with its usual key and its default: a ``Usual``. All spellings
 are understood: transformers 5 keeps the whole rotary embedding in ``rope_parameters``, for each type of layer where
 they differ; older versions keep its scaling alone in ``rope_scaling``, the rest at the top.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families import FAMILIES, REMOTE_CODE, ROUTE, UNSUPPORTED, Family
+from lit_gpt.families import FAMILIES, Family
 
 Usual = dict[str, tuple[str, Any]]
 """Fields of ``Config`` that a ``config.json`` tells: the usual key, our default."""
@@ -30,6 +29,8 @@ GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_
 MULTIMODAL = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
 """Classes whose text model can be read alone."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROUTE = "finetune others in transformers, with PEFT's LoRA, or with ETHER by finetune/ether_hf.py"
+"""The way that works for classes that are not known here, as the end of an error."""
 REFUSED = {
     "qk_layernorm": "norms of q and k",
     "alibi": "models with ALiBi in place of rotary positions (falcon-rw)",
@@ -38,28 +39,8 @@ REFUSED = {
 }
 """Keys that only a class that has them as a field of its own may set."""
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-class Form(NamedTuple):
-    """A value in another form than ours: how to read and to write it."""
-
-    read: Callable[[Any], Any]
-    write: Callable[[Any], Any]
-
-
-def _read_layer_types(kinds: list[str]) -> list[bool]:
-    if others := set(kinds) - {SLIDING, FULL}:
-        raise UserError(f"layers of type {', '.join(sorted(others))} are not supported")
-    return [kind == SLIDING for kind in kinds]
-
-
-FORMS = {
-    "query_pre_attn_scalar": Form(lambda scalar: scalar**-0.5, lambda scale: round(scale**-2)),
-    "num_ln_in_parallel_attn": Form(lambda count: count == 1, lambda shared: 1 if shared else 2),
-    "layer_types": Form(_read_layer_types, lambda flags: [SLIDING if flag else FULL for flag in flags]),
-    "no_rope_layers": Form(lambda flags: [bool(flag) for flag in flags], lambda flags: [int(flag) for flag in flags]),
-}
-"""By the key that has them."""
+FORMS = {"query_pre_attn_scalar": lambda scalar: scalar**-0.5, "num_ln_in_parallel_attn": lambda count: count == 1}
+"""Functions that read a value in another form than ours, by the key that has it."""
 
 
 def text_config(described: dict[str, Any], name: str) -> dict[str, Any]:
@@ -79,10 +60,7 @@ def text_config(described: dict[str, Any], name: str) -> dict[str, Any]:
         whole = ("tie_word_embeddings", *SPECIAL_IDS)  # the whole model's word counts in transformers
         described = {**dtype, **text, **{key: described[key] for key in whole if described.get(key) is not None}}
     if architecture not in FAMILIES:
-        reasons = [reason for reason, classes in UNSUPPORTED.items() if str(architecture).startswith(classes)]
-        reason = next(iter(reasons), REMOTE_CODE if "auto_map" in described else "")
-        because = reason and f": {reason}"
-        raise UserError(f"{name}: {architecture} is not supported{because}; supported: {', '.join(FAMILIES)}; {ROUTE}")
+        raise UserError(f"{name}: {architecture} is not supported; supported: {', '.join(FAMILIES)}; {ROUTE}")
     return {**described, "architectures": [architecture]}
 
 
@@ -95,16 +73,15 @@ def read_config(described: dict[str, Any], name: str, usual: Usual) -> dict[str,
         if described.get(key) and key not in family.own_keys.values():
             raise UserError(f"{name}: {reason} ({key}) are not supported")
     described = family.prepare(described)
-    keys = _keys(family, usual)
+    keys = {ours: key for ours, (key, _) in usual.items()} | family.own_keys
+    keys = {ours: key for ours, key in keys.items() if ours in SIZES or ours in family.defaults}
     found = {ours: described.get(key, family.defaults.get(ours)) for ours, key in keys.items()}
-    absent = ", ".join(key for ours, key in keys.items() if ours in SIZES and found[ours] is None)
-    if absent:
+    if absent := ", ".join(keys[ours] for ours in SIZES if found[ours] is None):
         raise UserError(f"{name}: config.json of a {architecture} has no {absent}")
-    lists = _layer_lists(described, family, found, keys)
     for ours, key in keys.items():
-        if key in FORMS and found[ours] is not None and ours not in lists:
-            found[ours] = FORMS[key].read(found[ours])
-    found |= lists
+        if key in FORMS and found[ours] is not None:
+            found[ours] = FORMS[key](found[ours])
+    found |= _layer_lists(described, family, found["n_layer"])
     found |= _rotary(described, family, found, name)
     activation = found["gelu_approximate"]
     known = {"silu": "none"} if family.constants.get("mlp_class", "LLaMAMLP").startswith("LLaMA") else GELUS
@@ -117,78 +94,54 @@ def read_config(described: dict[str, Any], name: str, usual: Usual) -> dict[str,
     return {"architecture": architecture, **told, **family.constants}
 
 
-def write_config(fields: dict[str, Any], usual: Usual) -> dict[str, Any]:
-    """Return the ``config.json`` of a ``Config``'s fields, the inverse of ``read_config``; for folders that have none.
-
-    Spelled as transformers 4 did (``rope_theta`` at the top): its later versions, vLLM and llama.cpp read that too.
-    """
-    family = FAMILIES[fields["architecture"]]
-    keys = _keys(family, usual)
-    told = {key: fields[ours] for ours, key in keys.items()}
-    for key in told.keys() & FORMS.keys():
-        told[key] = None if told[key] is None else FORMS[key].write(told[key])
-    likely = (family.defaults.get("gelu_approximate"), *GELUS)
-    gelu = next(name for name in likely if GELUS.get(name) == fields["gelu_approximate"])
-    told[keys["gelu_approximate"]] = "silu" if fields["mlp_class"].startswith("LLaMA") else gelu
-    scaling = fields["rope_scaling"] or {}
-    if before := {"dynamic": "max_position_embeddings", "longrope": ORIGINAL_LENGTH}.get(scaling.get("rope_type")):
-        told[before] = scaling[ORIGINAL_LENGTH]  # the class's own word for the context before scaling
-    if not family.windowed:
-        told["use_sliding_window"] = fields["sliding_window"] is not None
-    told |= {"rope_theta": fields["rope_base"], "vocab_size": fields["padded_vocab_size"]}
-    return {"architectures": [fields["architecture"]], "model_type": family.model_type, **family.written, **told}
-
-
-def _keys(family: Family, usual: Usual) -> dict[str, str]:
-    """Return the fields of ``Config`` that a ``config.json`` of this class tells, each with its key there."""
-    keys = {ours: key for ours, (key, _) in usual.items()} | family.own_keys
-    return {ours: key for ours, key in keys.items() if ours in SIZES or ours in family.defaults}
-
-
-def _layer_lists(
-    described: dict[str, Any], family: Family, found: dict[str, Any], keys: dict[str, str]
-) -> dict[str, Any]:
-    """Return what differs by layer, where the file does not list it: a rule of the class says which layers do."""
-    lists: dict[str, Any] = {}
-    layers = range(found["n_layer"])
-    for ours, key in (("sliding_layers", "sliding_window_pattern"), ("rope_layers", "no_rope_layer_interval")):
-        every = described.get(key) or family.defaults.get(ours)
-        if isinstance(every, int) and ours in keys and described.get(keys[ours]) is None:
-            lists[ours] = [(i + 1) % every != 0 for i in layers]
-    if not described.get("use_sliding_window", family.windowed):  # Qwen; its sliding_window says nothing without
-        return {**lists, "sliding_window": None, "sliding_layers": None}
-    if described.get("layer_types") is None and "rope_layers" in keys:  # SmolLM 3: the others see everything
-        lists["sliding_layers"] = [not rotates for rotates in lists.get("rope_layers") or found["rope_layers"]]
-    elif described.get("layer_types") is None and family.max_window_layers:
-        first = described.get("max_window_layers", family.max_window_layers)
-        lists["sliding_layers"] = [i >= first for i in layers]
-    return lists
+def _layer_lists(described: dict[str, Any], family: Family, n_layer: int) -> dict[str, Any]:
+    """Return the fields that differ by layer: as the file lists them, else by the rule of its class."""
+    layers, usual, windows = range(n_layer), family.defaults, None
+    rotates, types = described.get("no_rope_layers"), described.get("layer_types")
+    if "rope_layers" in usual:  # SmolLM 3, whose layers that rotate have no window
+        every = described.get("no_rope_layer_interval") or usual["rope_layers"]
+        rotates = rotates or [(i + 1) % every != 0 for i in layers]
+        windows = [not rotated for rotated in rotates]
+    elif family.windows_from:
+        first = described.get("max_window_layers", family.windows_from)
+        windows = [i >= first for i in layers]
+    elif every := described.get("sliding_window_pattern") or usual.get("sliding_layers"):
+        windows = [(i + 1) % every != 0 for i in layers]
+    lists = {"rope_layers": rotates, "sliding_layers": windows}
+    if not described.get("use_sliding_window", family.windows_from is None):
+        # Qwen's files name a window also where there is none
+        lists |= {"sliding_window": None, "sliding_layers": None}
+    elif types is not None:
+        if others := {*types} - {SLIDING, FULL}:
+            raise UserError(f"layers of type {', '.join(sorted(others))} are not supported")
+        lists["sliding_layers"] = [kind == SLIDING for kind in types]
+    return {ours: values for ours, values in lists.items() if ours in usual}
 
 
 def _rotary(described: dict[str, Any], family: Family, found: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the fields of the rotary embedding, and the context where scaling makes it longer."""
-    rope = dict(described.get("rope_parameters") or described.get("rope_scaling") or {})
-    local = rope.pop(SLIDING, None)
-    rope = dict(rope.pop(FULL, None) or rope or local or {})
-    rotary = {"local_rope_base": found.get("local_rope_base")}
-    for key, ours in (("rope_theta", "rope_base"), ("partial_rotary_factor", "rotary_percentage")):
-        rotary[ours] = rope.pop(key, found[ours])
+    told = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    whole, local = told.get(FULL), told.get(SLIDING)
+    rope = dict(whole or local or told)
+    base = rope.pop("rope_theta", found["rope_base"])
+    share = rope.pop("partial_rotary_factor", found["rotary_percentage"])
     older = rope.pop("type", "default")
     kind = rope.setdefault("rope_type", older)
     if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # words of the first Phi-3
         kind = rope["rope_type"] = "longrope"
+    # Vicuna's 16k models name the context before scaling first.
+    length = max(found["block_size"], described.get("max_sequence_length") or 0)
     if ORIGINAL_LENGTH in ROPE_SCALING.get(kind, ()):
         original = described.get(ORIGINAL_LENGTH) or rope.get(ORIGINAL_LENGTH) or found["block_size"]
         factor = rope.get("factor") or found["block_size"] / original
         rope |= {ORIGINAL_LENGTH: original, "factor": factor}
         if kind in ("dynamic", "yarn"):  # their max_position_embeddings may be of the time before scaling
-            rotary["block_size"] = max(found["block_size"], int(float(factor) * original))
-    rotary["rope_scaling"] = rope if kind != "default" else None
-    # Vicuna's 16k models name the context before scaling first.
-    rotary.setdefault("block_size", max(found["block_size"], described.get("max_sequence_length") or 0))
-    apart = local and local != (described.get("rope_parameters") or described["rope_scaling"]).get(FULL)
-    if apart or "local_rope_base" in family.defaults:
-        if (local or {}).get("rope_type", "default") != "default":
+            length = max(length, int(float(factor) * original))
+    local_base = None
+    if (local and local != whole) or "local_rope_base" in family.defaults:
+        if local and local.get("rope_type", "default") != "default":
             raise UserError(f"{name}: scaled rotary embeddings in layers with a window are not supported")
-        rotary["local_rope_base"] = (local or {}).get("rope_theta") or rotary["local_rope_base"] or rotary["rope_base"]
-    return rotary
+        local_base = (local or {}).get("rope_theta") or found.get("local_rope_base") or base
+    scaling = rope if kind != "default" else None
+    rotary = {"rope_base": base, "rotary_percentage": share, "rope_scaling": scaling, "local_rope_base": local_base}
+    return {**rotary, "block_size": length}

@@ -116,7 +116,8 @@ def lora_commands(base: str, folder: Path, *, name: str, rank: int, without: Con
     """
     limit = next((limit for limit in VLLM_RANKS if rank <= limit), None)
     flag = "--base" if Path(base).is_absolute() or Path(base).is_dir() else "--base-model-id"
-    served = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(limit), "--lora-modules", f"{name}={folder}"]
+    served = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(limit)]
+    served += ["--lora-modules", f"{name}={folder}"]
     commands = {
         "PEFT": f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
         "vLLM": shlex.join(served),

@@ -1,10 +1,10 @@
-"""Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder, with no other source.
+"""Turn a llama.cpp GGUF file (Llama, Qwen2, Qwen3) into a base-shaped folder.
 
 Weights are dequantized (what the quantization lost stays lost) and take Hugging Face's names, so that ``lit_gpt.hf``
 converts them like any checkpoint, tensor by tensor: memory holds a few tensors of the result, whatever the model's
-size. Of a model in several files any one may be named. The tokenizer is rebuilt from the metadata: a GGUF names its
-pre-tokenizer (``tokenizer.ggml.pre``) but does not hold it, so the table below holds those that are known here. The
-tokenizer's files, config.json and generation_config.json that the folder has already are the original's, and kept.
+size. Of a model in several files any one may be named. A tokenizer that is byte-level BPE is rebuilt from the
+metadata, where its pre-tokenizer, which a GGUF names and does not hold, is in the table below. The tokenizer's files,
+config.json and generation_config.json that the folder has already are the original's, and kept.
 
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \
         --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -13,9 +13,8 @@ tokenizer's files, config.json and generation_config.json that the folder has al
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy
@@ -31,20 +30,18 @@ from lit_gpt.cli import main
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import prepare_out_dir, settled_folder, staged_dir, write_json
-from lit_gpt.hf import hf_layout, write_lit
+from lit_gpt.hf import Stored, hf_layout, write_lit
 from lit_gpt.rope import scaled_frequencies
 
 # The classes that these architectures are of in transformers.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-FILES = (CONFIG, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 HF_ROUTE = "convert the original instead: `python scripts/download.py --repo_id ORG/NAME`"
 ROPE_FACTORS = "rope_freqs.weight"
-# Keys of config.json, and of the metadata behind the architecture's name.
-SIZES = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
-         "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
-         "num_attention_heads": "attention.head_count"}  # fmt: skip
-ROPE_SCALING = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
-SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+SPECIAL = {"bos": "ggml.bos_token_id", "eos": "ggml.eos_token_id", "pad": "ggml.padding_token_id"}
+UNKNOWN = {"unk": "ggml.unknown_token_id"}
+# Tokens that are matched before the text is split, and special but for the last kind.
+MATCHED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Pattern of Llama 3 (tiktoken's cl100k_base) and of Qwen, which differ in how many digits stand together.
 CL100K = (
@@ -61,13 +58,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def setup(
-    *,
-    gguf_path: Path,
-    checkpoint_dir: Path,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    overwrite: bool = False,
-) -> None:
+def setup(*, gguf_path: Path, checkpoint_dir: Path, dtype: Stored = "float32", overwrite: bool = False) -> None:
     """Convert a GGUF file for finetuning, chat and evaluation.
 
     Args:
@@ -77,22 +68,26 @@ def setup(
         overwrite: replace the model and the config.json that are already in checkpoint_dir.
     """
     checkpoint_dir = settled_folder(checkpoint_dir)
+    prepare_out_dir(checkpoint_dir, overwrite, names=(WEIGHTS, CONFIG))
     # With --overwrite the config.json is no longer the original's to keep
-    there = {name for name in {*FILES[1 + overwrite :], *TOKENIZERS} if (checkpoint_dir / name).is_file()}
-    kept = there | ({"tokenizer.json"} if there & {*TOKENIZERS} else set())
-    prepare_out_dir(checkpoint_dir, overwrite, names=sorted({WEIGHTS, *FILES} - kept))
+    kept = {name for name in (*FILES[overwrite:], *TOKENIZERS) if (checkpoint_dir / name).is_file()}
     metadata, tensors = read_gguf(gguf_path)
     with reading(gguf_path):
-        config = model_config(metadata, tensors, gguf_path, name=checkpoint_dir.resolve().name)
+        described = config_json(metadata, tensors, gguf_path)
+        config = Config.from_hf(described, name=checkpoint_dir.resolve().name)
         words = section(metadata, "tokenizer.")
-        files = {CONFIG: config.to_dict(), **model_files(words, config, dtype=dtype)}
-        if "tokenizer.json" not in kept:
+        ids = {f"{name}_token_id": words[key] for name, key in SPECIAL.items() if key in words}
+        # Llama 3 has several tokens that end an answer
+        ends = [words[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom") if f"ggml.{name}_token_id" in words]
+        generation = {**ids, "eos_token_id": list(dict.fromkeys(ends)) or None}
+        files = {"config.json": {**described, **ids, "torch_dtype": dtype}, "generation_config.json": generation}
+        if not kept & {*TOKENIZERS}:
             files |= tokenizer_files(words, config, gguf_path)
-    sources = hf_tensors(tensors, config)
-    stored = partial(torch.empty, dtype=getattr(torch, dtype), device="meta")
-    blanks = {name: stored(tensor.shape.tolist()[::-1]) for name, tensor in sources.items()}
+    sources, stored = hf_tensors(tensors, config), getattr(torch, dtype)
+    blanks = {name: torch.empty(t.shape.tolist()[::-1], dtype=stored, device="meta") for name, t in sources.items()}
     with staged_dir(checkpoint_dir, overwrite) as staging:
         write_lit(blanks, lambda name: dequantized(sources[name], blanks[name], config), config, staging / WEIGHTS)
+        write_json(staging / CONFIG, config.to_dict())
         for name in files.keys() - kept:
             write_json(staging / name, files[name])
     print(f"{config.name}: {len(tensors)} tensors of {gguf_path.name} -> {checkpoint_dir / WEIGHTS} in {dtype}")
@@ -110,11 +105,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     split = SPLIT_NAME.search(path.name)
     count = int(split[1]) if split else 1
     parts = [path.with_name(SPLIT_NAME.sub(f"-{i:05}-of-{count:05}.gguf", path.name)) for i in range(1, count + 1)]
-    missing = [str(part) for part in parts if not part.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} not found; a .gguf file was expected, of a model in parts all of them")
     metadata, tensors = dict[str, Any](), dict[str, Any]()
     for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} not found; a .gguf file was expected, of a model in parts all of them")
         with reading(part):
             reader = gguf.GGUFReader(part)
             metadata = {key: field.contents() for key, field in reader.fields.items()} | metadata
@@ -127,27 +121,26 @@ def section(metadata: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
 
 
-def model_config(metadata: dict[str, Any], tensors: dict[str, Any], path: Path, *, name: str) -> Config:
-    """Return the config that the model's ``config.json`` would give, from the metadata and the tensors' shapes."""
+def config_json(metadata: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the model's ``config.json``, from the metadata and the tensors' shapes."""
     kind = metadata.get("general.architecture")
     sizes = section(metadata, f"{kind}.")
     if kind not in ARCHITECTURES or sizes.get("expert_count", 0):
         what = f"GGUF architecture {kind}{' with experts' if kind in ARCHITECTURES else ''} is not supported"
         raise UserError(f"{path}: {what} ({', '.join(ARCHITECTURES)} are); {HF_ROUTE}")
-    described = {
-        "architectures": ARCHITECTURES[kind],
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        **{theirs: int(sizes[ours]) for theirs, ours in SIZES.items()},
-        "num_key_value_heads": sizes.get("attention.head_count_kv"),
-        "head_dim": sizes.get("attention.key_length", sizes.get("rope.dimension_count")),
-        "rms_norm_eps": shortest(sizes["attention.layer_norm_rms_epsilon"]),
-        "rope_theta": shortest(sizes.get("rope.freq_base", 10000.0)),
-        "rope_scaling": rope_scaling(sizes, tensors, path),
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    return Config.from_hf(described, name)
+    width, heads = int(sizes["embedding_length"]), int(sizes["attention.head_count"])
+    return dict(
+        architectures=[ARCHITECTURES[kind]], model_type=kind, hidden_act="silu",
+        vocab_size=int(tensors["token_embd.weight"].shape[1]), max_position_embeddings=int(sizes["context_length"]),
+        num_hidden_layers=int(sizes["block_count"]), num_attention_heads=heads,
+        hidden_size=width, intermediate_size=int(sizes["feed_forward_length"]),
+        num_key_value_heads=sizes.get("attention.head_count_kv", heads),
+        head_dim=sizes.get("attention.key_length", sizes.get("rope.dimension_count", width // heads)),
+        rms_norm_eps=shortest(sizes["attention.layer_norm_rms_epsilon"]),
+        rope_theta=shortest(sizes.get("rope.freq_base", 10000.0)), rope_scaling=rope_scaling(sizes, tensors, path),
+        attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+    )  # fmt: skip
 
 
 def shortest(number: float) -> float:
@@ -156,18 +149,16 @@ def shortest(number: float) -> float:
 
 
 def rope_scaling(sizes: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Return Hugging Face's ``rope_scaling``.
+    """Return Hugging Face's ``rope_scaling`` of Llama 3.1 and later; no other is read.
 
     A GGUF of Llama 3.1 and later holds no parameters of the scaling, only the divisor of each frequency. Their
     published parameters are tried, and taken where they give the same divisors.
     """
-    told = {"factor": sizes.get("rope.scale_linear")} | section(sizes, "rope.scaling.")  # the older key first
-    kind = told.pop("type", "linear") if told["factor"] else "none"
-    if kind != "none":
-        strange = ", ".join(told.keys() - {*ROPE_SCALING.values(), "finetuned"})
-        if strange:
-            raise UserError(f"{path}: {strange} of its {kind} rope scaling is not supported; {HF_ROUTE}")
-        return {"rope_type": kind, **{key: shortest(told[its]) for key, its in ROPE_SCALING.items() if its in told}}
+    factor, kind = sizes.get("rope.scaling.factor", sizes.get("rope.scale_linear", 1.0)), sizes.get("rope.scaling.type")
+    if factor not in (0.0, 1.0) and kind != "none":
+        raise UserError(
+            f"{path}: its rope scaling ({kind or 'linear'}, factor {factor:g}) is not read here; {HF_ROUTE}"
+        )
     if ROPE_FACTORS not in tensors:
         return None
     divisors = torch.from_numpy(tensors[ROPE_FACTORS].data.copy())
@@ -200,80 +191,39 @@ def dequantized(tensor: Any, blank: torch.Tensor, config: Config) -> torch.Tenso
     return values
 
 
-def special_ids(words: dict[str, Any]) -> dict[str, int]:
-    """Return the ids of the special tokens that the file names, by Hugging Face's names of the tokens."""
-    ids = {f"{name}_token": words.get(f"ggml.{key}_token_id") for name, key in SPECIAL.items()}
-    return {name: index for name, index in ids.items() if index is not None}
-
-
-def model_files(words: dict[str, Any], config: Config, *, dtype: str) -> dict[str, Any]:
-    """Return what config.json and generation_config.json hold."""
-    ids = {f"{name}_id": index for name, index in special_ids(words).items() if name != "unk_token"}
-    found = [words.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = [end for end in dict.fromkeys(found) if end is not None]  # Llama 3 has several
-    several = {"eos_token_id": ends} if len(ends) > 1 else {}
-    return {"config.json": {**config.to_hf(), **ids, "torch_dtype": dtype}, "generation_config.json": ids | several}
-
-
 def tokenizer_files(words: dict[str, Any], config: Config, path: Path) -> dict[str, Any]:
     """Return what tokenizer.json and tokenizer_config.json hold: vocabulary, merges and kinds of token are metadata.
 
     SmolLM2's tokenizer.json comes out as its original, which is how we know that its ids are the original's.
     """
-    kind, pre, types = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.token_type", [])
-    tokens = words.get("ggml.tokens", [])
+    model, pre, tokens = words.get("ggml.model"), words.get("ggml.pre"), words.get("ggml.tokens", [])
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{path}: tokenizer {model}/{pre} can't be rebuilt (gpt2/{', gpt2/'.join(PRE_TOKENIZERS)} "
+            "can); put the original's into --checkpoint_dir first: scripts/download.py --tokenizer_only true gets it"
+        )
+    types = dict(enumerate(words.get("ggml.token_type", [])))
     # llama.cpp fills up the rows that stand for no token with [PAD151669] and so on
-    unused = {f"[PAD{index}]" for index, type_ in enumerate(types) if type_ == TokenType.UNUSED}
+    unused = {f"[PAD{index}]" for index in types if types[index] == TokenType.UNUSED}
     vocabulary = {token: index for index, token in enumerate(tokens) if token not in unused}
-    if kind == "llama":
-        tokenizer = sentencepiece_tokenizer(words, vocabulary)
-    elif kind == "gpt2" and pre in PRE_TOKENIZERS:
-        merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-    else:
-        what = f"tokenizer {kind}/{pre} can't be rebuilt (llama and gpt2 with {', '.join(PRE_TOKENIZERS)} can)"
-        raise UserError(f"{path}: {what}; put the original's tokenizer.json into --checkpoint_dir first")
-    # Matched before the text is split, and special but for the last kind.
-    kinds = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-    matched = [(token, kind != kinds[-1]) for token, kind in zip(tokens, types, strict=False) if kind in kinds]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in matched])
-    named = {name: tokens[index] for name, index in special_ids(words).items()}
-    # Older files do not say it; llama.cpp takes BOS for granted in these, and the originals do.
-    adds = {"bos_token": kind == "llama" or pre == "llama-bpe", "eos_token": False}
-    bos, eos = ([named[name]] if words.get(f"ggml.add_{name}", usual) else [] for name, usual in adds.items())
-    if bos or eos:
-        ids = [(token, vocabulary[token]) for token in {*bos, *eos}]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
+    merges = [tuple(merge.split(" ")) for merge in words["ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Sequence(PRE_TOKENIZERS[pre]), decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    for token, index in vocabulary.items():
+        if (type_ := types.get(index)) in MATCHED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=type_ != TokenType.USER_DEFINED)])
+    named = {f"{name}_token": tokens[words[key]] for name, key in (SPECIAL | UNKNOWN).items() if key in words}
+    if words.get("ggml.add_bos_token", pre == "llama-bpe"):  # older files do not say it of Llama 3
+        bos = (named["bos_token"], words[SPECIAL["bos"]])
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos[0], "$A"], special_tokens=[bos])
     content = json.loads(tokenizer.to_str())
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]  # all versions read that
     # The class that takes tokenizer.json as it stands
     shown = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size, **named}
     shown |= {"clean_up_tokenization_spaces": False, "chat_template": words.get("chat_template")}
     return {"tokenizer.json": content, "tokenizer_config.json": shown}
-
-
-def sentencepiece_tokenizer(words: dict[str, Any], vocabulary: dict[str, int]) -> Tokenizer:
-    """Return a tokenizer that does what SentencePiece does with these pieces and scores.
-
-    SentencePiece joins the two neighbours that make the piece of the best score: any two, so each pair of pieces that
-    makes one is a merge.
-    """
-    scores, types, merges = words["ggml.scores"], words["ggml.token_type"], []
-    normal = [piece for piece, index in vocabulary.items() if types[index] == TokenType.NORMAL]
-    for piece in sorted(normal, key=lambda piece: -scores[vocabulary[piece]]):
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        known = [pair for pair in pairs if vocabulary.keys() >= {*pair}]
-        merges += sorted(known, key=lambda pair: [vocabulary[part] for part in pair])
-    unknown = words["ggml.tokens"][words.get("ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = words.get("ggml.add_space_prefix", True)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
-    return tokenizer
 
 
 if __name__ == "__main__":

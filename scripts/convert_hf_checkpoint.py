@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load, load_file
@@ -23,21 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from lit_gpt.checkpoint import CONFIG, WEIGHTS, hub_name, load_state
 from lit_gpt.cli import main
-from lit_gpt.config import Config, check_supported
+from lit_gpt.config import UNQUANTIZED, Config, check_supported
 from lit_gpt.errors import UserError, command, reading
 from lit_gpt.files import map_or_read, read_json, staged_dir, write_json
-from lit_gpt.hf import EMBEDDING, HEAD, State, check_unquantized_weights, hf_modules, write_lit
+from lit_gpt.hf import EMBEDDING, HEAD, State, Stored, hf_modules, write_lit
 
 NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_embed_tokens)\b")
 """The beginning of the names of what a multimodal model has beside its model of text."""
+BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
+"""Constants that older transformers wrote beside the weights, and that the model computes for itself."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def setup(
-    *,
-    checkpoint_dir: Path,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    model_name: str | None = None,
-) -> None:
+def setup(*, checkpoint_dir: Path, dtype: Stored | None = None, model_name: str | None = None) -> None:
     """Convert a Hugging Face checkpoint for finetuning, chat and evaluation.
 
     Args:
@@ -45,13 +42,15 @@ def setup(
         dtype: the type to store weights in; as they are when not given.
         model_name: the name to remember the model by; the folder's name when not given.
     """
-    files = weight_files(checkpoint_dir)
-    config = Config.from_hf(read_json(checkpoint_dir / "config.json"), name=model_name or checkpoint_dir.resolve().name)
-    weights = text_weights(files)
-    check_unquantized_weights(weights)
+    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
+    path = checkpoint_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
+    config = check_supported(read_json(path), model_name or checkpoint_dir.resolve().name)
+    weights = text_weights(weight_files(checkpoint_dir, again))
     config = settle_ties(weights, config)
     stored = getattr(torch, dtype) if dtype else None
-    blanks = {key: t.to("meta", stored if t.is_floating_point() else None) for key, t in weights.items()}
+    blanks = {key: tensor.to("meta", stored) for key, tensor in weights.items()}
     with staged_dir(checkpoint_dir, overwrite=True) as staging:
         lit = write_lit(blanks, weights.__getitem__, config, staging / WEIGHTS)
         write_json(staging / CONFIG, config.to_dict())
@@ -60,35 +59,29 @@ def setup(
     print(f"next: {command('chat/base.py', checkpoint_dir=checkpoint_dir)}")
 
 
-def weight_files(checkpoint_dir: Path) -> list[Path]:
+def weight_files(checkpoint_dir: Path, again: str) -> list[Path]:
     """Return the weights' files of a Hugging Face folder: the whole one, those an index names, or all of one kind.
 
     Raises:
-        FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
+        FileNotFoundError: no weights, or a shard is missing; ends in ``again``, the way to get them.
     """
-    again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
-    if not (checkpoint_dir / "config.json").is_file():
-        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
-    check_supported(read_json(checkpoint_dir / "config.json"), str(checkpoint_dir))
     for whole in (checkpoint_dir / "model.safetensors", checkpoint_dir / "pytorch_model.bin"):
-        index = whole.with_name(f"{whole.name}.index.json")
+        index = checkpoint_dir / f"{whole.name}.index.json"
         if whole.is_file():  # before an index, as in transformers
             if index.is_file():
                 print(f"note: {checkpoint_dir} holds {whole.name} and an index of shards; the whole file is read")
             return [whole]
         if index.is_file():
             with reading(index):
-                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
-                if outside:
+                shards = sorted({*read_json(index).get("weight_map", {}).values()})
+                if outside := [name for name in shards if Path(name).name != name]:
                     raise UserError(f"{index} names {outside[0]}, outside the folder: nothing is read there; {again}")
-                absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
+            absent = [name for name in shards if not (checkpoint_dir / name).is_file()]
             if absent or not shards:
                 raise FileNotFoundError(f"{index} names files that are not there ({', '.join(absent)}); {again}")
             return [checkpoint_dir / name for name in shards]
         # Not every *.safetensors: some repos hold the same weights twice (consolidated.safetensors), or an adapter's.
-        found = sorted(checkpoint_dir.glob(f"{whole.stem}*{whole.suffix}"))
-        if found:
+        if found := sorted(checkpoint_dir.glob(f"{whole.stem}*{whole.suffix}")):
             return found
     raise FileNotFoundError(f"{checkpoint_dir} has neither model*.safetensors nor pytorch_model*.bin; {again}")
 
@@ -113,14 +106,18 @@ def text_weights(files: Iterable[Path]) -> State:
     """Memory-map the weights of all files; of a model of more than text its text part, named as a model of text is.
 
     Raises:
-        ValueError: a file is corrupt, or two tensors have one name.
+        ValueError: a file is corrupt, two tensors have one name, or one is quantized, whatever config.json says.
     """
     weights, left_out = {}, Counter()
     for file in files:
         for name, tensor in read_weights(file).items():
+            if BUFFER.search(name):
+                continue
             if part := NOT_TEXT.match(name):
                 left_out[part[0]] += 1
                 continue
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{name} is {tensor.dtype}: the weights are quantized; {UNQUANTIZED}")
             name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
             if name in weights:
                 raise UserError(f"{file} holds {name}, which is there already: remove the files of an older upload")

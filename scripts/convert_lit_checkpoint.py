@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -25,7 +24,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import reading
 from lit_gpt.files import check_space, prepare_out_dir, read_json, staged_dir, write_json
 from lit_gpt.hf import EMBEDDING, HEAD, State, lit_to_hf
-from lit_gpt.hf_config import SPECIAL_IDS, text_config
+from lit_gpt.hf_config import text_config
 from lit_gpt.serving import model_commands, serving_notes, write_card
 from lit_gpt.tokenizer import list_answer_end
 
@@ -43,26 +42,25 @@ def setup(*, checkpoint_dir: Path, out_dir: Path, overwrite: bool = False) -> No
         overwrite: replace a model that is already in out_dir.
     """
     checkpoint.check_checkpoint_dir(checkpoint_dir)
-    names = ["config.json", *checkpoint.side_files(checkpoint_dir)]
-    out_dir = prepare_out_dir(out_dir, overwrite, names=names, source=checkpoint_dir)
-    config, path = checkpoint.load_config(checkpoint_dir), checkpoint_dir / "config.json"
-    described = text_config(read_json(path), config.name) if path.is_file() else None
-    weights = checkpoint.load_state(checkpoint_dir / checkpoint.WEIGHTS)
+    if not (checkpoint_dir / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint_dir} has no config.json; copy that of the base model there")
+    out_dir = prepare_out_dir(out_dir, overwrite, names=checkpoint.side_files(checkpoint_dir), source=checkpoint_dir)
+    config, weights = checkpoint.load_config(checkpoint_dir), checkpoint.load_state(checkpoint_dir / checkpoint.WEIGHTS)
+    described = text_config(read_json(checkpoint_dir / "config.json"), config.name)
+    theirs = Config.from_hf(described, name=config.name)
     with reading(checkpoint_dir / checkpoint.WEIGHTS):
-        if described is not None:
-            theirs = Config.from_hf(described, name=config.name)
-            weights = cut_padding(weights, config.vocab_size, theirs.vocab_size)
-            config = replace(theirs, tie_embeddings=config.tie_embeddings)
+        weights = cut_padding(weights, config.vocab_size, theirs.vocab_size)
         shared = weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()  # the original code's configs do not tell
-        if config.tie_embeddings or shared:
-            config = replace(config, tie_embeddings=torch.equal(weights[HEAD], weights[EMBEDDING]))
+        tied = (config.tie_embeddings or shared) and torch.equal(weights[HEAD], weights[EMBEDDING])
+    config = replace(theirs, tie_embeddings=tied)
     (hf_weights, make), dtype = lit_to_hf(weights, config), weights[EMBEDDING].dtype
+    dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
+    described |= {"tie_word_embeddings": tied, dtype_key: str(dtype).removeprefix("torch.")}
     with staged_dir(out_dir, overwrite) as staging:
         checkpoint.copy_side_files(checkpoint_dir, staging)
         (staging / checkpoint.CONFIG).unlink(missing_ok=True)  # it describes a lit_model.pth, and here is none
-        write_json(staging / "config.json", config_json(described, dtype, config, checkpoint_dir))
-        is_finetuned = (staging / checkpoint.PROMPT_STYLE).is_file()
-        style = checkpoint.load_prompt_style(staging) if is_finetuned else None
+        write_json(staging / "config.json", described)
+        style = checkpoint.load_prompt_style(staging) if (staging / checkpoint.PROMPT_STYLE).is_file() else None
         if style:
             list_answer_end(staging, style)
         notes = serving_notes(staging, style, dtype)
@@ -92,18 +90,6 @@ def cut_padding(weights: State, used: int, rows: int) -> State:
         return weights
     print(f"note: {found - rows} rows of padding are left out: config.json has a vocabulary of {rows}")
     return {key: t[:rows] if key in (HEAD, EMBEDDING, "lm_head.bias") else t for key, t in weights.items()}
-
-
-def config_json(described: dict[str, Any] | None, dtype: torch.dtype, config: Config, folder: Path) -> dict[str, Any]:
-    """Return the config.json with what merging may have changed: tied embeddings and the weights' type.
-
-    A folder that has none gets one, with the ids of special tokens that are in its generation_config.json.
-    """
-    if described is None:
-        generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-        described = config.to_hf() | {key: generation[key] for key in SPECIAL_IDS if key in generation}
-    dtype_key = "dtype" if "dtype" in described else "torch_dtype"  # transformers 5's spelling and every other's
-    return {**described, "tie_word_embeddings": config.tie_embeddings, dtype_key: str(dtype).removeprefix("torch.")}
 
 
 def write_weights(weights: State, make: Callable[[str], torch.Tensor], folder: Path) -> None:

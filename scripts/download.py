@@ -9,7 +9,6 @@ weights, one after the other, are appended to a part file here, and huggingface_
     python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf --from_safetensors true --access_token=<HF_TOKEN>
 """
 
-import difflib
 import fnmatch
 import json
 import os
@@ -24,21 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from lit_gpt.cli import Secret, main, one_line
 from lit_gpt.config import KNOWN_MODELS, check_supported
 from lit_gpt.errors import UserError, command, reading
-from lit_gpt.files import TEMPORARY, Progress, check_space
+from lit_gpt.files import TEMPORARY, Progress
 from lit_gpt.tokenizer_files import NAMES
 
+LISTED = "`python scripts/download.py` lists the known models"
 WEIGHTS = {True: "model*.safetensors", False: "pytorch_model*.bin"}
 
 
 def setup(
-    *,
-    repo_id: str | None = None,
-    from_safetensors: bool | None = None,
-    access_token: Secret | None = None,
-    checkpoint_dir: Path = Path("checkpoints"),
-    revision: str | None = None,
-    tokenizer_only: bool = False,
-) -> None:
+    *, repo_id: str | None = None, from_safetensors: bool | None = None, access_token: Secret | None = None,
+    checkpoint_dir: Path = Path("checkpoints"), revision: str | None = None, tokenizer_only: bool = False,
+) -> None:  # fmt: skip
     """Download a model from the Hugging Face Hub; without --repo_id, list the known models.
 
     Args:
@@ -53,24 +48,17 @@ def setup(
         print("\n".join(KNOWN_MODELS))
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME{nearest(repo_id)}")
+        raise UserError(f"--repo_id {repo_id} is not of the form ORG/NAME; {LISTED}")
     folder = checkpoint_dir / repo_id
     token = access_token.get_secret_value() if access_token is not None else os.environ.get("HF_TOKEN", "")
     token = token.strip()  # secret files end with a newline
     if not (token.isascii() and token.isprintable()):
         raise UserError("the access token holds characters that no token has; copy it again")
-    options = {"token": token or None, "revision": revision}
-    fetch(repo_id, folder, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only, **options)
+    which = {"from_safetensors": from_safetensors, "tokenizer_only": tokenizer_only}
+    fetch(repo_id, folder, token=token or None, revision=revision, **which)
     print(f"{repo_id} -> {folder}")
     if not tokenizer_only:
         print(f"next: {command('scripts/convert_hf_checkpoint.py', checkpoint_dir=folder)}")
-
-
-def nearest(repo_id: str) -> str:
-    """Return the known names that look like ``repo_id``, as the end of a message."""
-    lowered = {name.lower(): name for name in KNOWN_MODELS}
-    found = difflib.get_close_matches(repo_id.lower(), lowered, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(lowered[name] for name in found)}?" if found else ""
 
 
 def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | None, tokenizer_only: bool) -> list[str]:
@@ -98,15 +86,15 @@ def wanted_files(names: list[str], repo_id: str, *, from_safetensors: bool | Non
     return beside + ([whole] if whole in names else have[kind] + fnmatch.filter(names, f"{whole}.index.json"))
 
 
-def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenizer_only: bool, **options: Any) -> None:
+def fetch(repo_id: str, folder: Path, *, token: str | None, revision: str | None, **which: Any) -> None:
     """Download a repo's files into ``folder``.
 
     Args:
         repo_id: ORG/NAME.
         folder: where they go.
-        from_safetensors: which format, None for whichever there is.
-        tokenizer_only: leave the weights out.
-        options: ``token`` and ``revision``, as huggingface_hub takes them.
+        token: for the Hub.
+        revision: as huggingface_hub takes it.
+        which: the options of ``wanted_files``.
 
     Raises:
         OSError, ValueError: one line on what went wrong and what to do.
@@ -115,62 +103,50 @@ def fetch(repo_id: str, folder: Path, *, from_safetensors: bool | None, tokenize
 
     # huggingface_hub's HTTP library changes with its version; its connection errors are not OSErrors.
     transport = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    failures = (OSError, errors.HFValidationError, json.JSONDecodeError, *transport)
     try:
-        info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, **options)
-        here = options | {"revision": info.sha}  # all files of one commit
+        info = HfApi().model_info(repo_id, timeout=30, files_metadata=True, token=token, revision=revision)
+        here = {"token": token, "revision": info.sha}  # all files of one commit
         files = {file.rfilename: file for file in info.siblings or []}
-        names = wanted_files([*files], repo_id, from_safetensors=from_safetensors, tokenizer_only=tokenizer_only)
-        if not tokenizer_only:
+        names = wanted_files([*files], repo_id, **which)
+        if not which["tokenizer_only"]:
             origins = [tag.rpartition(":")[2] for tag in info.tags or [] if tag.startswith("base_model:quantized:")]
             with tempfile.TemporaryDirectory() as aside:  # fetched alone: what cannot be converted leaves nothing
                 described = Path(hf_hub_download(repo_id, "config.json", local_dir=aside, **here)).read_bytes()
             with reading(f"config.json of {repo_id}"):
                 check_supported(json.loads(described), " made of ".join([repo_id, *origins]))
         folder.mkdir(parents=True, exist_ok=True)
-        large = [files[name] for name in names if files[name].lfs and not (folder / name).exists()]
-        parts = {part_file(file, folder): file for file in large}
-        check_space(folder, sum(file.size - part.stat().st_size for part, file in parts.items()))
-        for part, file in parts.items():
-            fetch_rest(part, file, hf_hub_url(repo_id, file.rfilename, revision=info.sha), options["token"])
+        for name in names:
+            if files[name].lfs and not (folder / name).exists():
+                fetch_rest(files[name], folder, hf_hub_url(repo_id, name, revision=info.sha), token)
         snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
-    except failures as error:
+    except (OSError, errors.HFValidationError, json.JSONDecodeError, *transport) as error:
         if getattr(error, "errno", None):  # the disk's or the network's, which says all by itself
             raise
-        raise OSError(explanation(error, repo_id, folder, has_token=bool(options["token"]))) from error
+        raise OSError(explanation(error, repo_id, folder)) from error
 
 
-def part_file(file: Any, folder: Path) -> Path:
-    """Return where a large file is put together, which may hold some of it; parts of another version are removed."""
-    part = folder / f"{TEMPORARY}{file.rfilename}.{file.lfs.sha256}"
-    for found in folder.glob(f"{TEMPORARY}{file.rfilename}.*"):
-        if found != part or found.stat().st_size > file.size:
-            found.unlink()
-    part.touch()
-    return part
-
-
-def fetch_rest(part: Path, file: Any, url: str, token: str | None) -> None:
-    """Append to a part what is missing of its file, and rename it when it is complete."""
+def fetch_rest(file: Any, folder: Path, url: str, token: str | None) -> None:
+    """Append what is missing of a large file to the part that an earlier download left, and rename it when complete."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    done, headers = part.stat().st_size, build_hf_headers(token=token)
-    with Progress(desc=file.rfilename, total=file.size, initial=done, unit="B") as bar, part.open("ab") as target:
-        http_get(url, target, resume_size=done, headers=headers, expected_size=file.size, _tqdm_bar=bar)
-    part.replace(part.with_name(file.rfilename))
+    part, headers = folder / f"{TEMPORARY}{file.rfilename}.{file.lfs.sha256}", build_hf_headers(token=token)
+    with part.open("ab") as target:
+        done = target.tell()
+        with Progress(desc=file.rfilename, total=file.size, initial=done, unit="B") as bar:
+            http_get(url, target, resume_size=done, headers=headers, expected_size=file.size, _tqdm_bar=bar)
+    part.replace(folder / file.rfilename)
 
 
-def explanation(error: Exception, repo_id: str, folder: Path, *, has_token: bool) -> str:
+def explanation(error: Exception, repo_id: str, folder: Path) -> str:
     """Return one line on what went wrong, mostly in huggingface_hub's words, and what to do."""
     from huggingface_hub import errors
 
+    access = "--access_token=<HF_TOKEN> or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        access = "your token has no access" if has_token else "give --access_token=<HF_TOKEN> or set HF_TOKEN"
-        return f"{repo_id} is gated: accept its licence on its page on the Hub; {access}"
+        return f"{repo_id} is gated: accept its licence on its page on the Hub, and give your account's {access}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        private = "" if has_token else " (or it is private: give --access_token=<HF_TOKEN>)"
-        return f"{repo_id} was not found on the Hub{private}{nearest(repo_id)}"
+        return f"{repo_id} was not found on the Hub (or it is private: give {access}); {LISTED}"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return (
         f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): clear that up and run the "

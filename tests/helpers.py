@@ -30,7 +30,7 @@ from lit_gpt import GPT, Config, encoding
 from lit_gpt.adapter import TARGETS, adapter_parameters, mark_only_adapter_as_trainable
 from lit_gpt.adapter_files import KINDS, load_adapter, save_adapter
 from lit_gpt.batches import Batching
-from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
+from lit_gpt.checkpoint import fingerprint, load_config, load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import Sample, length, prepare
 from lit_gpt.errors import UserError
@@ -292,6 +292,20 @@ def write_folder(folder: Path, model: GPT, tokenizer_dir: Path) -> Path:
     save_state(model.state_dict(), folder / "lit_model.pth")
     write_json(folder / "lit_config.json", model.config.to_dict())
     return folder
+
+
+def write_llama_config(folder: Path) -> None:
+    """Write the config.json of a base-shaped folder whose model is a Llama, for what goes back to Hugging Face."""
+    config = load_config(folder)
+    described = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=config.padded_vocab_size,
+        max_position_embeddings=config.block_size, hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
+        intermediate_size=config.intermediate_size, num_attention_heads=config.n_head, head_dim=config.head_size,
+        num_key_value_heads=config.n_query_groups, rms_norm_eps=config.norm_eps, rope_theta=config.rope_base,
+        attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias, tie_word_embeddings=config.tie_embeddings,
+    )  # fmt: skip
+    assert Config.from_hf(described, config.name) == config
+    write_json(folder / "config.json", described)
 
 
 def write_base(folder: Path, tokenizer_dir: Path, **overrides) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, edit_json, refusal, script, write_base, write_bpe_tokenizer
+from helpers import QUICK, edit_json, refusal, script, write_base, write_bpe_tokenizer, write_llama_config
 
 from lit_gpt.cli import main
 from lit_gpt.data import load_split, prepare
@@ -119,6 +119,7 @@ def ends_elsewhere(base) -> Path:
 
 def test_the_end_of_a_turn_is_listed_in_what_finetuning_merging_and_converting_write(ends_elsewhere, tmp_path, capsys):
     """transformers and vLLM never stopped: the base's generation_config.json said its EOS alone."""
+    write_llama_config(ends_elsewhere)
     chat, alpaca = make_data(ends_elsewhere, CHAT, "chat"), make_data(ends_elsewhere, ROWS, "alpaca")
     for data, ends in ((chat, [0, 2]), (alpaca, 0)):
         out = tmp_path / f"run-{data.name}"

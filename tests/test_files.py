@@ -22,6 +22,7 @@ from helpers import (
     script,
     train,
     unfinished,
+    write_llama_config,
 )
 from hf_models import save
 
@@ -318,6 +319,7 @@ def test_full_finetuning_merging_and_converting_without_them(work, tmp_path, bpe
     refuse_all(monkeypatch, errno.ENOTSUP)
     train(work, "full", tmp_path / "run", "--train.save_interval", "3")
     assert (tmp_path / "run" / "checkpoints" / "step-000006" / "final" / "lit_model.pth").is_file()
+    write_llama_config(tmp_path / "run" / "final")
     convert_lit_checkpoint.setup(checkpoint_dir=tmp_path / "run" / "final", out_dir=tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     export_adapter(make_adapter(tmp_path, "llama_tied_gqa", bpe_dir, Htype="ether"))

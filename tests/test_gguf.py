@@ -18,7 +18,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from helpers import CHATML, ROOT, sample_text, write_spm_tokenizer
+from helpers import CHATML, ROOT
 from hf_models import LLAMA3_ROPE, build
 from tokenizers import Tokenizer
 
@@ -171,7 +171,7 @@ def tiny(case: str = "llama_tied_gqa", **fields):
 
 
 CASES = (
-    *("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases", "llama_linear_rope"),
+    *("llama", "llama_tied_gqa", "llama_mqa_odd_head", "llama_biases"),
     *("qwen2", "qwen2_tied", "qwen3", "qwen3_biases_tied"),
 )
 
@@ -324,33 +324,6 @@ def test_rows_that_stand_for_no_token_are_left_out_of_the_vocabulary(tmp_path, b
     assert rebuilt.encode("e\u0301").ids == rebuilt.encode("\u00e9").ids  # Qwen composes characters
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(prefix, tmp_path):
-    from sentencepiece import SentencePieceProcessor
-
-    from lit_gpt.tokenizer import Tokenizer
-
-    write_spm_tokenizer(tmp_path / "spm", add_dummy_prefix=prefix)
-    processor = SentencePieceProcessor(model_file=str(tmp_path / "spm" / "tokenizer.model"))
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    pieces = range(processor.get_piece_size())
-    kinds = [6 if processor.is_byte(i) else 3 if processor.is_control(i) else 1 for i in pieces]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([processor.id_to_piece(i) for i in pieces])
-    writer.add_token_scores([processor.get_score(i) for i in pieces])
-    writer.add_token_types([2, *kinds[1:]])
-    for name, index in (("unk", 0), ("bos", 1), ("eos", 2)):
-        getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_space_prefix(prefix)
-    write_gguf(tmp_path / "m.gguf", tiny(), writer=writer)
-    ours = Tokenizer(convert(tmp_path / "m.gguf", tmp_path / "out"))
-    for text in (*TEXTS.values(), *sample_text(30, seed=2), "", " a", "   a  ", "\n", "a\n\n b"):
-        text = text.replace("<|endoftext|>", "")
-        assert ours.encode(text) == [1, *processor.encode(text)], text
-        assert ours.decode(ours.encode(text)) == text
-    assert ours.encode("<s>a</s>", bos=False) == [1, *processor.encode("a"), 2]
-
-
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
 def test_other_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path, bpe_dir):
     """transformers keeps a table of its own; only SmolLM's rule is missing from it."""
@@ -379,6 +352,12 @@ def changed_tokenizer(writer_options: dict, **more):
     return lambda path, bpe_dir: write_gguf(path, tiny(), tokenizer_dir=bpe_dir, **writer_options, **more)
 
 
+def sentencepiece(path: Path, bpe_dir: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    write_gguf(path, tiny(), writer=writer)
+
+
 def cut(share: float):
     def write(path: Path, bpe_dir: Path) -> None:
         write_gguf(path, tiny(), tokenizer_dir=bpe_dir)
@@ -402,14 +381,22 @@ REFUSALS = {
         "architecture gemma is not supported .llama, qwen2, qwen3 are.*download.py",
     ),
     "experts": (changed_tokenizer({"expert_count": 8}), "llama with experts is not supported"),
-    "rope scaling": (
-        changed_tokenizer(
-            {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0},
-            rope_scaling_yarn_log_mul=0.5,
-        ),
-        "yarn_log_multiplier of its yarn rope scaling is not supported",
+    "linear scaling": (
+        lambda path, bpe_dir: write_gguf(path, tiny("llama_linear_rope"), tokenizer_dir=bpe_dir),
+        "its rope scaling .linear, factor 4. is not read here; convert the original instead",
     ),
-    "no tokenizer": (lambda path, bpe_dir: write_gguf(path, tiny()), "None/None can't be rebuilt.*tokenizer.json"),
+    "YaRN": (
+        changed_tokenizer({"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 2.0}),
+        "its rope scaling .yarn, factor 2. is not read here",
+    ),
+    "no tokenizer": (
+        lambda path, bpe_dir: write_gguf(path, tiny()),
+        "None/None can't be rebuilt.*--tokenizer_only",
+    ),
+    "SentencePiece": (
+        sentencepiece,
+        "tokenizer llama/None can't be rebuilt .gpt2/smollm, .*--tokenizer_only",
+    ),
     "a merge of no token": (changed_tokenizer({"merges": ["\u0120 nowhere"]}), "m.gguf does not hold .*vocabulary"),
     "a word for a size": (changed_tokenizer({"head_count": "x"}), "m.gguf does not hold"),
     "a token beyond": (changed_tokenizer({"unk_token_id": 10**6}), "m.gguf does not hold"),

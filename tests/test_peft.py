@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import peft_matrix as matrix
 import pytest
 import torch
 import transformers
-from helpers import ROOT, dense, losses_of, make_adapter, refusal, relative, script, train
+from helpers import ROOT, dense, losses_of, make_adapter, refusal, relative, script, train, write_llama_config
 from huggingface_hub import ModelCard
 from peft_matrix import adapted, build, disturb, logits
 from safetensors.torch import load_file, save_file
@@ -653,7 +654,9 @@ def test_a_lora_is_the_same_function_of_one_rank(name, method, tmp_path):
 def hf_work(work, tmp_path_factory):
     """A folder with the tiny base as Hugging Face's, and one start of an adapter as a PEFT folder and as our file."""
     made = tmp_path_factory.mktemp("hf")
-    script("scripts/convert_lit_checkpoint.py")(checkpoint_dir=work / "base", out_dir=made / "base")
+    shutil.copytree(work / "base", made / "lit_base")
+    write_llama_config(made / "lit_base")
+    script("scripts/convert_lit_checkpoint.py")(checkpoint_dir=made / "lit_base", out_dir=made / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32)
     config = EtherPeftConfig(n=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(made / "start")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, command, losses_of, refusal, save_samples, script, train, write_base
+from helpers import ROOT, command, losses_of, refusal, save_samples, script, train, write_base, write_llama_config
 
 from lit_gpt.adapter import adapter_parameters
 from lit_gpt.adapter_files import load_adapted_model, load_adapter, save_adapter
@@ -151,7 +151,8 @@ def test_lora_loses_as_peft_loses(work, tmp_path):
     """Same start, rows, order and schedule: our loop on our model against PEFT on transformers, fp32."""
     from peft_oracle import peft_losses
 
-    base = work / "base"
+    base = Path(shutil.copytree(work / "base", tmp_path / "base"))
+    write_llama_config(base)
     spec = importlib.util.spec_from_file_location("to_hf", ROOT / "scripts" / "convert_lit_checkpoint.py")
     to_hf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(to_hf)
