@@ -66,7 +66,7 @@ def prepare(
         checkpoint_dir: the model's folder, whose tokenizer encodes the data.
         prompt_style: a name of lit_gpt/prompts.py, alpaca by default; or chat, the model's template, as of messages.
         test_split_fraction: the share of rows that are held out for validation, drawn by seed. Rows of another file
-            are prepared into a folder of their own, for --io.val_data_dir.
+            are prepared into a folder of their own, for --io.val_data_dir, with a share of 0.999: all rows but one.
         mask_inputs: learn the response alone, not the prompt. Of messages only the assistant's turns are learned.
         max_seq_length: samples are cut to this many tokens; by default the model's context.
         seed: draws the held-out rows.
@@ -150,8 +150,8 @@ def _select(settings: dict, samples: Samples) -> tuple[Samples, Samples]:
 
 
 def draw(rows: Sequence[int], fraction: float, *, seed: int) -> set[int]:
-    """Return a share of the rows, at least one, drawn by `seed`."""
-    n_drawn = min(len(rows), max(1, round(len(rows) * fraction)))
+    """Return a share of the rows, drawn by `seed`: at least one, and of several not all."""
+    n_drawn = max(min(len(rows), 1), min(len(rows) - 1, round(len(rows) * fraction)))
     return {rows[i] for i in random.Random(seed).sample(range(len(rows)), n_drawn)}
 
 

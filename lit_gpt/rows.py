@@ -154,7 +154,7 @@ def _read_json(source: Path | str, lines: Iterable[str]) -> list:
     """Return the items of a JSON list."""
     try:
         rows = json.loads("".join(lines), object_pairs_hook=_object)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{source} is not valid JSON, or cut short: {error}{hint}") from error
     if not isinstance(rows, list):
@@ -168,7 +168,7 @@ def _read_jsonl(source: Path | str, lines: Iterable[str]) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line, object_pairs_hook=_object)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield UserError(f"line {number} is not valid JSON: {error}")
 
 
@@ -218,7 +218,7 @@ def _check_conversation(row: object) -> dict[str, list[dict]]:
 
 
 def _check_message(where: str, message: object) -> dict:
-    """Return a message with role and content, those of ShareGPT's from and value too."""
+    """Return a message with role and content, of ShareGPT's from and value too; parts of text become one."""
     if isinstance(message, UserError):
         raise UserError(f"{where}: {message}")
     if not isinstance(message, dict):
@@ -227,8 +227,10 @@ def _check_message(where: str, message: object) -> dict:
     if "from" in message and "role" not in message:
         role = message["from"]
         message = {**message, "role": SHAREGPT.get(str(role), role), "content": message.get("value")}
+    if isinstance(message.get("content"), list) and all(map(_is_text, message["content"])):
+        message = {**message, "content": "".join(part["text"] for part in message["content"])}
     if not isinstance(message.get("content"), str):
-        raise UserError(f"{where} has no text under content, expected a string")
+        raise UserError(f"{where} has no text under content, expected a string or parts of text")
     if message.get("role") not in ROLES:
         raise UserError(f"{where} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
     for key, value in message.items():
@@ -237,6 +239,11 @@ def _check_message(where: str, message: object) -> dict:
         if isinstance(value, str):
             _check_text(f"{where}, {key}", value)
     return message
+
+
+def _is_text(part: object) -> bool:
+    """Return True for a part of a message's content, as OpenAI writes it, that is a text."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _refuse(where: str, holder: Mapping, keys: Collection[str], why: str) -> None:

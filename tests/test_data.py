@@ -130,8 +130,9 @@ def test_a_mapped_field_must_occur_and_two_take_no_column_together(tmp_path):
     assert read(path, {"input": "system"}) == [{"instruction": "d", "input": "f", "output": "e"}]
 
 
-def test_sharegpts_names_are_read(tmp_path):
-    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a b"},
+def test_parts_of_text_and_sharegpts_names_are_read(tmp_path):
+    parts = [{"type": "text", "text": text} for text in ("a", " b")]
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": parts},
                              {"from": "gpt", "value": "c", "weight": 0}]}  # fmt: skip
     (found,) = read(write(tmp_path / "d.json", [row]))
     assert [(m["role"], m["content"]) for m in found["messages"]] == [
@@ -187,6 +188,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         ),
         ("d.json", '[{"messages": [{"role": "user", "content": "a"}]}, {"output": ""}]', "row 2: has no messages"),
         ("d.json", '[{"instruction": "a", "output": ""}] [', "not valid JSON, or cut short: Extra data: line 1"),
+        ("d.json", "[" * 100_000, "not valid JSON, or cut short"),
+        ("d.jsonl", "[" * 100_000, "row 1: line 1 is not valid JSON"),
         ("d.json", '[{"instruction": "a", "output": "", "output": "b"}]', "row 1: the key 'output' stands twice"),
         ("d.jsonl", '{"instruction": "a", "output": "\\ud83d"}', r"row 1: output holds half a character \(U\+D83D at"),
         ("d.csv", "instruction,output\nhi,Hello, you\n", "row 1: 3 fields, the header has 2; quote a text that holds"),
@@ -220,8 +223,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
         (
             "d.json",
             '[{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}]',
-            "row 1: message 1 has no text under content, expected a string",
+            "row 1: message 1 has no text under content, expected a string or parts of text",
         ),
+        ("d.json", '[{"messages": [{"role": "user", "content": ["a"]}]}]', "has no text under content"),
         ("d.json", '[{"conversations": [{"from": "tool", "value": "a"}]}]', "has the role 'tool', expected system"),
         ("d.json", '[{"conversations": [{"from": [], "value": 1}]}]', "message 1 has no text under content"),
         ("d.json", str([*range(25)]), r"row 1, row 2, .*, row 10 and 15 more: is a int[^;]*$"),
@@ -401,6 +405,7 @@ def test_the_held_out_rows_follow_from_the_seed():
     assert len(drawn) == 4 and drawn <= set(rows)
     assert draw(rows, 0.04, seed=1) == drawn != draw(rows, 0.04, seed=2)
     assert [len(draw(range(n), 0.04, seed=1)) for n in (5, 1)] == [1, 1]
+    assert len(draw(range(300), 0.999, seed=1)) == 299
 
 
 def test_holding_rows_out_keeps_the_order_and_all_samples_of_a_row_together():
