@@ -69,9 +69,7 @@ def evaluate(
     use_cache: Path | str | None = None,
     tracker: EvaluationTracker | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model in memory.
-
-    The model is in evaluation mode meanwhile, and as it was afterwards; global random states are left alone.
+    """Evaluate a model in memory, which is in evaluation mode meanwhile; global random states are left alone.
 
     Args:
         model: with or without an adapter.
@@ -91,9 +89,8 @@ def evaluate(
         tracker: the harness's, which can write them.
 
     Returns:
-        The harness's results, of plain types: ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``),
-        ``groups``, ``versions``, ``n-samples``, ``samples`` and so on. Added are ``requests`` and ``truncated``, counts
-        of this call's, and ``seconds``. Empty in all but the first of several processes.
+        The harness's results, of plain types: ``results`` (by task, keys like ``acc,none`` and ``acc_stderr,none``) and
+        all else; ``requests`` and ``truncated``, counts of this call's, and ``seconds``. Empty in other processes.
     """
     if not isinstance(tasks, dict):
         tasks = load_tasks(tasks, data_dir=data_dir, include_path=include_path, run_code=confirm_run_unsafe_code)

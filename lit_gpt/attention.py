@@ -96,7 +96,7 @@ class KVCache:
 
 
 class AttentionContext:
-    """What attention needs beside its input: who sees whom, and the positions; made once a pass for a kind of layer.
+    """The input of attention beside x: who sees whom, and the positions; made once a pass for a kind of layer.
 
     Each row is one sequence. Or the only row is packed with trees, one after another along T: each a trunk, and
     branches that continue it and do not see one another. Training's samples are trunks alone, evaluation's trees are

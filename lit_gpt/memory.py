@@ -30,7 +30,7 @@ REMEDIES = (
     "lower --train.micro_batch_size or give --train.activation_checkpointing true (the result stays the same), or take "
     "--precision bf16-true, under an adapter --quantize bnb.nf4, or data prepared with a smaller --max_seq_length"
 )
-"""What takes less memory, in words."""
+"""Ways to take less memory, in words."""
 _working: dict[str, int] = {}
 """Bytes that a step works with, by all that they follow from: the runs of a sweep are a few such cases."""
 

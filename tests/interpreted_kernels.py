@@ -137,7 +137,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_operators_on_tensors_without_data_return_what_they_return_on_others():
-    """What torch.compile and the estimate of a step's memory rely on: shapes, strides, no aliases."""
+    """Check shapes, strides and that there are no aliases: torch.compile and the memory estimate rely on them."""
     x, u, v = (t.detach() for t in inputs(2, 3, torch.bfloat16, vectors=2, lead=(2, 3)))
     turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     for saved, save_output in ((x, False), (turned, True)):

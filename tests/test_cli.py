@@ -1,4 +1,4 @@
-"""What a person sees of an error: one line for what can be cured, a traceback for our own bugs; and pasted commands."""
+"""Errors as a person sees them: one line for what can be cured, a traceback for our own bugs; and pasted commands."""
 
 import json
 import re

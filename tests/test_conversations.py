@@ -1,4 +1,4 @@
-"""What is learned of conversations, judged by transformers: its rendering and ids, for templates of every kind met.
+"""Parts of conversations that are learned, judged by transformers: its rendering and ids, for all kinds of templates.
 
 Each template here is small and ours; what it does is what templates of real families do.
 """
@@ -178,7 +178,7 @@ def test_an_answer_is_learned_behind_what_chat_sends_with_its_end(folders, token
 
 
 def learned_texts(tokenizer, messages):
-    """What is learned of each answer, as text."""
+    """Return the part of each answer that is learned, as text."""
     return [
         tokenizer.decode(sample["input_ids"][begin:end], skip_special=False)
         for sample in encode(tokenizer, messages)
@@ -210,7 +210,7 @@ def test_a_greeting_before_the_first_question_is_not_learned(folders):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_right_behind_another_is_refused_unless_it_is_marked(folders, name):
-    """What the template writes between the two was learned, a stop among it."""
+    """The template's text between the two was learned, a stop among it."""
     ours, _ = load(folders["bpe"], TEMPLATES[name][0])
     second = {"role": "assistant", "content": "It is old."}
     twice = [SYSTEM, *TALK[:2], second, *TALK[2:]]

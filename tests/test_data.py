@@ -97,7 +97,7 @@ def encode(tokenizer, rows, **options):
 
 
 def targets_text(tokenizer, sample):
-    """What is learned, as text."""
+    """Return the part that is learned, as text."""
     return tokenizer.decode(sample["labels"][sample["labels"] != IGNORE_INDEX], skip_special=False)
 
 

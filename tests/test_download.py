@@ -351,7 +351,7 @@ LOCAL = {
 
 @pytest.mark.parametrize("case", LOCAL)
 def test_a_fault_of_this_machine_is_told_as_it_is(case, endpoint, tmp_path):
-    """Whatever huggingface_hub raises in the middle of a download; a file in the way is a real one."""
+    """Errors that huggingface_hub raises in the middle of a download; a file in the way is a real one."""
     error, message = LOCAL[case]
     (tmp_path / "sitecustomize.py").write_text(BROKEN_HUB)
     if not error:

@@ -1,4 +1,4 @@
-"""What a step costs: DESIGN's numbers for Llama-2-7B, and that the counts are those of whole models and real tensors.
+"""The cost of a step: DESIGN's numbers for Llama-2-7B, and that the counts are those of whole models and real tensors.
 
 Times are never asserted.
 """

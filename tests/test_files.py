@@ -1,4 +1,4 @@
-"""What is written and what is never lost: a user's own files, and ours on file systems that refuse a service."""
+"""Files that are never lost: a user's own, and ours on file systems that refuse a service."""
 
 import errno
 import fcntl
@@ -47,7 +47,7 @@ from scripts import convert_lit_checkpoint, export_lora
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> None:
-    """What was said once may be said again."""
+    """Let texts that were said once be said again."""
     say_once.cache_clear()
 
 

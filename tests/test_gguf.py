@@ -58,7 +58,7 @@ def gguf_name(key: str) -> str:
 
 
 def permuted(rows: torch.Tensor, n_head: int) -> torch.Tensor:
-    """What llama.cpp's converter does to q and k: row (half, j) of a head becomes row (j, half)."""
+    """Order q and k as llama.cpp's converter does: row (half, j) of a head becomes row (j, half)."""
     return rows.reshape(n_head, 2, len(rows) // n_head // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

@@ -80,7 +80,7 @@ def merge(base: Path, path: Path, kind: str, *more: str) -> Path:
 
 
 def merged_in_memory(base: Path, path: Path, kind: str, precision: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """What merging the whole model in fp32 and casting it gives, and the model's config."""
+    """Merge the whole model in fp32 and cast it; return the weights and the model's config."""
     model = load_model(base)
     attach_adapter(model, load_adapter(path, kind))
     merge_adapter_weights(model)
@@ -90,7 +90,7 @@ def merged_in_memory(base: Path, path: Path, kind: str, precision: str) -> tuple
 
 
 def storages(state: dict[str, torch.Tensor]) -> int:
-    """How many different storages hold the tensors."""
+    """Count the storages that hold the tensors."""
     return len({tensor.untyped_storage().data_ptr() for tensor in state.values()})
 
 
@@ -251,7 +251,7 @@ FAULTS = {  # before the adapter is written; what it is filled with; after; what
 
 
 def left(folder: Path) -> set[str]:
-    """What lies in a folder, hidden or not."""
+    """Return the names in a folder, hidden ones too."""
     return {path.name for path in folder.iterdir()} - {"base", "adapter.pth"}
 
 

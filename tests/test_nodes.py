@@ -57,7 +57,7 @@ class Agent(Training):
 
 
 def torchrun(flags: list[str], log: Path) -> None:
-    """What an agent's process does."""
+    """Run as an agent's process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -74,7 +74,7 @@ def agents(work, out: Path, *more: str) -> list[Agent]:
 
 
 def node_process(cwd: Path, patience: float, *arguments) -> None:
-    """What a process of a machine of its own does: in its own folder, with so many seconds of patience."""
+    """Run as a process of a machine of its own: in its own folder, with so many seconds of patience."""
     os.chdir(cwd)
     PATIENCE["ether"] = timedelta(seconds=patience)
     in_process(*arguments)

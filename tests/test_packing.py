@@ -21,7 +21,7 @@ from lit_gpt.lora import LoraConfig, add_lora
 from lit_gpt.quantize import quantize_model
 
 CALLS: list[dict] = []
-"""What the kernel was called with."""
+"""The kernel's arguments."""
 
 
 def documented(q, k, v, bounds_q, bounds_k, max_q, max_k, is_causal, scale, window, **unused) -> Tensor:

@@ -1,4 +1,4 @@
-"""What people see of a run: metrics.csv, progress, pictures."""
+"""A run as people see it: metrics.csv, progress, pictures."""
 
 import io
 import json

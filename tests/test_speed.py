@@ -1,4 +1,4 @@
-"""What makes training cheaper changes no result: packing, the chunked loss, checkpointing, compiling, sharding."""
+"""Cheaper training gives the same result: packing, the chunked loss, checkpointing, compiling, sharding."""
 
 import os
 import time
