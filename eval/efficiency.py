@@ -173,6 +173,10 @@ def count_steps(
     for label, adapter in variants.items():
         rows[label] |= costs.count(config, adapter, seq_length=T, dtype=dtype)
     print(costs.table({label: cost_columns(row, rows, length) for label, row in rows.items()}))
+    print(
+        f"\nfloor: the {costs.FLOOR} and one trained number, added to the embedding's output, so that each layer has a "
+        "backward pass; an adapter on outputs alone needs none below the first layer, and may cost less"
+    )
     return rows, length
 
 

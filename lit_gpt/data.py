@@ -2,7 +2,7 @@
 
 It knows files, settings and samples; rows.py reads rows, encoding.py makes samples of them, batches.py uses them.
 
-- Rows are read and encoded one by one, so that a million of them fit in memory.
+- Rows are encoded one by one, into arrays. Of a .json the whole list is read first (rows.py).
 - A sample is `{"input_ids", "labels", "response"}`: ids (T,) int32; the same with -100 where nothing is learned (not
   shifted); (T,) bool, true on the response or the assistant's turns, whose loss is reported by itself.
 """
@@ -66,7 +66,7 @@ def prepare(
         checkpoint_dir: the model's folder, whose tokenizer encodes the data.
         prompt_style: a name of lit_gpt/prompts.py, alpaca by default; or chat, the model's template, as of messages.
         test_split_fraction: the share of rows that are held out for validation, drawn by seed. Rows of another file
-            are prepared into a folder of their own, for --io.val_data_dir, with a share of 0.999: all rows but one.
+            are prepared into a folder of their own, for --io.val_data_dir, with 0.999999: all rows but one.
         mask_inputs: learn the response alone, not the prompt. Of messages only the assistant's turns are learned.
         max_seq_length: samples are cut to this many tokens; by default the model's context.
         seed: draws the held-out rows.

@@ -35,8 +35,8 @@ class Method:
     """One entry of the registry: what is learned on a side of a weight, and how R acts on it.
 
     Attributes:
-        tensors: parameters of one side: u; u and v; or A.
-        two_sided: transforms both sides of W.
+        tensors: how many parameters a side has: 1 (u, or A) or 2 (u and v).
+        two_sided: R stands on both sides of W.
         rotation: R (n, b, b) from matrices (n, b, b), the identity where these are 0. Without it the parameters are
             vectors (n, b), and R is a reflection.
     """
@@ -248,7 +248,7 @@ class EtherLinear(EtherLayer):
 
 
 class EtherQKVLinear(EtherLayer, QKVLinear):
-    """The fused q, k, v, each with an adapter of its own."""
+    """The fused q, k, v, each with an adapter of its own; QKVLinear gives it the order of rows in files, no more."""
 
 
 def draw_blocks(n: int, dropout: float, device: torch.device) -> Tensor | None:

@@ -128,8 +128,8 @@ def map_or_read(mapped: Callable[[], T], whole: Callable[[], T]) -> T:
 
 
 @contextmanager
-def locked(folder: Path, *, lock: str = LOCK, option: str = "folder") -> Iterator[None]:
-    """Keep other processes out of a folder, which is made where there is none.
+def locked(folder: Path, *, lock: str = LOCK, option: str = "folder") -> Iterator[bool]:
+    """Keep other processes out of a folder, which is made where there is none; yield False where nothing keeps them.
 
     Args:
         folder: the folder.
@@ -141,28 +141,36 @@ def locked(folder: Path, *, lock: str = LOCK, option: str = "folder") -> Iterato
         OSError: the folder cannot be written.
     """
     settled_folder(folder).mkdir(parents=True, exist_ok=True)
-    path, refused = folder / lock, False
-    with path.open("a+", encoding="utf-8") as file:
+    path, held, refused = folder / lock, False, False
+    try:  # a link of that name would lead to somebody's own file
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # a colleague's: who may read it may lock it
+    try:
         with optional("locks", without="nothing keeps a second process out of this folder"):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
             except OSError as error:
                 refused = error.errno in (errno.EAGAIN, errno.EACCES)  # the second is CIFS's word for it
                 if not refused:
                     raise
         # Another process may have had it, and removed it between our opening and locking it.
-        if refused or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.seek(0)
-            raise UserError(
-                f"{folder} is in use by {file.read() or 'another process'}; wait for it, or give another {option}"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        if refused or not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            owner = os.read(handle, 1000).decode(errors="replace") or "another process"
+            raise UserError(f"{folder} is in use by {owner}; wait for it, or give another {option}")
+        with suppress(OSError):  # a colleague's file
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
-            yield
+            yield held
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -276,9 +284,10 @@ def staged_dir(out_dir: Path | str, overwrite: bool = False) -> Iterator[Path]:
     folder = prepare_out_dir(out_dir, overwrite)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        with locked(folder):
-            for leftover in folder.glob(f"{STAGING}*"):
-                remove(leftover)
+        with locked(folder) as held:
+            for leftover in folder.glob(f"{STAGING}*") if held else ():  # else it may be at work
+                with suppress(OSError):  # a colleague's
+                    remove(leftover)
             with TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staging:
                 yield Path(staging)
                 # A folder with a tokenizer.json has the whole tokenizer, one with weights has everything.

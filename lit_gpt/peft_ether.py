@@ -219,12 +219,13 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the weight again, the last one first."""
         while self.merged_adapters:
-            self.merged_adapters.pop()
-            up, down, before = self.unmerging.pop()
+            up, down, before = self.unmerging[-1]
             if before is None:
                 self.add_to_weight(-up, down)
             else:
                 self.get_base_layer().weight = before
+            self.merged_adapters.pop()
+            self.unmerging.pop()
 
     @torch.no_grad()
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -241,6 +242,7 @@ class EtherLinear(nn.Module, tuners_utils.BaseTunerLayer):
     def add_to_weight(self, up: Tensor, down: Tensor, checked: str | None = None) -> None:
         """Add B A to the weight, which is quantized again where it was; raise where it must be finite and is not."""
         base, before = self.get_base_layer(), self.read_weight()
+        up, down = up.to(before.device), down.to(before.device)  # the model may have moved since it was merged
         weight = torch.addmm(before.to(up.dtype), up, down).to(before.dtype)
         if checked and not is_finite(weight):
             raise UserError(f"merging {checked} gives NaN or infinity: it holds a zero vector, or its run diverged")

@@ -30,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_gpt.errors import UserError
+
 Vectors = tuple[Tensor, ...]
-"""The u, or the u and v, of one side of a weight: (n, b) each."""
+"""The parameters of one side of a weight: u, or u and v, (n, b) each; of a rotation A alone, (n, b, b)."""
 
 
 def unit(u: Tensor) -> Tensor:
@@ -321,7 +323,7 @@ def published_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([F.linear(F.linear(blocks, r).flatten(-2), rows) for rows, r in groups], dim=-1)
 
 
-def low_rank(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+def side_factors(*vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return R - I as a product of two thin matrices, for an export.
 
     The factors are those of ``thin_factors``, with right's vectors scaled to length one and their lengths in left, as a
@@ -356,10 +358,10 @@ def reflection_factors(
     """
     down, up = [], []
     if input:
-        left, right = (factor.to(weight.dtype) for factor in low_rank(*input))
+        left, right = (factor.to(weight.dtype) for factor in side_factors(*input))
         down, up = [right], [weight @ left]
     if output:
-        left_out, right_out = (factor.to(weight.dtype) for factor in low_rank(*output))
+        left_out, right_out = (factor.to(weight.dtype) for factor in side_factors(*output))
         rows = right_out @ weight
         down.append(rows + (rows @ left) @ right if input else rows)
         up.append(left_out)
@@ -373,6 +375,12 @@ FORMS = ("triton", "products")
 
 On an H100 the kernels take a third of the products' time, and less than a LoRA branch: README, "What a step costs"."""
 _chosen = {"form": os.environ.get("ETHER_REFLECTIONS", FORMS[0])}
+
+
+def check_form() -> None:
+    """Raise UserError unless the chosen form is one of ``FORMS``."""
+    if _chosen["form"] not in FORMS:
+        raise UserError(f"ETHER_REFLECTIONS is {_chosen['form']!r} in the environment; choices: {', '.join(FORMS)}")
 
 
 @contextmanager

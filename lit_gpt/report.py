@@ -30,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = ("part", "side")
 """Columns of words, of monitor.csv."""
-VALIDATIONS = {"val_loss": "validation, all target tokens", "val_response_loss": "validation, response tokens"}
+VALIDATIONS = {"val_loss": "validation loss, all targets", "val_response_loss": "validation loss, responses"}
 """Names of the validation losses, by column of metrics.csv."""
 PLAIN_EVERY = 10
 
@@ -126,7 +126,7 @@ class Reporter:
         for logger in self.loggers:
             logger.log_metrics({name: value for name, value in values.items() if name != "step"}, step=step)
         if "val_loss" in values:
-            losses = f"{values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
+            losses = f"loss {values['val_loss']:.4f}, responses {values['val_response_loss']:.4f}"
             self.say(f"step {step}/{self.n_steps}  validation{' of the base' if step == 0 else ''} {losses}")
             return
         speed = values["tokens"] / max(values["seconds"], 1e-9)
@@ -158,7 +158,8 @@ class Reporter:
 def check_logger(package: str) -> None:
     """Raise UserError unless a logger's package can be imported."""
     try:
-        import_module(package)
+        if import_module(package).__file__ is None:  # W&B leaves folders of its own name behind
+            raise ImportError("a folder of that name")
     except ImportError as error:
         raise UserError(f"--io.{package} true cannot import {package} ({error}): pip install {package}") from error
 
@@ -198,8 +199,14 @@ def peak_memory_bytes() -> int:
 
 
 def held_memory_bytes() -> int:
-    """Return what the process has taken when a run begins, counted as ``peak_memory_bytes``."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
+    """Return what the process has now, counted as ``peak_memory_bytes``."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # not Linux: what it has had at most comes nearest
+        return peak_memory_bytes()
+    return int(pages) * resource.getpagesize()
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> None:
@@ -209,7 +216,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any], metrics: Metrics) -> N
     peak, of_run, estimated = ((summary[f"{what}_memory_bytes"] or 0) / 2**30 for what in ("peak", "run", "estimated"))
     least = "" if torch.cuda.is_available() else "at least "
     lines = {
-        f"{label} loss": f"{summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}"
+        label: f"{summary[f'{name}_before']:.4f} -> {summary[f'{name}_after']:.4f}"
         for name, label in VALIDATIONS.items()
     }
     lines |= {

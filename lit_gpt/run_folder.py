@@ -91,7 +91,7 @@ def check_run_folder(folder: Path, *, may_hold_run: bool, sources: Iterable[Path
 
 @contextmanager
 def open_run(
-    fabric: Any, run_dir: Path, hparams: dict[str, Any], *, resume: bool
+    fabric: Any, run_dir: Path, hparams: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> Iterator[tuple[bool, Path | None]]:
     """Keep the run folder for this run; yield whether it is finished, and the checkpoint to go on from, if any.
 
@@ -105,9 +105,12 @@ def open_run(
         def take() -> tuple[bool, Path | None] | None:
             if not fabric.is_global_zero:
                 return None
-            stack.enter_context(locked(run_dir, option="--io.out_dir"))
-            files.remove_leftovers(run_dir, run_dir / CHECKPOINTS, run_dir / FINAL)
-            finished = resume and (run_dir / SUMMARY).is_file()
+            summary = run_dir / SUMMARY
+            if not (resume and summary.is_file()):  # a finished run is only looked at, on a read-only disk, too
+                stack.enter_context(locked(run_dir, option="--io.out_dir"))
+                check_run_folder(run_dir, may_hold_run=resume or overwrite)  # another run may have ended here since
+                files.remove_leftovers(run_dir, run_dir / CHECKPOINTS, run_dir / FINAL)
+            finished = resume and summary.is_file()
             checkpoint = newest_checkpoint(run_dir) if resume and not finished else None
             if finished or checkpoint:
                 check_same_run(run_dir, hparams, finished=finished)
@@ -210,7 +213,7 @@ def find_damage(folder: Path) -> str | None:
         for name, written in files.read_json(folder / MANIFEST).items():
             if files.file_sha256(folder / name) != written:
                 return f"{name} holds other bytes"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{MANIFEST} or what it lists cannot be read: {' '.join(str(error).split())}"
     return None
 
@@ -234,6 +237,19 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged.items())
         raise UserError(f"no checkpoint of {run_dir} is whole ({reasons}): remove it, or give --overwrite true")
     return None
+
+
+def environment() -> dict[str, str]:
+    """Return what the last digits of a result depend on beside its settings."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads()), "device": device}
+
+
+def note_environment(before: Mapping[str, str]) -> None:
+    """Say where the ``environment`` is another than before."""
+    for name, now in environment().items():
+        if now != before[name]:
+            print(f"{name} was {before[name]} and is {now} now: the last digits may differ from an unbroken run's")
 
 
 def random_state() -> dict[str, Any]:

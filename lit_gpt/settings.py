@@ -26,6 +26,7 @@ from lit_gpt.files import file_sha256, settled
 from lit_gpt.model import GPT
 from lit_gpt.prompts import encode_prompt
 from lit_gpt.quantize import SCHEMES, check_quantize, quantize_model
+from lit_gpt.reflections import check_form
 from lit_gpt.report import check_logger
 from lit_gpt.run_folder import check_run_folder, flatten
 from lit_gpt.tokenizer import Tokenizer
@@ -208,6 +209,7 @@ class Plan:
             style = self.prompt_style = data["prompt_style"]
             self.sample_ids = problems.attempt(sample_prompt, settings.eval, base_dir, self.config, style, self.val_set)
         problems.attempt(weights_dtype, settings.precision, mixed=True)
+        problems.attempt(check_form)
         if self.config and settings.adapter:
             problems.attempt(check_adapter, settings, self.config)
         if weights and self.init_adapter:

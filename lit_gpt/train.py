@@ -77,7 +77,7 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     keeps_base = settings.adapter and settings.strategy != "fsdp"
     problems.expect(keeps_base or not base, "full finetuning and --strategy fsdp would change a base in memory")
     problems.attempt(check_launch, settings)
-    if not problems:  # connected first, so that no process waits for one that finds a problem and ends
+    if not problems:  # connected first, so that no process waits for one that finds a problem; else Plan raises them
         fabric = launch_fabric(settings)
     plan = together(lambda: Plan(settings, given=given, problems=problems))
     # The first process alone writes the run folder; by default a folder of the time, which no other may have read.
@@ -85,7 +85,8 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
     together(lambda: check_alike(run_folder.flatten(plan.hparams | {"io": {}})))
     if settings.compile:
         together(lambda: check_compiler(fabric.device))
-    with run_folder.open_run(fabric, plan.run_dir, plan.hparams, resume=settings.resume) as (finished, checkpoint):
+    may = dict(resume=settings.resume, overwrite=settings.overwrite)
+    with run_folder.open_run(fabric, plan.run_dir, plan.hparams, **may) as (finished, checkpoint):
         if finished:
             fabric.print(f"{plan.run_dir} holds a finished run: nothing to do")
             return
@@ -93,9 +94,10 @@ def finetune(settings: Settings, *, given: Collection[str] = (), base: GPT | Non
         with run_folder.explain_faults(plan.run_dir, tried=trainer.describe(), remedies=REMEDIES):
             trainer.set_up()
             trainer.begin(checkpoint)
-            with run_folder.stop_signal() as stop:  # once the run is done, none stops it while its result is written
+            with run_folder.stop_signal() as stop:
                 if trainer.train(stop):
-                    trainer.finish()
+                    with run_folder.stop_signal():  # nothing stops a run that is done while its result is written
+                        trainer.finish()
 
 
 # --------------------------------------------------------------------------------------- before the first step
@@ -242,6 +244,7 @@ class Trainer:
             self.position, self.start, reported = Position(**state["position"]), state["start"], state["reporter"]
             run_folder.restore_random_state(state["random"][fabric.global_rank])
             fabric.print(f"going on from {checkpoint}")
+            run_folder.note_environment(state["environment"])
         else:
             if self.train_args.monitor:
                 self.start = adapter_state(self.model.module)
@@ -430,6 +433,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             precision=self.fabric.strategy.precision.state_dict(),
             random=gather(run_folder.random_state()),
+            environment=run_folder.environment(),
         )
         if self.reporter is None:
             return
@@ -531,5 +535,8 @@ def next_command(plan: Plan) -> str:
     """Return what to type when a run has ended."""
     kind, result = plan.settings.kind, result_file(plan.run_dir, plan.settings)
     if plan.settings.adapter:
-        return command(f"scripts/merge_{kind}.py", **{"checkpoint_dir": plan.base_dir, f"{kind}_path": result})
+        trained = plan.settings.precision  # merged in fewer bits, a run in fp32 would lose its last digits unasked
+        flags = {"checkpoint_dir": plan.base_dir, f"{kind}_path": result}
+        flags |= {} if trained.startswith("bf16") else {"precision": trained.replace("mixed", "true")}
+        return command(f"scripts/merge_{kind}.py", **flags)
     return command("chat/base.py", checkpoint_dir=result.parent)

@@ -39,8 +39,8 @@ def setup(
             raise UserError(f"{path} has no {column} yet; let the run reach one, or give another --column")
     compare_runs(out, curves, ylabel=column + " (nats per token)" * ("loss" in column))
     for name, points in sorted(curves.items(), key=lambda item: (math.isnan(item[1][-1][1]), item[1][-1][1])):
-        print(f"{name:<48} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
-    print(f"wrote {out}")
+        print(f"{name:<{max(map(len, curves))}} {points[0][1]:.4f} -> {points[-1][1]:.4f} at step {points[-1][0]:.0f}")
+    print(f"wrote {out}: {column}")
 
 
 def as_flag(args: list[str]) -> list[str]:

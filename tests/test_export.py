@@ -21,7 +21,7 @@ from lit_gpt.export import Export
 from lit_gpt.files import read_json, write_json
 from lit_gpt.hf import lit_to_hf
 from lit_gpt.merge import merge_adapter
-from lit_gpt.reflections import low_rank, reflection_factors
+from lit_gpt.reflections import reflection_factors, side_factors
 from lit_gpt.serving import lora_commands, lora_limits
 from scripts import convert_lit_checkpoint, export_lora
 
@@ -377,7 +377,7 @@ def test_factors_equal_the_dense_formula(sides, plus, n):
 def test_rounding_to_bf16_costs_an_update_its_own_precision_however_small(angle):
     u = torch.randn(2, 12, dtype=torch.float64)
     v = -u + angle * torch.randn(2, 12, dtype=torch.float64)
-    left, right = low_rank(u, v)
+    left, right = side_factors(u, v)
     exact = left @ right
     rounded = left.bfloat16().double() @ right.bfloat16().double()
     assert (rounded - exact).norm() / exact.norm() < 2**-8

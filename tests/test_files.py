@@ -30,6 +30,7 @@ from lit_gpt.checkpoint import load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import prepare
 from lit_gpt.files import (
+    LOCK,
     TEMPORARY,
     Progress,
     locked,
@@ -330,6 +331,25 @@ def test_a_lock_that_another_process_holds_still_refuses(tmp_path, monkeypatch):
         monkeypatch.setattr(fcntl, "flock", refuse(number))
         with pytest.raises(ValueError, match="is in use by another process"), locked(tmp_path):
             pass
+
+
+def test_without_locks_two_commands_may_stage_in_one_folder(tmp_path, monkeypatch):
+    """The second removed what the first was writing, as a leftover of one that had been killed."""
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with staged_dir(tmp_path) as one:
+        (one / "a.txt").write_text("a")
+        with staged_dir(tmp_path) as two:
+            (two / "b.txt").write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    """Its target was written over with the process that held the lock."""
+    (tmp_path / "own.txt").write_text("mine")
+    (tmp_path / LOCK).symlink_to(tmp_path / "own.txt")
+    with pytest.raises(OSError, match=LOCK), locked(tmp_path):
+        pass
+    assert (tmp_path / "own.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=os.strerror)

@@ -318,6 +318,16 @@ def test_a_merged_tied_head_leaves_the_embedding_alone(tmp_path):
     assert relative(logits(loaded, inputs), expected) < 1e-5
 
 
+def test_a_merged_model_that_moves_is_unmerged():
+    """The factors stayed on the device where the model had been merged; the layer then called itself unmerged."""
+    model, _ = build("llama")
+    model = peft.get_peft_model(model, EtherPeftConfig(n=2, target_modules=["q_proj"]))
+    model.merge_adapter()
+    model.to("meta").unmerge_adapter()
+    layers = [module for module in model.modules() if hasattr(module, "unmerging")]
+    assert layers and not any(layer.merged_adapters or layer.unmerging for layer in layers)
+
+
 def test_an_r_without_an_inverse_is_unmerged():
     model, inputs, base = adapted("llama", n=1, target_modules=["q_proj", "up_proj"])
     with torch.no_grad():

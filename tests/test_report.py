@@ -78,7 +78,7 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path, capsys):
     assert told.splitlines() == [
         "step 1/24  loss 1.5000  lr 1.00e-03  50 tokens/s  46 s left",
         "step 10/24  loss 1.5000  lr 1.00e-03  50 tokens/s  28 s left",
-        "step 12/24  validation 1.2500, responses 1.0000",
+        "step 12/24  validation loss 1.2500, responses 1.0000",
     ]
     assert not errors
 
@@ -97,7 +97,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
     record(Reporter(tmp_path, settings=SETTINGS, n_steps=24))
     last = terminal.getvalue().split("\r")[-1]
     assert "12/24" in last and "loss 1.5000  lr 1.00e-03  50 tokens/s" in last
-    assert capsys.readouterr().out.strip() == "step 12/24  validation 1.2500, responses 1.0000"
+    assert capsys.readouterr().out.strip() == "step 12/24  validation loss 1.2500, responses 1.0000"
 
 
 def test_runs_are_compared_in_one_picture(tmp_path, capsys):

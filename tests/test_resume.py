@@ -27,6 +27,7 @@ from helpers import (
     write_base,
 )
 
+from lit_gpt import launch
 from lit_gpt import train as train_module
 from lit_gpt.checkpoint import load_model
 from lit_gpt.cli import main
@@ -41,6 +42,7 @@ from lit_gpt.run_folder import (
     flatten,
     stop_signal,
 )
+from lit_gpt.train import Trainer
 
 DROPOUT = ["--Htype", "etherplusHH", "--ether_dropout", "0.2", "--ether_block_dropout", "0.1"]
 LONG = [*DROPOUT, "--train.epochs", "9", "--train.max_steps", "60", "--train.save_interval", "4"]
@@ -133,6 +135,60 @@ def test_a_signal_while_the_result_is_written_does_not_lose_it(work, tmp_path, m
     assert train(work, "ether", tmp_path / "run")["steps"] == 6
 
 
+def test_a_second_signal_after_the_last_step_does_not_lose_the_result(work, tmp_path, monkeypatch):
+    """The first came in the last step, so that the run was done; the second ended it before anything was written."""
+    step, finish = Trainer.train_step, Trainer.finish
+
+    def last_step(self: Trainer) -> dict[str, float]:
+        if self.position.step == self.plan.n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    def signalled(self: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self)
+
+    monkeypatch.setattr("lit_gpt.run_folder.REPEATED", 0.0)
+    monkeypatch.setattr(Trainer, "train_step", last_step)
+    monkeypatch.setattr(Trainer, "finish", signalled)
+    assert train(work, "ether", tmp_path / "run")["steps"] == 6
+
+
+def test_a_run_that_ended_meanwhile_is_not_cleared(work, tmp_path, monkeypatch, capsys):
+    """Two commands named one folder: the second had looked at it before the first had its result."""
+    out, alike = tmp_path / "run", launch.check_alike
+
+    def slow(settings: dict) -> None:
+        alike(settings)
+        monkeypatch.setattr(launch, "check_alike", alike)
+        train(work, "ether", out)
+
+    monkeypatch.setattr(launch, "check_alike", slow)
+    name, arguments = command(work, "ether", out)
+    assert "already holds lit_model_ether_finetuned.pth" in refusal(capsys, name, arguments)
+    assert (out / "summary.json").is_file() and not [*out.glob(".ether-*")]
+
+
+def test_a_finished_run_is_only_looked_at(work, tmp_path, monkeypatch, capsys):
+    """A lock cannot be made on a read-only disk."""
+    train(work, "ether", tmp_path / "run")
+    monkeypatch.setattr("lit_gpt.run_folder.locked", None)
+    name, arguments = command(work, "ether", tmp_path / "run", "--resume", "true")
+    main(script(name), arguments)
+    assert "holds a finished run: nothing to do" in capsys.readouterr().out
+
+
+def test_a_resume_says_that_the_machine_is_another(work, tmp_path, capsys):
+    """The bits are promised for the same threads and device alone."""
+    train(work, "ether", tmp_path / "run", "--train.save_interval", "3")
+    (tmp_path / "run" / "summary.json").unlink()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    train(work, "ether", tmp_path / "run", "--train.save_interval", "3", "--resume", "true")
+    torch.set_num_threads(before)
+    assert f"threads was {before} and is {before + 1} now: the last digits may differ" in capsys.readouterr().out
+
+
 def test_damaged_checkpoints_are_passed_over_and_named(work, whole, tmp_path, capsys):
     """A flipped byte and a file cut short cost the steps since the checkpoint before, and nothing else."""
     out = tmp_path / "run"
@@ -184,8 +240,8 @@ def stopped_at(work, out: Path, n_checkpoints: int) -> None:
 def test_where_every_checkpoint_is_damaged_nothing_is_started(work, tmp_path, capsys):
     train(work, "ether", tmp_path / "run", "--train.save_interval", "3")
     (tmp_path / "run" / "summary.json").unlink()
-    for folder in checkpoint_folders(tmp_path / "run"):
-        (folder / "manifest.json").unlink()
+    for folder, content in zip(checkpoint_folders(tmp_path / "run"), ("null", "[]"), strict=True):
+        (folder / "manifest.json").write_text(content)
     name, arguments = command(work, "ether", tmp_path / "run", "--resume", "true")
     assert "is whole (step-000006: manifest.json or what it lists" in refusal(capsys, name, arguments)
 

@@ -23,6 +23,7 @@ from lit_gpt.checkpoint import fingerprint, load_model, load_state, save_state
 from lit_gpt.cli import main
 from lit_gpt.data import load_split
 from lit_gpt.lora import LoraConfig, add_lora
+from lit_gpt.reflections import use_form
 from lit_gpt.train import Position, Trainer, learning_rate
 
 METHODS = ("ether", "etherplus", "etherplusHH", "oft", "lora")
@@ -226,6 +227,14 @@ def test_micro_batches_hold_each_sample_once_and_similar_lengths(work):
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(work, tmp_path, capsys, more, message):
     name, arguments = command(work, "ether", tmp_path / "run", *more)
     assert message in refusal(capsys, name, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_form_of_reflections_is_refused_before_anything_is_written(work, tmp_path, capsys):
+    """ETHER_REFLECTIONS=tritn left an empty run folder."""
+    name, arguments = command(work, "ether", tmp_path / "run")
+    with use_form("tritn"):
+        assert "ETHER_REFLECTIONS is 'tritn'" in refusal(capsys, name, arguments)
     assert not (tmp_path / "run").exists()
 
 
