@@ -173,15 +173,15 @@ def setup(
         model_args = {"pretrained": str(checkpoint_dir.resolve()), "precision": precision, "quantize": quantize}
         model_args |= {"strength": strength, "tokenizer_sha256": tokenizer.sha256, "adapter": adapted}
         model_args["fingerprint"] = fingerprint(model.state_dict())
-        # Beside the model, a seed decides answers that are drawn.
-        decisive = model_args | {"config": model.config.to_dict(), "device": device.type, "seed": options.get("seed")}
-        cache = save_filepath and unfinished(save_filepath, decisive)
+        # Beside the model, wherever its folder is, a seed decides answers that are drawn.
+        also = {"pretrained": None, "config": vars(model.config), "device": device.type, "seed": options.get("seed")}
+        cache = save_filepath and unfinished(save_filepath, model_args | also)
         if results := evaluate(model, tokenizer, tasks=tasks, use_cache=cache, tracker=tracker, **options):
             results["config"]["model_args"] = model_args
             used, limit = f"{adapter.path}, --strength {strength:g}" if adapter else "no adapter", options.get("limit")
             print(f"{checkpoint_dir}, {used}, {precision}" + (f", --limit {limit:g}" if limit else ""))
             print_results(results)
-            if save_filepath is not None:
+            if save_filepath:
                 save_results(save_filepath, results, tracker, log_samples)
 
 

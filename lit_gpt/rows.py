@@ -73,9 +73,11 @@ def read_rows(problems: BadRows, fields: Mapping[str, str] = FIELDS) -> Iterator
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such file, or it can't be downloaded.
-        ValueError: the file is of an unknown kind, no UTF-8 or JSON, or holds no rows.
+        ValueError: the file is of an unknown kind, no UTF-8 or JSON, or holds no rows, or none with a field that is
+            mapped.
     """
     source, columns = problems.source, _columns(fields)
+    absent = set(columns.values()) - set(FIELDS) - {None}
     suffix = Path(str(source).split("?")[0]).suffix.lower()
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if suffix not in readers:
@@ -83,8 +85,9 @@ def read_rows(problems: BadRows, fields: Mapping[str, str] = FIELDS) -> Iterator
     chat, n_good = None, 0
     with _open(source) as file:
         for number, row in enumerate(readers[suffix](source, _read_lines(source, file)), start=1):
-            if chat is None and isinstance(row, dict):
-                chat = not row.keys().isdisjoint(CHAT_KEYS)
+            if isinstance(row, dict):
+                absent -= row.keys()
+                chat = not row.keys().isdisjoint(CHAT_KEYS) if chat is None else chat
             try:
                 if isinstance(row, UserError):
                     raise row
@@ -98,15 +101,14 @@ def read_rows(problems: BadRows, fields: Mapping[str, str] = FIELDS) -> Iterator
                 yield number, row
             else:
                 problems.blank += 1
+    if absent and (n_good or problems.blank):  # a typo would empty every input
+        raise UserError(f"{source}: no row has {' or '.join(map(repr, sorted(absent)))}, which --fields names")
     if not n_good and not problems.rows:
         raise UserError(f"{source} holds no rows{' with text' if problems.blank else ''}")
 
 
 def _columns(fields: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the column of each text; None for an input that the file does not have.
-
-    A row may lack the column "input" alone. One that --fields names must be there: a typo would empty every input.
-    """
+    """Return the column of each text; None for an input that the file does not have."""
     if unknown := fields.keys() - FIELDS.keys():
         raise UserError(f"--fields names {', '.join(sorted(unknown))}; it maps {', '.join(FIELDS)} to a file's names")
     # A file's "input" that is the instruction, say, is not the input too
@@ -152,8 +154,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict | UserError:
 
 def _read_json(source: Path | str, lines: Iterable[str]) -> list:
     """Return the items of a JSON list."""
+    text = "".join(lines)
     try:
-        rows = json.loads("".join(lines), object_pairs_hook=_object)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         hint = "; a file with one row a line is to be named .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{source} is not valid JSON, or cut short: {error}{hint}") from error
@@ -175,7 +178,8 @@ def _read_jsonl(source: Path | str, lines: Iterable[str]) -> Iterator[Any]:
 def _read_csv(source: Path | str, lines: Iterable[str]) -> Iterator[dict | UserError]:
     """Yield the records of a CSV file by the names of its header, or an error in their place."""
     csv.field_size_limit(1 << 30)  # the default stops at 131,072 characters
-    reader = csv.reader(lines, strict=True)
+    # A \r alone ends a line, too: Excel writes "CSV (Macintosh)" so
+    reader = csv.reader((part for line in lines for part in re.split(r"(?<=\r)(?!\n)", line)), strict=True)
     records = filter(None, reader)  # of lines that hold something
     try:
         header = next(records, [])
@@ -193,11 +197,11 @@ def _read_csv(source: Path | str, lines: Iterable[str]) -> Iterator[dict | UserE
 
 # ---------------------------------------------------------------------------------------------------- checking
 def _check_instruction(row: object, columns: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the three texts of a row; the input may be null, all may be empty."""
+    """Return the three texts of a row; the input may be missing or null, the output may be empty."""
     if not isinstance(row, dict):
         names = ", ".join(filter(None, columns.values()))
         raise UserError(f"is a {type(row).__name__}, expected an object with {names}")
-    if missing := [column for column in columns.values() if column not in ("input", None, *row)]:
+    if missing := [name for name in (columns["instruction"], columns["output"]) if name not in row]:
         raise UserError(f"has no {' and no '.join(missing)} (it has {', '.join(map(str, row)) or 'nothing'})")
     _refuse("", row, [key for key in CONTEXT_KEYS if key not in columns.values()], NO_CONTEXT)
     texts = {name: row.get(column) for name, column in columns.items()}

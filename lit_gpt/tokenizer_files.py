@@ -54,7 +54,7 @@ class TokenizerFiles:
         for i, token in self.config.get("added_tokens_decoder", {}).items():
             self.added[token_text(token)] = {**(token if isinstance(token, dict) else {"special": True}), "id": int(i)}
         for text in special:
-            self.added.setdefault(text, {"special": True, "normalized": False})
+            self.added.setdefault(text, {"normalized": False})["special"] = True
 
     def _read(self, name: str) -> dict:
         path = self.dir / name
@@ -107,16 +107,18 @@ class Vocabulary:
         before = {token.content for token in self.backend.get_added_tokens_decoder().values()} | {*own}
         added = {text: token for text, token in files.added.items() if "id" in token or text not in before}
         texts = sorted(added, key=lambda text: added[text].get("id", float("inf")))  # new ids are given in this order
-        new = [text for text in texts if "id" in added[text] and self.backend.token_to_id(text) is None]
+        stated = [text for text in texts if "id" in added[text]]
+        if self.path.suffix == ".json":  # it decides on what it has itself
+            stated = [text for text in stated if self.backend.token_to_id(text) is None]
         self.backend.add_tokens(
             [AddedToken(text, **{flag: added[text][flag] for flag in FLAGS & {*added[text]}}) for text in texts]
         )
-        self.backend.add_special_tokens([AddedToken(text, normalized=False) for text in own])
-        for text in new:
+        self.backend.add_special_tokens([AddedToken(text, normalized=False) for text in own if text not in added])
+        for text in stated:
             if self.backend.token_to_id(text) != (said := added[text]["id"]):
                 other = f"tokenizer_config.json or added_tokens.json says {said}"
                 problem = f"{self.path} gives the token {text} the id {self.backend.token_to_id(text)}, {other}"
-                raise UserError(f"{problem}: these files are not of one model, get them again")
+                raise UserError(f"{problem}: these files are not of one model")
         decoder = self.backend.get_added_tokens_decoder()
         self.beside = {token.content: i for i, token in decoder.items() if token.content not in before}
         self.special_ids = {i for i, token in decoder.items() if token.special}

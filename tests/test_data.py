@@ -119,8 +119,14 @@ def test_input_may_be_missing_or_null_and_other_names_may_be_told(tmp_path):
 def test_a_mapped_field_must_occur_and_two_take_no_column_together(tmp_path):
     """A typo emptied the input of every row."""
     path = write(tmp_path / "d.json", [{"instruction": "a", "context": "b", "output": "c"}])
-    with pytest.raises(UserError, match=r"d.json, row 1: has no contxt \(it has instruction, context, output\)"):
+    with pytest.raises(UserError, match=r"d.json: no row has 'contxt', which --fields names"):
         read(path, {"input": "contxt"})
+    chat = write(tmp_path / "c.json", [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(UserError, match=r"c.json: no row has 'q', which --fields names"):
+        read(chat, {"instruction": "q"})
+    row = {"instruction": "a", "output": "c"}
+    some = write(tmp_path / "s.json", [row, row | {"b": "b"}])
+    assert [row["input"] for row in read(some, {"input": "b"})] == ["", "b"]
     for fields in ({"input": "output"}, {"input": "q", "output": "q"}, {"instruction": "input", "input": "input"}):
         with pytest.raises(UserError, match="--fields takes two texts from one column"):
             read(path, fields)
@@ -139,6 +145,13 @@ def test_parts_of_text_and_sharegpts_names_are_read(tmp_path):
         *(("system", "s"), ("user", "a b"), ("assistant", "c"))
     ]
     assert found["messages"][2]["weight"] == 0
+
+
+def test_a_carriage_return_alone_ends_a_line_of_csv(tmp_path):
+    """Excel writes "CSV (Macintosh)" so; inside quotation marks it is text."""
+    (tmp_path / "d.csv").write_bytes(b'instruction,output\rthe,two\r"a\rb","c\r\nd"\r')
+    rows = [("the", "two"), ("a\rb", "c\r\nd")]
+    assert [(row["instruction"], row["output"]) for row in read(tmp_path / "d.csv")] == rows
 
 
 def test_blank_lines_before_the_header_are_passed_over(tmp_path):

@@ -230,6 +230,26 @@ SENTENCEPIECE = {  # what the model is trained with, and what stands in tokenize
 }
 
 
+def test_a_control_token_of_sentencepiece_takes_spaces_along_where_the_files_say_so(tmp_path):
+    """Its own flags were written over, and one that a file calls not special was shown to the reader."""
+    write_spm_tokenizer(tmp_path)
+    end = {"2": {"content": "</s>", "special": False, "normalized": False, "rstrip": True}}
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=end)
+    ours, theirs = Tokenizer(tmp_path), oracle(tmp_path)
+    for text in ("</s>  the river", "the</s> \n12"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, bos=False) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("number", [7, 900])
+def test_a_sentencepiece_token_whose_id_is_not_the_one_that_is_stated_is_refused(tmp_path, number):
+    write_spm_tokenizer(tmp_path)
+    edit_json(tmp_path / "added_tokens.json", **{"</s>" if number == 7 else "<|a|>": number})
+    with pytest.raises(ValueError, match=f"added_tokens.json says {number}: these files are not of one model"):
+        Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("case", SENTENCEPIECE)
 def test_sentencepiece_around_special_tokens_gives_the_ids_of_transformers_and_the_text_back(tmp_path, case):
     """A space after a special token was lost where nothing came behind it; control symbols were split into pieces."""
