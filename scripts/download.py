@@ -119,7 +119,7 @@ def fetch(repo_id: str, folder: Path, *, token: str | None, revision: str | None
             if files[name].lfs and not (folder / name).exists():
                 fetch_rest(files[name], folder, hf_hub_url(repo_id, name, revision=info.sha), token)
         snapshot_download(repo_id, local_dir=folder, allow_patterns=names, **here)
-    except (OSError, errors.HFValidationError, json.JSONDecodeError, *transport) as error:
+    except (OSError, RuntimeError, errors.HFValidationError, json.JSONDecodeError, *transport) as error:
         if getattr(error, "errno", None):  # the disk's or the network's, which says all by itself
             raise
         raise OSError(explanation(error, repo_id, folder)) from error
@@ -148,9 +148,10 @@ def explanation(error: Exception, repo_id: str, folder: Path) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{repo_id} was not found on the Hub (or it is private: give {access}); {LISTED}"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    xet = "set HF_HUB_DISABLE_XET=1, or " * isinstance(error, RuntimeError)  # of the library for chunked transfers
     return (
-        f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): clear that up and run the "
-        f"command again (what is there is kept), or copy the files into {folder} by hand and go on with: "
+        f"{repo_id} cannot be had from {hub} ({type(error).__name__}: {one_line(error)}): {xet}clear that up and run "
+        f"the command again (what is there is kept), or copy the files into {folder} by hand and go on with: "
         + command("scripts/convert_hf_checkpoint.py", checkpoint_dir=folder)
     )
 
