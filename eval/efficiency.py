@@ -4,7 +4,7 @@
     python eval/efficiency.py --model_name Llama-2-7b-hf --n_layer 2 --time true
 
 Counting takes seconds and needs neither weights nor memory; ``costs.py`` says how it is done. Timing takes random
-weights; the whole model on a GPU, and as many layers as fit elsewhere.
+weights, which must fit the memory: where they do not, ``--n_layer`` times some of the layers.
 """
 
 import gc

@@ -244,14 +244,15 @@ class Trainer:
             self.position, self.start, reported = Position(**state["position"]), state["start"], state["reporter"]
             run_folder.restore_random_state(state["random"][fabric.global_rank])
             fabric.print(f"going on from {checkpoint}")
-            run_folder.note_environment(state["environment"])
         else:
             if self.train_args.monitor:
                 self.start = adapter_state(self.model.module)
             # From here on processes draw differently: each has a dropout of its own.
             fabric.seed_everything(self.settings.seed + fabric.global_rank, verbose=False)
         if fabric.is_global_zero:
-            if not checkpoint:
+            if checkpoint:
+                run_folder.note_environment(state["environment"])
+            else:
                 run_folder.clear_run(plan.run_dir)
             write_text(plan.run_dir / run_folder.SETTINGS, yaml.safe_dump(plan.hparams, sort_keys=False))
             progress = dict(n_steps=plan.n_steps, step=self.position.step, state=reported)

@@ -45,7 +45,7 @@ def setup(*, checkpoint_dir: Path, dtype: Stored | None = None, model_name: str 
     again = f"get them with: {command('scripts/download.py', repo_id=hub_name(checkpoint_dir) or 'ORG/NAME')}"
     path = checkpoint_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint_dir} has no config.json and weights of Hugging Face; {again}")
+        raise FileNotFoundError(f"{checkpoint_dir} has no config.json of Hugging Face; {again}")
     config = check_supported(read_json(path), model_name or checkpoint_dir.resolve().name)
     weights = text_weights(weight_files(checkpoint_dir, again))
     config = settle_ties(weights, config)
